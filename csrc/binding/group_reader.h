@@ -1,0 +1,42 @@
+// Reads a parameter group's hyperparameters, and notices at the price of a few pointer comparisons that nothing changed.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "../hyperparams.h"
+
+namespace momentum_ext::binding {
+
+namespace py = pybind11;
+
+class GroupReader {
+ public:
+  // Brings `hyperparams`, which must be what the last call left there, up to date with the dict; returns the dict's "params",
+  // borrowed. `index` names the group in errors.
+  PyObject* read(PyObject* group, size_t index, double inv_grad_scale, Hyperparams& hyperparams);
+
+  // True when lr or weight_decay is a tensor that requires grad: torch differentiates through it, the kernels do not.
+  bool needs_torch() const { return needs_torch_; }
+
+ private:
+  // One item of the dict as it was last read. The value of a hyperparameter is kept alive: as long as it lives, no other
+  // number can stand at its address, so the same address is the same number.
+  struct Item {
+    py::object key;
+    py::object value;  // null for what is not a hyperparameter
+    bool is_params;
+  };
+
+  PyObject* compare(PyObject* group) const;
+  PyObject* parse(PyObject* group, size_t index, Hyperparams& hyperparams);
+
+  std::vector<Item> items_;
+  bool immutable_ = false;  // all values are numbers; a tensor's value may change in place
+  bool needs_torch_ = false;
+  double inv_grad_scale_ = 1.0;
+  bool maximize_ = false;
+};
+
+}  // namespace momentum_ext::binding

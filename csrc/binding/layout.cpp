@@ -1,0 +1,144 @@
+#include "layout.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+
+namespace momentum_ext::binding {
+namespace {
+
+c10::DispatchKeySet keys_of_new_tensor(bool inference_mode) {
+  const c10::InferenceMode guard(inference_mode);
+  return at::empty({0}, at::device(at::kCPU).dtype(at::kFloat)).key_set();
+}
+
+// Outermost first, by the parameter's strides, so that the walk goes through the parameter's memory in order.
+std::vector<StridedDim> dims_in_memory_order(const at::Tensor& param, const at::Tensor& grad,
+                                             const at::Tensor& buffer) {
+  // Seen as real numbers, a complex tensor has strides twice as long and one dimension of two more.
+  const int64_t reals = param.is_complex() ? 2 : 1;
+  std::vector<StridedDim> dims;
+  for (int64_t d = 0; d < param.dim(); ++d) {
+    if (param.size(d) == 1) continue;
+    dims.push_back({param.size(d), param.stride(d) * reals, grad.stride(d) * reals,
+                    buffer.defined() ? buffer.stride(d) * reals : 0});
+  }
+  std::stable_sort(dims.begin(), dims.end(), [](const StridedDim& a, const StridedDim& b) {
+    return a.param_stride > b.param_stride;
+  });
+  if (reals == 2) dims.push_back({2, 1, 1, buffer.defined() ? 1 : 0});
+  return dims;
+}
+
+// Joins a dimension with the one inside it where all tensors step over both evenly.
+std::vector<StridedDim> coalesce(const std::vector<StridedDim>& dims) {
+  std::vector<StridedDim> joined;
+  for (const StridedDim& inner : dims) {
+    if (!joined.empty()) {
+      StridedDim& outer = joined.back();
+      if (outer.param_stride == inner.size * inner.param_stride &&
+          outer.grad_stride == inner.size * inner.grad_stride &&
+          outer.buffer_stride == inner.size * inner.buffer_stride) {
+        outer = {outer.size * inner.size, inner.param_stride, inner.grad_stride,
+                 inner.buffer_stride};
+        continue;
+      }
+    }
+    joined.push_back(inner);
+  }
+  return joined;
+}
+
+}  // namespace
+
+std::optional<Dtype> kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+    case at::kComplexDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+c10::DispatchKeySet plain_cpu_keys() {
+  static const c10::DispatchKeySet keys = keys_of_new_tensor(/*inference_mode=*/false);
+  return keys;
+}
+
+bool is_plain_cpu(const at::Tensor& tensor) {
+  static const c10::DispatchKeySet inference_keys = keys_of_new_tensor(/*inference_mode=*/true);
+  return tensor.key_set() == plain_cpu_keys() || tensor.key_set() == inference_keys;
+}
+
+std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,
+                                           const at::Tensor& buffer) {
+  std::vector<StridedDim> dims = coalesce(dims_in_memory_order(param, grad, buffer));
+  const bool is_flat =
+      dims.empty() || (dims.size() == 1 && dims[0].param_stride == 1 && dims[0].grad_stride == 1 &&
+                       dims[0].buffer_stride == (buffer.defined() ? 1 : 0));
+  if (is_flat) return nullptr;
+  auto owned = std::make_unique<OwnedLayout>();
+  owned->dims = std::move(dims);
+  owned->layout = {owned->dims.data(), static_cast<int>(owned->dims.size())};
+  return owned;
+}
+
+bool overlaps_itself(const at::Tensor& tensor) {
+  switch (at::has_internal_overlap(tensor)) {
+    case at::MemOverlap::No:
+      return false;
+    case at::MemOverlap::Yes:
+      return true;
+    case at::MemOverlap::TooHard:
+      break;
+  }
+  if (tensor.numel() == 0) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;  // the largest offset that the dimensions so far can make
+  bool nested = true;
+  for (const auto& [stride, size] : dims) {
+    nested = nested && stride > reach;
+    reach += stride * (size - 1);
+  }
+  if (nested) return false;  // each dimension steps over all that the smaller ones cover
+  // Interleaved dimensions may still be disjoint. Mark every element: rare, and done once.
+  std::vector<bool> taken(reach + 1, false);
+  std::vector<int64_t> index(dims.size(), 0);
+  int64_t offset = 0;
+  while (true) {
+    if (taken[offset]) return true;
+    taken[offset] = true;
+    size_t d = 0;
+    for (; d < dims.size(); ++d) {
+      offset += dims[d].first;
+      if (++index[d] < dims[d].second) break;
+      offset -= dims[d].first * dims[d].second;
+      index[d] = 0;
+    }
+    if (d == dims.size()) return false;
+  }
+}
+
+ByteRange byte_range(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return {nullptr, nullptr};
+  int64_t reach = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) reach += (tensor.size(d) - 1) * tensor.stride(d);
+  const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + (reach + 1) * static_cast<int64_t>(tensor.element_size())};
+}
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,47 @@
+// What the kernels may be given: dtypes, layouts, and memory that does not overlap.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../tensor_table.h"
+
+namespace momentum_ext::binding {
+
+// A StridedLayout together with the memory it points to.
+struct OwnedLayout {
+  std::vector<StridedDim> dims;
+  StridedLayout layout{};
+};
+
+// The kernels' dtype for a real or complex dtype of torch; a complex element is two real ones. std::nullopt: not one of ours.
+std::optional<Dtype> kernel_dtype(at::ScalarType dtype);
+
+// True for an ordinary dense CPU tensor: strided, no tensor subclass that intercepts operators, no pending negation or
+// conjugation, not wrapped by a function transform.
+bool is_plain_cpu(const at::Tensor& tensor);
+
+// The dispatch keys of such a tensor, unless it was made in inference mode.
+c10::DispatchKeySet plain_cpu_keys();
+
+// How to walk the three tensors (which have the same sizes) in step, in the parameter's order in memory; nullptr when they
+// share one dense layout and can be walked as flat arrays. `buffer` may be undefined.
+std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,
+                                           const at::Tensor& buffer);
+
+// True when two elements of the tensor share a place in memory.
+bool overlaps_itself(const at::Tensor& tensor);
+
+// The bytes from a tensor's first to past its last element in memory.
+struct ByteRange {
+  const char* begin;
+  const char* end;
+
+  bool overlaps(const ByteRange& other) const { return begin < other.end && other.begin < end; }
+};
+ByteRange byte_range(const at::Tensor& tensor);
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,520 @@
+#include "step_plan.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "../momentum.h"
+
+namespace momentum_ext::binding {
+namespace {
+
+// From this many elements on the GIL is released while the kernel runs. Fewer take a small part of the interpreter's own
+// switch interval of 5 ms, and releasing means holding references to all tensors.
+constexpr int64_t kElementsToReleaseGil = 1 << 21;
+
+PyObject* momentum_buffer_key() {
+  static PyObject* const key = PyUnicode_InternFromString("momentum_buffer");
+  return key;
+}
+
+template <typename T>
+std::string to_string(const T& value) {
+  std::ostringstream stream;
+  stream << value;
+  return stream.str();
+}
+
+ByteRange bytes_from(const void* data, int64_t num_bytes) {
+  const auto* begin = static_cast<const char*>(data);
+  return {begin, begin + num_bytes};
+}
+
+int64_t num_bytes(const c10::impl::SizesAndStrides& shape, int64_t itemsize) {
+  int64_t reach = 0;
+  for (size_t d = 0; d < shape.size(); ++d) {
+    if (shape.size_at_unchecked(d) == 0) return 0;
+    reach += (shape.size_at_unchecked(d) - 1) * shape.stride_at_unchecked(d);
+  }
+  return (reach + 1) * itemsize;
+}
+
+c10::impl::SizesAndStrides shape_of(const at::Tensor& tensor) {
+  c10::impl::SizesAndStrides shape;
+  shape.set_sizes(tensor.sizes());
+  shape.set_strides(tensor.strides());
+  return shape;
+}
+
+bool same_shape(const c10::impl::SizesAndStrides& shape, const c10::TensorImpl& tensor) {
+  return tensor.sizes() == shape.sizes_arrayref() && tensor.strides() == shape.strides_arrayref();
+}
+
+class GilReleased {
+ public:
+  explicit GilReleased(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
+  ~GilReleased() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+std::unique_lock<std::mutex> lock_without_gil(std::mutex& mutex) {
+  std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock.owns_lock()) {
+    const GilReleased released(true);
+    lock.lock();
+  }
+  return lock;
+}
+
+}  // namespace
+
+// ---- the two halves of a step --------------------------------------------------------------------------------------
+
+py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
+                          double inv_grad_scale) {
+  const auto lock = lock_without_gil(mutex_);
+  prepare(param_groups, state, inv_grad_scale);
+  if (for_torch_.empty()) {
+    update();
+    return py::none();
+  }
+  keep_alive();  // the caller runs Python code before it comes back
+  py::list positions;
+  for (const size_t i : for_torch_) {
+    positions.append(py::make_tuple(slots_[i].group, slots_[i].index));
+  }
+  return positions;
+}
+
+void StepPlan::run() {
+  const auto lock = lock_without_gil(mutex_);
+  update();
+}
+
+void StepPlan::discard() {
+  entries_.clear();
+  first_element_.clear();
+  entry_slot_.clear();
+  round_end_.clear();
+  written_.clear();
+  read_.clear();
+  kept_alive_.clear();
+  new_buffers_.clear();
+  for_torch_.clear();
+}
+
+void StepPlan::prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale) {
+  discard();
+  state_ = state.ptr();
+  const bool same_groups = read_groups(param_groups, inv_grad_scale);
+  if (!same_groups || !read_state(state_)) rebuild(state_);
+
+  first_element_.push_back(0);
+  for (size_t i = 0; i < slots_.size(); ++i) prepare_slot(i);
+  if (ranges_changed_) assign_rounds();
+  if (num_rounds_ == 1) {
+    round_end_.push_back(entries_.size());
+  } else {
+    sort_into_rounds();
+  }
+}
+
+void StepPlan::update() {
+  for (const NewBuffer& made : new_buffers_) {
+    const Slot& slot = slots_[made.slot];
+    const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
+    py::object fresh;
+    PyObject* target = slot.state_dict;
+    if (target == nullptr) {
+      fresh = py::dict();
+      target = fresh.ptr();
+      if (PyDict_SetItem(state_, slot.param_object, target) != 0) throw py::error_already_set();
+    }
+    if (PyDict_SetItem(target, momentum_buffer_key(), buffer.ptr()) != 0) {
+      throw py::error_already_set();
+    }
+  }
+  for (c10::TensorImpl* tensor : written_) tensor->bump_version();
+
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const bool release = !entries_.empty() && first_element_.back() >= kElementsToReleaseGil;
+  if (release) keep_alive();
+  {
+    const GilReleased released(release);
+    size_t start = 0;
+    for (const size_t end : round_end_) {
+      cpu::step({entries_.data() + start, first_element_.data() + start,
+                 static_cast<int64_t>(end - start), hyperparams_.data()},
+                threads);
+      start = end;
+    }
+  }
+  discard();
+}
+
+void StepPlan::keep_alive() {
+  const auto keep = [&](c10::TensorImpl* tensor) {
+    kept_alive_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
+                             tensor->unsafe_storage());
+  };
+  if (!kept_alive_.empty()) return;
+  for (c10::TensorImpl* tensor : written_) keep(tensor);
+  for (c10::TensorImpl* tensor : read_) keep(tensor);
+}
+
+// ---- comparing the optimizer with the plan -------------------------------------------------------------------------
+
+// Reads hyperparameters and parameter lists; false when the lists are not those of the plan.
+bool StepPlan::read_groups(const py::list& param_groups, double inv_grad_scale) {
+  const size_t num_groups = param_groups.size();
+  bool same = readers_.size() == num_groups && first_slot_.size() == num_groups + 1;
+  if (readers_.size() != num_groups) {
+    readers_.clear();
+    readers_.resize(num_groups);
+    hyperparams_.resize(num_groups);
+  }
+  params_.clear();
+  for (size_t g = 0; g < num_groups; ++g) {
+    PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
+    const std::string here = "param_groups[" + std::to_string(g) + "]";
+    if (!PyDict_Check(group)) {
+      throw py::type_error(here + ": expected a dict, got " + Py_TYPE(group)->tp_name);
+    }
+    PyObject* const params = readers_[g].read(group, g, inv_grad_scale, hyperparams_[g]);
+    if (!PyList_Check(params) && !PyTuple_Check(params)) {
+      throw py::type_error(here + "['params']: expected a list of tensors, got " +
+                           Py_TYPE(params)->tp_name);
+    }
+    params_.push_back(params);
+    if (!same) continue;
+    const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(params));
+    PyObject** const items = PySequence_Fast_ITEMS(params);
+    same = count == first_slot_[g + 1] - first_slot_[g];
+    for (size_t i = 0; same && i < count; ++i) {
+      same = items[i] == slots_[first_slot_[g] + i].param_object;
+    }
+  }
+  return same;
+}
+
+// Finds each parameter's state dict; false when the state's keys are not those of the plan, in the same order.
+bool StepPlan::read_state(PyObject* state) {
+  PyObject* key;
+  PyObject* value;
+  Py_ssize_t position = 0;
+  size_t n = 0;
+  for (; PyDict_Next(state, &position, &key, &value); ++n) {
+    if (n == state_keys_.size() || key != state_keys_[n].first) return false;
+    if (const ptrdiff_t slot = state_keys_[n].second; slot >= 0) slots_[slot].state_dict = value;
+  }
+  if (n != state_keys_.size()) return false;
+  for (const auto& [slot, first] : repeated_) slots_[slot].state_dict = slots_[first].state_dict;
+  return true;
+}
+
+void StepPlan::rebuild(PyObject* state) {
+  slots_.clear();
+  first_slot_.assign(1, 0);
+  repeated_.clear();
+  ranges_changed_ = true;
+  std::unordered_map<PyObject*, size_t> slot_of;
+  for (size_t g = 0; g < params_.size(); ++g) {
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(params_[g]);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      Slot slot;
+      slot.param_object = PySequence_Fast_GET_ITEM(params_[g], i);
+      slot.group = static_cast<uint32_t>(g);
+      slot.index = static_cast<uint32_t>(i);
+      const auto [first, is_new] = slot_of.try_emplace(slot.param_object, slots_.size());
+      if (!is_new) repeated_.emplace_back(slots_.size(), first->second);
+      slots_.push_back(std::move(slot));
+    }
+    first_slot_.push_back(slots_.size());
+  }
+  state_keys_.clear();
+  PyObject* key;
+  PyObject* value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(state, &position, &key, &value)) {
+    const auto found = slot_of.find(key);
+    state_keys_.emplace_back(key, found == slot_of.end() ? -1 : static_cast<ptrdiff_t>(found->second));
+  }
+  read_state(state);
+}
+
+// ---- one tensor ----------------------------------------------------------------------------------------------------
+
+void StepPlan::prepare_slot(size_t i) {
+  Slot& slot = slots_[i];
+  if (!THPVariable_Check(slot.param_object)) {
+    throw py::type_error(name_of(slot) + ": expected a tensor, got " +
+                         Py_TYPE(slot.param_object)->tp_name);
+  }
+  const at::Tensor& param = THPVariable_Unpack(slot.param_object);
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  if (!grad.defined()) return;
+
+  const bool has_momentum = hyperparams_[slot.group].has_momentum;
+  const at::Tensor* buffer = has_momentum ? find_buffer(slot) : nullptr;
+  const bool is_first_step = has_momentum && buffer == nullptr;
+  if (is_first_step) {
+    examine(slot, param, grad, at::Tensor());
+    if (slot.path != Path::kTorch) {
+      new_buffers_.push_back({i, at::empty_like(param, {}, at::MemoryFormat::Preserve)});
+      buffer = &new_buffers_.back().tensor;
+      examine(slot, param, grad, *buffer);
+    }
+  } else if (!is_unchanged(slot, param, grad, buffer)) {
+    examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
+  }
+  if (slot.path == Path::kTorch) {
+    for_torch_.push_back(i);
+    return;
+  }
+
+  const void* const grad_data = grad.unsafeGetTensorImpl()->data();
+  const int64_t reals = slot.is_complex ? 2 * slot.numel : slot.numel;
+  entries_.push_back({slot.param_data, grad_data, slot.buffer_data,
+                      slot.shapes != nullptr && slot.shapes->layout != nullptr
+                          ? &slot.shapes->layout->layout
+                          : nullptr,
+                      reals, slot.group, *kernel_dtype(slot.param_dtype),
+                      *kernel_dtype(slot.grad_dtype),
+                      has_momentum ? *kernel_dtype(slot.buffer_dtype) : Dtype::kFloat32,
+                      is_first_step});
+  first_element_.push_back(first_element_.back() + reals);
+  entry_slot_.push_back(i);
+  written_.push_back(param.unsafeGetTensorImpl());
+  if (has_momentum) written_.push_back(buffer->unsafeGetTensorImpl());
+  read_.push_back(grad.unsafeGetTensorImpl());
+}
+
+// The tensor at opt.state[p]["momentum_buffer"]; nullptr when there is none or it is None.
+const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
+  if (slot.state_dict == nullptr) return nullptr;
+  if (!PyDict_Check(slot.state_dict)) {
+    throw py::type_error("state of " + name_of(slot) + ": expected a dict, got " +
+                         Py_TYPE(slot.state_dict)->tp_name);
+  }
+  PyObject* key;
+  PyObject* buffer;
+  Py_ssize_t position = 0;
+  if (!PyDict_Next(slot.state_dict, &position, &key, &buffer)) return nullptr;
+  if (key != momentum_buffer_key()) {
+    buffer = PyDict_GetItemWithError(slot.state_dict, momentum_buffer_key());
+    if (buffer == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  }
+  if (buffer == nullptr || buffer == Py_None) return nullptr;
+  if (!THPVariable_Check(buffer)) {
+    throw py::type_error("state of " + name_of(slot) +
+                         ": expected a tensor as \"momentum_buffer\", got " +
+                         Py_TYPE(buffer)->tp_name + "; delete the entry to start from no momentum");
+  }
+  return &THPVariable_Unpack(buffer);
+}
+
+bool StepPlan::is_unchanged(const Slot& slot, const at::Tensor& param, const at::Tensor& grad,
+                            const at::Tensor* buffer) const {
+  if (slot.path != Path::kContiguous && slot.path != Path::kLayout) return false;
+  if (slot.has_buffer != (buffer != nullptr)) return false;
+  if (readers_[slot.group].needs_torch()) return false;
+  c10::TensorImpl& p = *param.unsafeGetTensorImpl();
+  const c10::TensorImpl& g = *grad.unsafeGetTensorImpl();
+  c10::TensorImpl* const b = buffer == nullptr ? nullptr : buffer->unsafeGetTensorImpl();
+  const c10::DispatchKeySet keys = plain_cpu_keys();
+  if (p.key_set() != keys || g.key_set() != keys) return false;
+  if (p.dtype() != slot.param_dtype || g.dtype() != slot.grad_dtype) return false;
+  if (p.mutable_data() != slot.param_data) return false;
+  if (slot.path == Path::kContiguous) {
+    if (!p.is_contiguous() || p.numel() != slot.numel) return false;
+    if (!g.is_contiguous() || g.sizes() != p.sizes()) return false;
+  } else if (!same_shape(slot.shapes->param, p) || !same_shape(slot.shapes->grad, g)) {
+    return false;
+  }
+  const auto itemsize_of = [](c10::ScalarType dtype) {
+    return static_cast<int64_t>(c10::elementSize(dtype));
+  };
+  const auto range = [&](const void* data, c10::ScalarType dtype,
+                         const c10::impl::SizesAndStrides* shape) {
+    const int64_t bytes = shape != nullptr ? num_bytes(*shape, itemsize_of(dtype))
+                                           : slot.numel * itemsize_of(dtype);
+    return bytes_from(data, bytes);
+  };
+  const Shapes* const shapes = slot.shapes.get();
+  const ByteRange grad_range = range(g.data(), slot.grad_dtype, shapes ? &shapes->grad : nullptr);
+  if (grad_range.overlaps(range(slot.param_data, slot.param_dtype, shapes ? &shapes->param : nullptr))) {
+    return false;
+  }
+  if (b != nullptr) {
+    if (grad_range.overlaps(range(slot.buffer_data, slot.buffer_dtype, shapes ? &shapes->buffer : nullptr))) {
+      return false;
+    }
+    if (b->key_set() != keys || b->dtype() != slot.buffer_dtype) return false;
+    if (b->mutable_data() != slot.buffer_data) return false;
+    if (slot.path == Path::kContiguous) {
+      if (!b->is_contiguous() || b->sizes() != p.sizes()) return false;
+    } else if (!same_shape(slot.shapes->buffer, *b)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Chooses the path of a tensor that is new or changed, or raises.
+void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& grad,
+                       const at::Tensor& buffer) {
+  slot.path = Path::kUnknown;
+  slot.shapes.reset();
+  ranges_changed_ = true;
+  const auto check_written = [&](const at::Tensor& tensor, const std::string& name) {
+    if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
+      throw std::runtime_error(
+          name + ": an inference tensor cannot be updated outside torch.inference_mode(); clone() it "
+                 "outside inference mode first");
+    }
+    if (tensor.layout() == at::kStrided && overlaps_itself(tensor)) {
+      throw std::runtime_error(name + ": several of its elements share one place in memory (shape " +
+                               to_string(tensor.sizes()) + ", strides " +
+                               to_string(tensor.strides()) +
+                               "), so it cannot be updated in place; clone() it first");
+    }
+  };
+  const auto check_sizes = [&](const at::Tensor& tensor, const std::string& name,
+                               const char* remedy) {
+    if (tensor.sizes() != param.sizes()) {
+      throw std::runtime_error(name + ": expected the shape of its parameter, " +
+                               to_string(param.sizes()) + ", got " + to_string(tensor.sizes()) +
+                               "; " + remedy);
+    }
+  };
+  check_written(param, name_of(slot));
+  check_sizes(grad, "gradient of " + name_of(slot), "set it to None or recompute it");
+  if (buffer.defined()) {
+    check_written(buffer, "momentum_buffer of " + name_of(slot));
+    check_sizes(buffer, "momentum_buffer of " + name_of(slot),
+                "delete it from the optimizer's state to start from no momentum");
+  }
+
+  const bool all_plain = is_plain_cpu(param) && is_plain_cpu(grad) &&
+                         (!buffer.defined() || is_plain_cpu(buffer));
+  const auto has_kernel = [&](const at::Tensor& tensor) {
+    if (!kernel_dtype(tensor.scalar_type())) return false;
+    return param.is_complex() ? tensor.scalar_type() == param.scalar_type() : !tensor.is_complex();
+  };
+  const bool all_dtypes = has_kernel(param) && has_kernel(grad) &&
+                          (!buffer.defined() || has_kernel(buffer));
+  const auto shares_memory = [](const at::Tensor& a, const at::Tensor& b) {
+    return byte_range(a).overlaps(byte_range(b));
+  };
+  if (readers_[slot.group].needs_torch() || !all_plain || !all_dtypes) {
+    slot.path = Path::kTorch;
+    return;
+  }
+  // A gradient may be its own parameter (each element is read before it is written), but overlap in no other way.
+  const bool is_own_grad = grad.const_data_ptr() == param.const_data_ptr() &&
+                           grad.strides() == param.strides() &&
+                           grad.scalar_type() == param.scalar_type();
+  if ((shares_memory(param, grad) && !is_own_grad) ||
+      (buffer.defined() && (shares_memory(buffer, grad) || shares_memory(buffer, param)))) {
+    slot.path = Path::kTorch;
+    return;
+  }
+
+  slot.numel = param.numel();
+  slot.is_complex = param.is_complex();
+  slot.has_buffer = buffer.defined();
+  slot.param_dtype = param.scalar_type();
+  slot.grad_dtype = grad.scalar_type();
+  slot.buffer_dtype = buffer.defined() ? buffer.scalar_type() : at::ScalarType::Undefined;
+  slot.param_data = param.mutable_data_ptr();
+  slot.buffer_data = buffer.defined() ? buffer.mutable_data_ptr() : nullptr;
+  if (param.is_contiguous() && grad.is_contiguous() &&
+      (!buffer.defined() || buffer.is_contiguous())) {
+    slot.path = Path::kContiguous;
+    return;
+  }
+  slot.shapes = std::make_unique<Shapes>();
+  slot.shapes->param = shape_of(param);
+  slot.shapes->grad = shape_of(grad);
+  if (buffer.defined()) slot.shapes->buffer = shape_of(buffer);
+  slot.shapes->layout = common_layout(param, grad, buffer);
+  slot.path = Path::kLayout;
+}
+
+std::string StepPlan::name_of(const Slot& slot) const {
+  return "param_groups[" + std::to_string(slot.group) + "]['params'][" + std::to_string(slot.index) +
+         "]";
+}
+
+// ---- parameters that share memory ----------------------------------------------------------------------------------
+
+// Gives each tensor a round that comes after those of all earlier tensors whose memory it touches: torch's for-loop updates
+// one after the other, and so must we where the order shows.
+void StepPlan::assign_rounds() {
+  struct Range {
+    ByteRange bytes;
+    size_t slot;
+  };
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    slot.round = 0;
+    if (slot.path != Path::kContiguous && slot.path != Path::kLayout) continue;
+    const auto add = [&](void* data, at::ScalarType dtype, const c10::impl::SizesAndStrides* shape) {
+      const auto itemsize = static_cast<int64_t>(c10::elementSize(dtype));
+      const int64_t bytes = shape != nullptr ? num_bytes(*shape, itemsize) : slot.numel * itemsize;
+      if (bytes > 0) ranges.push_back({bytes_from(data, bytes), i});
+    };
+    Shapes* const shapes = slot.shapes.get();
+    add(slot.param_data, slot.param_dtype, shapes ? &shapes->param : nullptr);
+    if (slot.has_buffer) add(slot.buffer_data, slot.buffer_dtype, shapes ? &shapes->buffer : nullptr);
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.bytes.begin < b.bytes.begin; });
+
+  std::vector<std::pair<size_t, size_t>> conflicts;  // later slot, earlier slot
+  std::vector<Range> open;                           // ranges that reach past the current one's begin
+  for (const Range& range : ranges) {
+    std::erase_if(open, [&](const Range& other) { return other.bytes.end <= range.bytes.begin; });
+    for (const Range& other : open) {
+      if (other.slot != range.slot) conflicts.push_back(std::minmax(other.slot, range.slot, std::greater<>()));
+    }
+    open.push_back(range);
+  }
+  std::sort(conflicts.begin(), conflicts.end());
+  num_rounds_ = 1;
+  for (const auto& [later, earlier] : conflicts) {
+    slots_[later].round = std::max(slots_[later].round, slots_[earlier].round + 1);
+    num_rounds_ = std::max(num_rounds_, slots_[later].round + 1);
+  }
+  ranges_changed_ = false;
+}
+
+void StepPlan::sort_into_rounds() {
+  std::vector<size_t> order(entries_.size());
+  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
+  const auto round_of = [&](size_t k) { return slots_[entry_slot_[k]].round; };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return round_of(a) < round_of(b); });
+  const std::vector<TensorEntry> unsorted = entries_;
+  for (size_t k = 0; k < order.size(); ++k) {
+    entries_[k] = unsorted[order[k]];
+    first_element_[k + 1] = first_element_[k] + entries_[k].numel;
+    if (k > 0 && round_of(order[k]) != round_of(order[k - 1])) round_end_.push_back(k);
+  }
+  round_end_.push_back(entries_.size());
+}
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,118 @@
+// The step plan: what a step needs to know about every parameter, built once and brought up to date by comparing.
+//
+// Nothing about a tensor is assumed to be as it was: each step reads the parameter lists, the groups' hyperparameters, the
+// gradients and the optimizer's state again, and compares them with the plan. The plan holds no reference to a tensor
+// between steps, so it keeps no memory alive and takes part in no reference cycle. Addresses that it remembers are compared,
+// never followed; those that it follows were read from the optimizer in the same step.
+//
+// A step has two halves. Preparing checks everything and allocates new momentum buffers, but writes nothing that a user can
+// see. Running inserts the new buffers into the state and updates. Tensors that the kernels are not made for are handed to
+// the caller for torch's own path in between.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../tensor_table.h"
+#include "group_reader.h"
+#include "layout.h"
+
+namespace momentum_ext::binding {
+
+class StepPlan {
+ public:
+  // Updates all tensors that have a gradient and returns None. When some of them need torch's path it writes nothing and
+  // returns a list of their (group, index in group): the caller treats those and then calls run(), or discard() on an error.
+  py::object step(const py::list& param_groups, const py::dict& state, double inv_grad_scale);
+  void run();
+  void discard();
+
+ private:
+  // How the kernels reach a tensor, and how it is compared with the plan.
+  enum class Path : uint8_t {
+    kUnknown,     // not examined yet
+    kContiguous,  // parameter, gradient and buffer contiguous: the comparison is short
+    kLayout,      // any other layout: sizes and strides are compared as well
+    kTorch,       // not for the kernels; examined anew in each step
+  };
+
+  // The tensors' shapes, and how to walk them together, when they are not all contiguous.
+  struct Shapes {
+    c10::impl::SizesAndStrides param;
+    c10::impl::SizesAndStrides grad;
+    c10::impl::SizesAndStrides buffer;
+    std::unique_ptr<OwnedLayout> layout;  // nullptr: one dense layout, walked as flat arrays
+  };
+
+  // One position in one parameter list, with what was true of its tensors when its path was chosen.
+  struct Slot {
+    PyObject* param_object = nullptr;
+    PyObject* state_dict = nullptr;  // opt.state[p], borrowed, read in each step; nullptr when there is none
+    void* param_data = nullptr;
+    void* buffer_data = nullptr;
+    int64_t numel = 0;
+    uint32_t group = 0;
+    uint32_t index = 0;  // in the group's list
+    Path path = Path::kUnknown;
+    bool has_buffer = false;
+    bool is_complex = false;
+    c10::ScalarType param_dtype{};
+    c10::ScalarType grad_dtype{};
+    c10::ScalarType buffer_dtype{};
+    uint32_t round = 0;  // tensors that share memory are updated one round after the other
+    std::unique_ptr<Shapes> shapes;
+  };
+
+  struct NewBuffer {
+    size_t slot;
+    at::Tensor tensor;
+  };
+
+  bool read_groups(const py::list& param_groups, double inv_grad_scale);
+  bool read_state(PyObject* state);
+  void rebuild(PyObject* state);
+  void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale);
+  void prepare_slot(size_t i);
+  const at::Tensor* find_buffer(const Slot& slot) const;
+  bool is_unchanged(const Slot& slot, const at::Tensor& param, const at::Tensor& grad,
+                    const at::Tensor* buffer) const;
+  void examine(Slot& slot, const at::Tensor& param, const at::Tensor& grad, const at::Tensor& buffer);
+  void assign_rounds();
+  void sort_into_rounds();
+  void keep_alive();
+  void update();
+  std::string name_of(const Slot& slot) const;
+
+  std::mutex mutex_;  // a second thread that steps the same optimizer waits its turn
+
+  // The plan.
+  std::vector<GroupReader> readers_;
+  std::vector<Hyperparams> hyperparams_;  // one for each reader
+  std::vector<Slot> slots_;
+  std::vector<size_t> first_slot_;                            // of each group, and the end
+  std::vector<std::pair<PyObject*, ptrdiff_t>> state_keys_;   // the state's keys in order; their slot, or -1
+  std::vector<std::pair<size_t, size_t>> repeated_;           // a slot, and the earlier one of the same parameter
+  uint32_t num_rounds_ = 1;
+  bool ranges_changed_ = false;
+
+  // This step. The vectors keep their capacity, so that a step allocates nothing once warm.
+  PyObject* state_ = nullptr;
+  std::vector<PyObject*> params_;  // the groups' lists, borrowed
+  std::vector<TensorEntry> entries_;
+  std::vector<int64_t> first_element_;
+  std::vector<size_t> entry_slot_;
+  std::vector<size_t> round_end_;        // index into entries_
+  std::vector<c10::TensorImpl*> written_;  // parameters and buffers
+  std::vector<c10::TensorImpl*> read_;     // gradients
+  std::vector<std::pair<c10::intrusive_ptr<c10::TensorImpl>, c10::Storage>> kept_alive_;
+  std::vector<NewBuffer> new_buffers_;
+  std::vector<size_t> for_torch_;
+};
+
+}  // namespace momentum_ext::binding

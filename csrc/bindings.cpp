@@ -1,0 +1,68 @@
+// The Python module: momentum_ext._C.
+#include <ATen/record_function.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <map>
+#include <string>
+
+#include "binding/step_plan.h"
+#include "momentum.h"
+
+namespace momentum_ext::binding {
+namespace {
+
+std::map<std::string, std::string> build_info() {
+#if defined(__clang__)
+  const std::string compiler = std::string("clang++ ") + __clang_version__;
+#else
+  const std::string compiler = std::string("g++ ") + __VERSION__;
+#endif
+  return {
+      {"compiler", compiler},
+      {"cuda", "none"},
+      {"threads", cpu::has_threads() ? "torch's OpenMP" : "none (no OpenMP runtime found in this process)"},
+  };
+}
+
+// The environment's choice of an instruction set, before anything can run.
+void choose_isa_from_environment() {
+  const char* const name = std::getenv("MOMENTUM_EXT_ISA");
+  if (name == nullptr || *name == '\0') return;
+  try {
+    cpu::set_isa(name);
+  } catch (const std::invalid_argument& error) {
+    throw py::import_error(std::string("MOMENTUM_EXT_ISA: ") + error.what());
+  }
+}
+
+// torch's own errors carry a C++ stack trace that users do not want to read.
+void translate_torch_error(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const c10::Error& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  choose_isa_from_environment();
+  py::register_local_exception_translator(translate_torch_error);
+
+  py::class_<StepPlan>(m, "StepPlan")
+      .def(py::init<>())
+      .def("step", &StepPlan::step, py::arg("param_groups"), py::arg("state"),
+           py::arg("inv_grad_scale") = 1.0)
+      .def("run", &StepPlan::run)
+      .def("discard", &StepPlan::discard);
+  m.def("isa", &cpu::isa);
+  m.def("isas", &cpu::isas);
+  m.def("set_isa", &cpu::set_isa, py::arg("name"));
+  m.def("build_info", &build_info);
+  m.def("has_record_function_callbacks", &at::hasCallbacks);
+}
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,35 @@
+// The loop for x86-64 with AVX2, FMA and F16C.
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace momentum_ext::cpu {
+namespace avx2 {
+namespace {
+using FmaPolicy = FusedMultiplyAdd;
+
+#include "half_f16c.h"
+#include "loop.h"
+}  // namespace
+}  // namespace avx2
+
+const RunFn kRunAvx2 = avx2::run;
+}  // namespace momentum_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+const momentum_ext::cpu::RunFn momentum_ext::cpu::kRunAvx2 = nullptr;
+#endif

@@ -1,0 +1,28 @@
+// The loop for any x86-64, and for machines that have no file of their own here. No fma: torch has none there either, so the
+// result is that of torch at ATEN_CPU_CAPABILITY=default.
+#include "isa.h"
+
+#if !defined(__aarch64__)
+namespace momentum_ext::cpu {
+namespace baseline {
+namespace {
+using FmaPolicy = SeparateMultiplyAdd;
+
+void half_to_float(const Float16* source, int64_t n, float* tile) {
+  for (int64_t i = 0; i < n; ++i) tile[i] = load(source[i]);
+}
+
+void float_to_half(const float* tile, int64_t n, Float16* target) {
+  for (int64_t i = 0; i < n; ++i) store(target[i], tile[i]);
+}
+
+#include "loop.h"
+}  // namespace
+}  // namespace baseline
+
+const RunFn kRunBaseline = baseline::run;
+}  // namespace momentum_ext::cpu
+
+#else
+const momentum_ext::cpu::RunFn momentum_ext::cpu::kRunBaseline = nullptr;
+#endif

@@ -1,0 +1,38 @@
+// The loop for 64-bit Arm, which always has NEON, fma and the conversion of fp16.
+#include "isa.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+namespace momentum_ext::cpu {
+namespace neon {
+namespace {
+using FmaPolicy = FusedMultiplyAdd;
+
+void half_to_float(const Float16* source, int64_t n, float* tile) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    const uint16x4_t half = vld1_u16(&source[i].bits);
+    vst1q_f32(tile + i, vcvt_f32_f16(vreinterpret_f16_u16(half)));
+  }
+  for (; i < n; ++i) tile[i] = load(source[i]);
+}
+
+void float_to_half(const float* tile, int64_t n, Float16* target) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    vst1_u16(&target[i].bits, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(tile + i))));
+  }
+  for (; i < n; ++i) store(target[i], tile[i]);
+}
+
+#include "loop.h"
+}  // namespace
+}  // namespace neon
+
+const RunFn kRunNeon = neon::run;
+}  // namespace momentum_ext::cpu
+
+#else
+const momentum_ext::cpu::RunFn momentum_ext::cpu::kRunNeon = nullptr;
+#endif

@@ -1,0 +1,98 @@
+// The CPU backend: which instruction set runs, and how a step is divided among threads.
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "../momentum.h"
+#include "isa.h"
+#include "thread_team.h"
+
+namespace momentum_ext::cpu {
+namespace {
+
+// Below this many elements for each thread, waking another thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 32768;
+
+struct Implementation {
+  const char* name;
+  RunFn run;
+};
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+// Best first.
+const std::vector<Implementation>& implementations() {
+  static const std::vector<Implementation> list = [] {
+    std::vector<Implementation> usable;
+    if (kRunAvx512 != nullptr && has_avx512()) usable.push_back({"avx512", kRunAvx512});
+    if (kRunAvx2 != nullptr && has_avx2()) usable.push_back({"avx2", kRunAvx2});
+    if (kRunNeon != nullptr) usable.push_back({"neon", kRunNeon});
+    if (kRunBaseline != nullptr) usable.push_back({"baseline", kRunBaseline});
+    return usable;
+  }();
+  return list;
+}
+
+std::atomic<const Implementation*>& current() {
+  static std::atomic<const Implementation*> chosen{&implementations().front()};
+  return chosen;
+}
+
+}  // namespace
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Implementation& each : implementations()) names.emplace_back(each.name);
+  return names;
+}
+
+std::string isa() { return current().load()->name; }
+
+void set_isa(const std::string& name) {
+  std::string choices;
+  for (const Implementation& each : implementations()) {
+    if (name == each.name) {
+      current().store(&each);
+      return;
+    }
+    choices += (choices.empty() ? "" : ", ") + std::string(each.name);
+  }
+  throw std::invalid_argument("unknown or unsupported instruction set '" + name +
+                              "'; this machine can run: " + choices);
+}
+
+bool has_threads() { return has_thread_team(); }
+
+void step(const TensorTable& table, int max_threads) {
+  const RunFn run = current().load(std::memory_order_relaxed)->run;
+  const int64_t begin = table.first_element[0];
+  const int64_t end = table.first_element[table.num_entries];
+  const int64_t worthwhile = (end - begin) / kElementsPerThread;
+  const int num_tasks = static_cast<int>(std::min<int64_t>(max_threads, worthwhile));
+  if (num_tasks <= 1 || !has_thread_team() || is_forked_child.load(std::memory_order_relaxed)) {
+    run(table, begin, end);
+    return;
+  }
+  run_on_team(num_tasks, [&](int i) {
+    const auto share = [&](int64_t k) { return begin + (end - begin) * k / num_tasks; };
+    run(table, share(i), share(i + 1));
+  });
+}
+
+}  // namespace momentum_ext::cpu

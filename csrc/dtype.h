@@ -1,0 +1,91 @@
+// The dtypes of parameters, gradients and momentum buffers, and how 16-bit values are loaded and stored.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "update_rule.h"
+
+namespace momentum_ext {
+
+enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kNumDtypes = 4;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+constexpr int64_t itemsize(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// The type in which an element of type scalar_t is computed.
+template <typename scalar_t>
+struct OpMath {
+  using type = float;
+};
+template <>
+struct OpMath<double> {
+  using type = double;
+};
+
+namespace detail {
+MOMENTUM_EXT_INLINE float float_from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+MOMENTUM_EXT_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+}  // namespace detail
+
+// Loading widens and is exact.
+MOMENTUM_EXT_INLINE float load(float value) { return value; }
+MOMENTUM_EXT_INLINE double load(double value) { return value; }
+MOMENTUM_EXT_INLINE float load(BFloat16 value) {
+  return detail::float_from_bits(static_cast<uint32_t>(value.bits) << 16);
+}
+MOMENTUM_EXT_INLINE float load(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) {  // Inf, NaN
+    return detail::float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  }
+  const float absolute = magnitude < 0x400u  // subnormal: a multiple of 2^-24
+                             ? static_cast<float>(magnitude) * 0x1p-24f
+                             : detail::float_from_bits((magnitude << 13) + 0x38000000u);
+  return detail::float_from_bits(sign | detail::bits_of(absolute));
+}
+
+// Storing rounds once, to nearest, ties to even. NaN stays NaN.
+MOMENTUM_EXT_INLINE void store(float& out, float value) { out = value; }
+MOMENTUM_EXT_INLINE void store(double& out, double value) { out = value; }
+MOMENTUM_EXT_INLINE void store(BFloat16& out, float value) {
+  const uint32_t bits = detail::bits_of(value);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+MOMENTUM_EXT_INLINE void store(Float16& out, float value) {
+  const uint32_t bits = detail::bits_of(value);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t result;
+  if (magnitude > 0x7f800000u) {
+    result = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to Inf
+    result = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: subnormal; adding 0.5 makes the hardware round at bit 2^-24
+    result = detail::bits_of(detail::float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    result = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  }
+  out.bits = static_cast<uint16_t>(sign | result);
+}
+
+}  // namespace momentum_ext

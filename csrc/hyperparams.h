@@ -1,0 +1,33 @@
+// The hyperparameters of one parameter group, as a backend wants them: flags that choose a kernel, and its coefficients.
+#pragma once
+
+#include "update_rule.h"
+
+namespace momentum_ext {
+
+struct Hyperparams {
+  WeightDecay weight_decay = WeightDecay::kNone;
+  bool has_momentum = false;
+  bool nesterov = false;
+  Coefficients<double> f64{};
+  Coefficients<float> f32{};
+};
+
+template <typename opmath_t>
+inline const Coefficients<opmath_t>& coefficients(const Hyperparams& h) {
+  if constexpr (sizeof(opmath_t) == sizeof(double)) {
+    return h.f64;
+  } else {
+    return h.f32;
+  }
+}
+
+inline void round_to_float(Hyperparams& h) {
+  const Coefficients<double>& d = h.f64;
+  h.f32 = {static_cast<float>(d.grad_coef),      static_cast<float>(d.weight_decay),
+           static_cast<float>(d.momentum),       static_cast<float>(d.alpha),
+           static_cast<float>(d.first_alpha),    static_cast<float>(d.nesterov_alpha),
+           static_cast<float>(d.step)};
+}
+
+}  // namespace momentum_ext

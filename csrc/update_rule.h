@@ -1,0 +1,81 @@
+// The update of one element: the only place where a formula of the update stands.
+//
+//   g = grad_coef * grad                      unscaling and maximize; exactly the gradient when neither is asked for
+//   g = fma(weight_decay, p, g)               L2 weight decay
+//   b = fma(alpha, g, round(momentum * b))    first step of this tensor: b = first_alpha * g
+//   d = fma(momentum, b, nesterov_alpha * g)  Nesterov; otherwise d = b, and without momentum d = g
+//   p = fma(-step, d, p)
+//
+// With alpha = 1 - dampening, first_alpha = nesterov_alpha = 1 and step = lr this is torch.optim.SGD, to the bit. Other
+// formulations are other numbers, chosen on the host; the kernels never know which one runs. (nesterov_alpha is a number of
+// its own because torch does not dampen the gradient that Nesterov adds.)
+//
+// Compile with contraction off (-ffp-contract=off): every rounding is then the one written here, so that the result depends
+// neither on the compiler, nor on the vector width, nor on where in a vector an element falls.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MOMENTUM_EXT_INLINE __host__ __device__ __forceinline__
+#else
+#define MOMENTUM_EXT_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace momentum_ext {
+
+enum class WeightDecay : uint8_t { kNone, kL2 };
+enum class Momentum : uint8_t { kNone, kFirstStep, kLaterStep };
+
+// What the formulas need, rounded once from double to the type they are computed in.
+template <typename opmath_t>
+struct Coefficients {
+  opmath_t grad_coef;  // (maximize ? -1 : 1) / grad_scale
+  opmath_t weight_decay;
+  opmath_t momentum;
+  opmath_t alpha;
+  opmath_t first_alpha;
+  opmath_t nesterov_alpha;
+  opmath_t step;
+};
+
+// How a * b + c is rounded. Hardware without fma rounds twice, and so does torch on it.
+struct FusedMultiplyAdd {
+  static MOMENTUM_EXT_INLINE float apply(float a, float b, float c) {
+    return __builtin_fmaf(a, b, c);
+  }
+  static MOMENTUM_EXT_INLINE double apply(double a, double b, double c) {
+    return __builtin_fma(a, b, c);
+  }
+};
+struct SeparateMultiplyAdd {
+  template <typename opmath_t>
+  static MOMENTUM_EXT_INLINE opmath_t apply(opmath_t a, opmath_t b, opmath_t c) {
+    return a * b + c;
+  }
+};
+
+template <typename Fma, WeightDecay kWeightDecay, Momentum kMomentum, bool kNesterov,
+          typename opmath_t>
+MOMENTUM_EXT_INLINE void update_element(const Coefficients<opmath_t>& c, opmath_t grad,
+                                        opmath_t& param, opmath_t& buffer) {
+  opmath_t g = c.grad_coef * grad;
+  if constexpr (kWeightDecay == WeightDecay::kL2) {
+    g = Fma::apply(c.weight_decay, param, g);
+  }
+  opmath_t direction = g;
+  if constexpr (kMomentum != Momentum::kNone) {
+    if constexpr (kMomentum == Momentum::kFirstStep) {
+      buffer = c.first_alpha * g;
+    } else {
+      buffer = Fma::apply(c.alpha, g, c.momentum * buffer);
+    }
+    direction = buffer;
+    if constexpr (kNesterov) {
+      direction = Fma::apply(c.momentum, buffer, c.nesterov_alpha * g);
+    }
+  }
+  param = Fma::apply(-c.step, direction, param);
+}
+
+}  // namespace momentum_ext

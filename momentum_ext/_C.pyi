@@ -1,0 +1,38 @@
+"""The compiled module: csrc/bindings.cpp."""
+
+from typing import Any
+
+from torch import Tensor
+
+class StepPlan:
+    """What a step needs to know about every parameter, built once and refreshed by comparing."""
+
+    def __init__(self) -> None: ...
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        inv_grad_scale: float = 1.0,
+    ) -> list[tuple[int, int]] | None:
+        """Update everything and return None; or write nothing and return the (group, index) that need torch's path.
+
+        After those have been treated, call :meth:`run`, or :meth:`discard` on an error.
+        """
+
+    def run(self) -> None: ...
+    def discard(self) -> None: ...
+
+def isa() -> str:
+    """The instruction set in use."""
+
+def isas() -> list[str]:
+    """The instruction sets that this build has and this machine can run, best first."""
+
+def set_isa(name: str) -> None:
+    """Use one of :func:`isas`. Raises ValueError for any other name."""
+
+def build_info() -> dict[str, str]:
+    """Compiler, CUDA and threads of this build."""
+
+def has_record_function_callbacks() -> bool:
+    """True while a profiler or another observer of torch's operators is active."""

@@ -1,0 +1,16 @@
+"""FusedMomentum: everything that torch.optim.SGD does with momentum, in one pass over memory.
+
+    optimizer = momentum_ext.FusedMomentum(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+See `FusedMomentum` for what is supported and `momentum_ext.reference` for the rule in plain torch.
+"""
+
+from momentum_ext._config import import_compiled_module, show_config
+
+__version__ = "0.1.0"
+
+import_compiled_module()  # or an ImportError that says what to do, before anything else needs it
+
+from momentum_ext.optimizer import FusedMomentum  # noqa: E402
+
+__all__ = ["FusedMomentum", "__version__", "show_config"]

@@ -1,0 +1,237 @@
+"""FusedMomentum: torch.optim.SGD's momentum and Nesterov in one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import (
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+from torch.optim.sgd import sgd
+
+from momentum_ext import _C
+
+__all__ = ["FusedMomentum"]
+
+
+class FusedMomentum(SGD):
+    r"""Momentum and Nesterov SGD that updates a whole list of tensors in one pass.
+
+    Takes the place of :class:`torch.optim.SGD`: the same arguments, the same ``param_groups`` and state (``"momentum_buffer"``), state
+    dicts that load into either, and in fp32 and fp64 the same bits as ``SGD(foreach=False, fused=False)``. For each element,
+    with :math:`g` the gradient (negated if ``maximize``), :math:`p` the parameter, :math:`b` the momentum buffer:
+
+    .. math::
+        g &\leftarrow g + \lambda p                     &&\text{if weight\_decay } \lambda \neq 0 \\
+        b &\leftarrow \mu b + (1 - \tau) g              &&\text{momentum } \mu \text{, dampening } \tau;
+                                                            \text{ first step of a tensor: } b \leftarrow g \\
+        d &\leftarrow g + \mu b \text{ if nesterov, else } b \\
+        p &\leftarrow p - \gamma d                      &&\text{lr } \gamma
+
+    This is the formula of :class:`torch.optim.SGD`; Nesterov's form is that of Sutskever et al., "On the importance of
+    initialization and momentum in deep learning" (ICML 2013), seen from the look-ahead point.
+
+    16-bit tensors are computed in fp32 and rounded once for each stored value. A momentum buffer has its parameter's dtype and
+    layout; one that is loaded in another dtype or layout is used as it is.
+
+    Args:
+        params: tensors or dicts of parameter groups, of any shape and layout. fp32, fp64, bf16, fp16, complex64 and complex128 tensors
+            on the CPU are fused, in one pass over all groups. Everything else that torch.optim.SGD can update (sparse gradients,
+            other dtypes and devices, tensor subclasses) takes torch's own path from the same step.
+        lr: learning rate, a float or a tensor of one element (default: 1e-3).
+        momentum: momentum factor (default: 0).
+        dampening: dampening of the gradient in the momentum buffer (default: 0).
+        weight_decay: L2 penalty, a float or a tensor of one element (default: 0).
+        nesterov: Nesterov momentum; needs momentum and no dampening (default: False).
+        maximize: maximize the objective instead of minimizing (default: False).
+        foreach: accepted so that one line is enough to change; has no effect.
+        differentiable: step through autograd; takes torch's path (default: False).
+        fused: accepted so that one line is enough to change; has no effect.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that cannot be
+            updated, with its position in ``param_groups``. When :meth:`step` raises, nothing has been written.
+
+    Example::
+
+        optimizer = momentum_ext.FusedMomentum(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.zero_grad()
+        loss_fn(model(input), target).backward()
+        optimizer.step()
+    """
+
+    # torch.amp.GradScaler then hands over grad_scale and found_inf instead of rewriting the gradients.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._plan = _C.StepPlan()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = _C.StepPlan()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: naming the tensor or the hyperparameter; nothing has been written.
+        """
+        # torch wraps a step in hooks and a profiler range at 20 us a call; here it is wrapped when there is someone to notice. A subclass
+        # that overrides step() has been wrapped by torch, and its hooks must not run twice.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _C.has_record_function_callbacks()
+        ) and getattr(type(self).step, "__wrapped__", None) is None:
+            return _observed_step(self) if closure is None else _observed_step(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch's word for "already wrapped"
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        inv_grad_scale = 1.0
+        attributes = self.__dict__
+        if "found_inf" in attributes or "grad_scale" in attributes:
+            found_inf = attributes.get("found_inf")
+            if found_inf is not None and float(found_inf) != 0:
+                return loss
+            inv_grad_scale = _reciprocal(attributes.get("grad_scale"))
+
+        if self.defaults["differentiable"]:
+            everything = [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
+            self._torch_step(everything, inv_grad_scale, differentiable=True)
+            return loss
+
+        for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale)
+        if for_torch is not None:
+            try:
+                self._check_torch_step(for_torch)
+                self._torch_step(for_torch, inv_grad_scale)
+            except BaseException:
+                self._plan.discard()
+                raise
+            self._plan.run()
+        return loss
+
+    def _torch_step(
+        self, positions: Iterable[tuple[int, int]], inv_grad_scale: float, differentiable: bool = False
+    ) -> None:
+        """Torch's own update of the tensors at these (group, index in group)."""
+        with torch.set_grad_enabled(differentiable):
+            for g, i in positions:
+                group = self.param_groups[g]
+                param = group["params"][i]
+                if param.grad is None:
+                    continue
+                grad = param.grad if inv_grad_scale == 1.0 else param.grad * inv_grad_scale
+                has_momentum = group["momentum"] != 0
+                buffers = [self.state[param].get("momentum_buffer") if has_momentum else None]
+                _torch_sgd(group, [param], [grad], buffers)
+                if has_momentum:
+                    self.state[param]["momentum_buffer"] = buffers[0]
+
+    def _check_torch_step(self, positions: Iterable[tuple[int, int]]) -> None:
+        """Let torch raise on one-element stand-ins what it would raise for these tensors, while nothing is written."""
+        with torch.no_grad():
+            for g, i in positions:
+                group = self.param_groups[g]
+                param = group["params"][i]
+                buffer = self.state[param].get("momentum_buffer") if param in self.state else None
+                _torch_sgd(
+                    group,
+                    [_stand_in(param)],
+                    [_stand_in(param.grad)],
+                    [_stand_in(buffer) if isinstance(buffer, Tensor) else None],
+                )
+
+
+def _torch_sgd(
+    group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]
+) -> None:
+    if isinstance(group["weight_decay"], Tensor) and group["weight_decay"].requires_grad:
+        grads = [grad.clone() for grad in grads]  # torch would write into it
+    sgd(
+        params,
+        grads,
+        buffers,
+        foreach=False,
+        fused=False,
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=group["dampening"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+    )
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of one element for each dimension, of the same kind: what torch refuses for it, it refuses for the original."""
+    shape = (1,) * tensor.dim()
+    if tensor.layout == torch.strided:
+        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    dense = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    if tensor.layout == torch.sparse_coo:
+        return dense.to_sparse(tensor.sparse_dim())
+    return dense.to_sparse(layout=tensor.layout)
+
+
+def _reciprocal(grad_scale: Tensor | float | None) -> float:
+    """1 / grad_scale, rounded to fp32 as GradScaler.unscale_ rounds it."""
+    if grad_scale is None:
+        return 1.0
+    return torch.tensor(1.0 / float(grad_scale), dtype=torch.float32).item()
+
+
+# torch's wrapper: a profiler range, the hooks, and the mark that its Python tracer looks for.
+_observed_step = Optimizer.profile_hook_step(FusedMomentum._step)
