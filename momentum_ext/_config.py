@@ -23,12 +23,11 @@ def import_compiled_module() -> None:
     """
     if not any((_PACKAGE / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         raise ImportError(
-            f"momentum_ext is not compiled for this Python: {_PACKAGE} has no _C{EXTENSION_SUFFIXES[0]}. "
-            f"{_remedy()}"
+            f"momentum_ext is not compiled for this Python: {_PACKAGE} has no _C{EXTENSION_SUFFIXES[0]}. {_remedy()}"
         )
     from momentum_ext import _build_info
 
-    if _build_info.TORCH_VERSION != torch.__version__:
+    if torch.__version__ != _build_info.TORCH_VERSION:
         raise ImportError(
             f"momentum_ext was built for torch {_build_info.TORCH_VERSION}, "
             f"but torch {torch.__version__} is running. {_remedy()}"
@@ -50,16 +49,16 @@ def show_config() -> None:
     """Print what was built, for which torch, and which instruction set is in use."""
     from momentum_ext import _C, __version__, _build_info
 
-    cuda = f"CUDA {_build_info.CUDA_VERSION}" if _build_info.CUDA_VERSION else "none (CPU build)"
+    build = _C.build_info()
     rows = {
         "momentum_ext": __version__,
         "built for torch": _build_info.TORCH_VERSION,
         "running torch": torch.__version__,
-        "compiler": _build_info.COMPILER,
+        "compiler": build["compiler"],
         "compiler flags": _build_info.CXX_FLAGS,
-        "CUDA": cuda,
+        "CUDA": _build_info.CUDA_VERSION or "none (CPU build)",
         "instruction set": f"{_C.isa()} (this machine can run: {', '.join(_C.isas())})",
-        "threads": f"{torch.get_num_threads()}",
+        "threads": f"{torch.get_num_threads()} ({build['threads']})",
     }
     width = max(map(len, rows))
     for name, value in rows.items():

@@ -11,6 +11,7 @@
 #include <unordered_map>
 
 #include "../momentum.h"
+#include "tensor_access.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -31,7 +32,7 @@ std::string to_string(const T& value) {
   return stream.str();
 }
 
-ByteRange bytes_from(const void* data, int64_t num_bytes) {
+MOMENTUM_EXT_INLINE ByteRange bytes_from(const void* data, int64_t num_bytes) {
   const auto* begin = static_cast<const char*>(data);
   return {begin, begin + num_bytes};
 }
@@ -104,15 +105,11 @@ void StepPlan::run() {
 }
 
 void StepPlan::discard() {
-  entries_.clear();
-  first_element_.clear();
-  entry_slot_.clear();
+  num_active_ = 0;
   round_end_.clear();
-  written_.clear();
-  read_.clear();
-  kept_alive_.clear();
   new_buffers_.clear();
   for_torch_.clear();
+  kept_alive_.clear();
 }
 
 void StepPlan::prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale) {
@@ -121,11 +118,16 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
   const bool same_groups = read_groups(param_groups, inv_grad_scale);
   if (!same_groups || !read_state(state_)) rebuild(state_);
 
-  first_element_.push_back(0);
-  for (size_t i = 0; i < slots_.size(); ++i) prepare_slot(i);
+  for (size_t g = 0; g < readers_.size(); ++g) {
+    const bool has_momentum = hyperparams_[g].has_momentum;
+    for (size_t i = first_slot_[g]; i < first_slot_[g + 1]; ++i) {
+      if (readers_[g].needs_torch()) slots_[i].path = Path::kUnknown;
+      prepare_slot(i, has_momentum);
+    }
+  }
   if (ranges_changed_) assign_rounds();
   if (num_rounds_ == 1) {
-    round_end_.push_back(entries_.size());
+    round_end_.push_back(num_active_);
   } else {
     sort_into_rounds();
   }
@@ -146,10 +148,13 @@ void StepPlan::update() {
       throw py::error_already_set();
     }
   }
-  for (c10::TensorImpl* tensor : written_) tensor->bump_version();
+  for (size_t k = 0; k < num_active_; ++k) {
+    active_[k].param->bump_version();
+    if (active_[k].buffer != nullptr) active_[k].buffer->bump_version();
+  }
 
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const bool release = !entries_.empty() && first_element_.back() >= kElementsToReleaseGil;
+  const bool release = first_element_[num_active_] >= kElementsToReleaseGil;
   if (release) keep_alive();
   {
     const GilReleased released(release);
@@ -164,14 +169,16 @@ void StepPlan::update() {
   discard();
 }
 
+// Holds on to this step's tensors while other code may run: Python's, or another thread's.
 void StepPlan::keep_alive() {
-  const auto keep = [&](c10::TensorImpl* tensor) {
-    kept_alive_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
-                             tensor->unsafe_storage());
-  };
   if (!kept_alive_.empty()) return;
-  for (c10::TensorImpl* tensor : written_) keep(tensor);
-  for (c10::TensorImpl* tensor : read_) keep(tensor);
+  for (size_t k = 0; k < num_active_; ++k) {
+    for (c10::TensorImpl* tensor : {active_[k].param, active_[k].grad, active_[k].buffer}) {
+      if (tensor == nullptr) continue;
+      kept_alive_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
+                               tensor->unsafe_storage());
+    }
+  }
 }
 
 // ---- comparing the optimizer with the plan -------------------------------------------------------------------------
@@ -188,13 +195,14 @@ bool StepPlan::read_groups(const py::list& param_groups, double inv_grad_scale) 
   params_.clear();
   for (size_t g = 0; g < num_groups; ++g) {
     PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
-    const std::string here = "param_groups[" + std::to_string(g) + "]";
     if (!PyDict_Check(group)) {
-      throw py::type_error(here + ": expected a dict, got " + Py_TYPE(group)->tp_name);
+      throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
+                           Py_TYPE(group)->tp_name);
     }
     PyObject* const params = readers_[g].read(group, g, inv_grad_scale, hyperparams_[g]);
     if (!PyList_Check(params) && !PyTuple_Check(params)) {
-      throw py::type_error(here + "['params']: expected a list of tensors, got " +
+      throw py::type_error("param_groups[" + std::to_string(g) +
+                           "]['params']: expected a list of tensors, got " +
                            Py_TYPE(params)->tp_name);
     }
     params_.push_back(params);
@@ -243,6 +251,9 @@ void StepPlan::rebuild(PyObject* state) {
     }
     first_slot_.push_back(slots_.size());
   }
+  active_.resize(slots_.size());
+  entries_.resize(slots_.size());
+  first_element_.assign(slots_.size() + 1, 0);
   state_keys_.clear();
   PyObject* key;
   PyObject* value;
@@ -256,17 +267,16 @@ void StepPlan::rebuild(PyObject* state) {
 
 // ---- one tensor ----------------------------------------------------------------------------------------------------
 
-void StepPlan::prepare_slot(size_t i) {
+void StepPlan::prepare_slot(size_t i, bool has_momentum) {
   Slot& slot = slots_[i];
-  if (!THPVariable_Check(slot.param_object)) {
+  if (!is_tensor(slot.param_object)) {
     throw py::type_error(name_of(slot) + ": expected a tensor, got " +
                          Py_TYPE(slot.param_object)->tp_name);
   }
   const at::Tensor& param = THPVariable_Unpack(slot.param_object);
-  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  const at::Tensor& grad = grad_of(*param.unsafeGetTensorImpl());
   if (!grad.defined()) return;
 
-  const bool has_momentum = hyperparams_[slot.group].has_momentum;
   const at::Tensor* buffer = has_momentum ? find_buffer(slot) : nullptr;
   const bool is_first_step = has_momentum && buffer == nullptr;
   if (is_first_step) {
@@ -276,29 +286,36 @@ void StepPlan::prepare_slot(size_t i) {
       buffer = &new_buffers_.back().tensor;
       examine(slot, param, grad, *buffer);
     }
-  } else if (!is_unchanged(slot, param, grad, buffer)) {
-    examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
+  } else {
+    const c10::TensorImpl& p = *param.unsafeGetTensorImpl();
+    const c10::TensorImpl& g = *grad.unsafeGetTensorImpl();
+    const c10::TensorImpl* const b = buffer == nullptr ? nullptr : buffer->unsafeGetTensorImpl();
+    const bool unchanged = slot.path == Path::kLayout ? is_unchanged_layout(slot, p, g, b)
+                                                      : is_unchanged(slot, p, g, b);
+    if (!unchanged) examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
   }
   if (slot.path == Path::kTorch) {
     for_torch_.push_back(i);
     return;
   }
 
-  const void* const grad_data = grad.unsafeGetTensorImpl()->data();
-  const int64_t reals = slot.is_complex ? 2 * slot.numel : slot.numel;
-  entries_.push_back({slot.param_data, grad_data, slot.buffer_data,
-                      slot.shapes != nullptr && slot.shapes->layout != nullptr
-                          ? &slot.shapes->layout->layout
-                          : nullptr,
-                      reals, slot.group, *kernel_dtype(slot.param_dtype),
-                      *kernel_dtype(slot.grad_dtype),
-                      has_momentum ? *kernel_dtype(slot.buffer_dtype) : Dtype::kFloat32,
-                      is_first_step});
-  first_element_.push_back(first_element_.back() + reals);
-  entry_slot_.push_back(i);
-  written_.push_back(param.unsafeGetTensorImpl());
-  if (has_momentum) written_.push_back(buffer->unsafeGetTensorImpl());
-  read_.push_back(grad.unsafeGetTensorImpl());
+  const size_t k = num_active_++;
+  active_[k] = {i, param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(),
+                has_momentum ? buffer->unsafeGetTensorImpl() : nullptr};
+  TensorEntry& entry = entries_[k];
+  entry.param = slot.param_data;
+  entry.grad = const_data_of(*grad.unsafeGetTensorImpl(), slot.grad_itemsize);
+  entry.momentum_buffer = slot.buffer_data;
+  entry.layout = slot.shapes == nullptr || slot.shapes->layout == nullptr
+                     ? nullptr
+                     : &slot.shapes->layout->layout;
+  entry.numel = slot.is_complex ? 2 * slot.numel : slot.numel;  // in real numbers
+  entry.group = slot.group;
+  entry.param_dtype = slot.param_kernel_dtype;
+  entry.grad_dtype = slot.grad_kernel_dtype;
+  entry.buffer_dtype = slot.buffer_kernel_dtype;
+  entry.is_first_step = is_first_step;
+  first_element_[k + 1] = first_element_[k] + entry.numel;
 }
 
 // The tensor at opt.state[p]["momentum_buffer"]; nullptr when there is none or it is None.
@@ -317,7 +334,7 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
     if (buffer == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   }
   if (buffer == nullptr || buffer == Py_None) return nullptr;
-  if (!THPVariable_Check(buffer)) {
+  if (!is_tensor(buffer)) {
     throw py::type_error("state of " + name_of(slot) +
                          ": expected a tensor as \"momentum_buffer\", got " +
                          Py_TYPE(buffer)->tp_name + "; delete the entry to start from no momentum");
@@ -325,51 +342,55 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
   return &THPVariable_Unpack(buffer);
 }
 
-bool StepPlan::is_unchanged(const Slot& slot, const at::Tensor& param, const at::Tensor& grad,
-                            const at::Tensor* buffer) const {
-  if (slot.path != Path::kContiguous && slot.path != Path::kLayout) return false;
+// Everything that the slot's path was chosen for still holds. The gradient's address alone may differ.
+[[gnu::flatten]] bool StepPlan::is_unchanged(const Slot& slot, const c10::TensorImpl& param,
+                                             const c10::TensorImpl& grad,
+                                             const c10::TensorImpl* buffer) const {
+  if (slot.path != Path::kContiguous || slot.has_buffer != (buffer != nullptr)) return false;
+  if (param.key_set() != plain_keys_ || grad.key_set() != plain_keys_) return false;
+  if (param.dtype() != slot.param_dtype || grad.dtype() != slot.grad_dtype) return false;
+  if (!param.is_contiguous() || !grad.is_contiguous()) return false;
+  if (param.numel() != slot.numel || !same_sizes(param, grad)) return false;
+  if (mutable_data_of(param, slot.param_itemsize) != slot.param_data) return false;
+  const void* const grad_data = const_data_of(grad, slot.grad_itemsize);
+  if (grad_data == nullptr && slot.numel != 0) return false;
+  const ByteRange grad_bytes = bytes_from(grad_data, slot.numel * slot.grad_itemsize);
+  if (grad_bytes.overlaps(bytes_from(slot.param_data, slot.numel * slot.param_itemsize))) {
+    return false;
+  }
+  if (buffer == nullptr) return true;
+  if (buffer->key_set() != plain_keys_ || buffer->dtype() != slot.buffer_dtype) return false;
+  if (!buffer->is_contiguous() || !same_sizes(param, *buffer)) return false;
+  return mutable_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
+         !grad_bytes.overlaps(bytes_from(slot.buffer_data, slot.numel * slot.buffer_itemsize));
+}
+
+bool StepPlan::is_unchanged_layout(const Slot& slot, const c10::TensorImpl& param,
+                                   const c10::TensorImpl& grad,
+                                   const c10::TensorImpl* buffer) const {
+  const Shapes& shapes = *slot.shapes;
+  const auto same = [&](const c10::TensorImpl& tensor, caffe2::TypeMeta dtype,
+                        const c10::impl::SizesAndStrides& shape) {
+    return tensor.key_set() == plain_keys_ && tensor.dtype() == dtype &&
+           same_shape(shape, tensor);
+  };
+  const auto bytes = [](const void* data, caffe2::TypeMeta dtype,
+                        const c10::impl::SizesAndStrides& shape) {
+    return bytes_from(data, num_bytes(shape, static_cast<int64_t>(dtype.itemsize())));
+  };
   if (slot.has_buffer != (buffer != nullptr)) return false;
-  if (readers_[slot.group].needs_torch()) return false;
-  c10::TensorImpl& p = *param.unsafeGetTensorImpl();
-  const c10::TensorImpl& g = *grad.unsafeGetTensorImpl();
-  c10::TensorImpl* const b = buffer == nullptr ? nullptr : buffer->unsafeGetTensorImpl();
-  const c10::DispatchKeySet keys = plain_cpu_keys();
-  if (p.key_set() != keys || g.key_set() != keys) return false;
-  if (p.dtype() != slot.param_dtype || g.dtype() != slot.grad_dtype) return false;
-  if (p.mutable_data() != slot.param_data) return false;
-  if (slot.path == Path::kContiguous) {
-    if (!p.is_contiguous() || p.numel() != slot.numel) return false;
-    if (!g.is_contiguous() || g.sizes() != p.sizes()) return false;
-  } else if (!same_shape(slot.shapes->param, p) || !same_shape(slot.shapes->grad, g)) {
+  if (!same(param, slot.param_dtype, shapes.param) || !same(grad, slot.grad_dtype, shapes.grad)) {
     return false;
   }
-  const auto itemsize_of = [](c10::ScalarType dtype) {
-    return static_cast<int64_t>(c10::elementSize(dtype));
-  };
-  const auto range = [&](const void* data, c10::ScalarType dtype,
-                         const c10::impl::SizesAndStrides* shape) {
-    const int64_t bytes = shape != nullptr ? num_bytes(*shape, itemsize_of(dtype))
-                                           : slot.numel * itemsize_of(dtype);
-    return bytes_from(data, bytes);
-  };
-  const Shapes* const shapes = slot.shapes.get();
-  const ByteRange grad_range = range(g.data(), slot.grad_dtype, shapes ? &shapes->grad : nullptr);
-  if (grad_range.overlaps(range(slot.param_data, slot.param_dtype, shapes ? &shapes->param : nullptr))) {
-    return false;
-  }
-  if (b != nullptr) {
-    if (grad_range.overlaps(range(slot.buffer_data, slot.buffer_dtype, shapes ? &shapes->buffer : nullptr))) {
-      return false;
-    }
-    if (b->key_set() != keys || b->dtype() != slot.buffer_dtype) return false;
-    if (b->mutable_data() != slot.buffer_data) return false;
-    if (slot.path == Path::kContiguous) {
-      if (!b->is_contiguous() || b->sizes() != p.sizes()) return false;
-    } else if (!same_shape(slot.shapes->buffer, *b)) {
-      return false;
-    }
-  }
-  return true;
+  if (mutable_data_of(param, slot.param_itemsize) != slot.param_data) return false;
+  const void* const grad_data = const_data_of(grad, slot.grad_itemsize);
+  if (grad_data == nullptr && slot.numel != 0) return false;
+  const ByteRange grad_bytes = bytes(grad_data, slot.grad_dtype, shapes.grad);
+  if (grad_bytes.overlaps(bytes(slot.param_data, slot.param_dtype, shapes.param))) return false;
+  if (buffer == nullptr) return true;
+  return same(*buffer, slot.buffer_dtype, shapes.buffer) &&
+         mutable_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
+         !grad_bytes.overlaps(bytes(slot.buffer_data, slot.buffer_dtype, shapes.buffer));
 }
 
 // Chooses the path of a tensor that is new or changed, or raises.
@@ -432,14 +453,37 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
     return;
   }
 
+  const auto check_memory = [&](const at::Tensor& tensor, const std::string& name) {
+    const int64_t needed = num_bytes(shape_of(tensor), tensor.element_size()) +
+                           tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
+    if (tensor.numel() != 0 && static_cast<int64_t>(tensor.storage().nbytes()) < needed) {
+      throw std::runtime_error(name + ": its storage has " + std::to_string(tensor.storage().nbytes()) +
+                               " bytes and it needs " + std::to_string(needed) +
+                               "; it was freed or resized");
+    }
+  };
+  check_memory(param, name_of(slot));
+  check_memory(grad, "gradient of " + name_of(slot));
+  if (buffer.defined()) check_memory(buffer, "momentum_buffer of " + name_of(slot));
+
   slot.numel = param.numel();
   slot.is_complex = param.is_complex();
   slot.has_buffer = buffer.defined();
-  slot.param_dtype = param.scalar_type();
-  slot.grad_dtype = grad.scalar_type();
-  slot.buffer_dtype = buffer.defined() ? buffer.scalar_type() : at::ScalarType::Undefined;
-  slot.param_data = param.mutable_data_ptr();
-  slot.buffer_data = buffer.defined() ? buffer.mutable_data_ptr() : nullptr;
+  slot.param_itemsize = static_cast<uint8_t>(param.element_size());
+  slot.grad_itemsize = static_cast<uint8_t>(grad.element_size());
+  slot.param_dtype = param.dtype();
+  slot.grad_dtype = grad.dtype();
+  slot.param_kernel_dtype = *kernel_dtype(param.scalar_type());
+  slot.grad_kernel_dtype = *kernel_dtype(grad.scalar_type());
+  if (buffer.defined()) {
+    slot.buffer_itemsize = static_cast<uint8_t>(buffer.element_size());
+    slot.buffer_dtype = buffer.dtype();
+    slot.buffer_kernel_dtype = *kernel_dtype(buffer.scalar_type());
+  }
+  slot.param_data = mutable_data_of(*param.unsafeGetTensorImpl(), slot.param_itemsize);
+  slot.buffer_data = buffer.defined()
+                         ? mutable_data_of(*buffer.unsafeGetTensorImpl(), slot.buffer_itemsize)
+                         : nullptr;
   if (param.is_contiguous() && grad.is_contiguous() &&
       (!buffer.defined() || buffer.is_contiguous())) {
     slot.path = Path::kContiguous;
@@ -472,8 +516,9 @@ void StepPlan::assign_rounds() {
     Slot& slot = slots_[i];
     slot.round = 0;
     if (slot.path != Path::kContiguous && slot.path != Path::kLayout) continue;
-    const auto add = [&](void* data, at::ScalarType dtype, const c10::impl::SizesAndStrides* shape) {
-      const auto itemsize = static_cast<int64_t>(c10::elementSize(dtype));
+    const auto add = [&](void* data, caffe2::TypeMeta dtype,
+                         const c10::impl::SizesAndStrides* shape) {
+      const auto itemsize = static_cast<int64_t>(dtype.itemsize());
       const int64_t bytes = shape != nullptr ? num_bytes(*shape, itemsize) : slot.numel * itemsize;
       if (bytes > 0) ranges.push_back({bytes_from(data, bytes), i});
     };
@@ -503,18 +548,18 @@ void StepPlan::assign_rounds() {
 }
 
 void StepPlan::sort_into_rounds() {
-  std::vector<size_t> order(entries_.size());
-  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
-  const auto round_of = [&](size_t k) { return slots_[entry_slot_[k]].round; };
+  std::vector<size_t> order(num_active_);
+  for (size_t k = 0; k < num_active_; ++k) order[k] = k;
+  const auto round_of = [&](size_t k) { return slots_[active_[k].slot].round; };
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return round_of(a) < round_of(b); });
   const std::vector<TensorEntry> unsorted = entries_;
-  for (size_t k = 0; k < order.size(); ++k) {
+  for (size_t k = 0; k < num_active_; ++k) {
     entries_[k] = unsorted[order[k]];
     first_element_[k + 1] = first_element_[k] + entries_[k].numel;
     if (k > 0 && round_of(order[k]) != round_of(order[k - 1])) round_end_.push_back(k);
   }
-  round_end_.push_back(entries_.size());
+  round_end_.push_back(num_active_);
 }
 
 }  // namespace momentum_ext::binding

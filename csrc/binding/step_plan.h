@@ -62,9 +62,15 @@ class StepPlan {
     Path path = Path::kUnknown;
     bool has_buffer = false;
     bool is_complex = false;
-    c10::ScalarType param_dtype{};
-    c10::ScalarType grad_dtype{};
-    c10::ScalarType buffer_dtype{};
+    caffe2::TypeMeta param_dtype;
+    caffe2::TypeMeta grad_dtype;
+    caffe2::TypeMeta buffer_dtype;
+    uint8_t param_itemsize = 0;
+    uint8_t grad_itemsize = 0;
+    uint8_t buffer_itemsize = 0;
+    Dtype param_kernel_dtype{};
+    Dtype grad_kernel_dtype{};
+    Dtype buffer_kernel_dtype{};
     uint32_t round = 0;  // tensors that share memory are updated one round after the other
     std::unique_ptr<Shapes> shapes;
   };
@@ -78,10 +84,12 @@ class StepPlan {
   bool read_state(PyObject* state);
   void rebuild(PyObject* state);
   void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale);
-  void prepare_slot(size_t i);
+  void prepare_slot(size_t i, bool has_momentum);
   const at::Tensor* find_buffer(const Slot& slot) const;
-  bool is_unchanged(const Slot& slot, const at::Tensor& param, const at::Tensor& grad,
-                    const at::Tensor* buffer) const;
+  bool is_unchanged(const Slot& slot, const c10::TensorImpl& param, const c10::TensorImpl& grad,
+                    const c10::TensorImpl* buffer) const;
+  bool is_unchanged_layout(const Slot& slot, const c10::TensorImpl& param,
+                           const c10::TensorImpl& grad, const c10::TensorImpl* buffer) const;
   void examine(Slot& slot, const at::Tensor& param, const at::Tensor& grad, const at::Tensor& buffer);
   void assign_rounds();
   void sort_into_rounds();
@@ -89,6 +97,7 @@ class StepPlan {
   void update();
   std::string name_of(const Slot& slot) const;
 
+  const c10::DispatchKeySet plain_keys_ = plain_cpu_keys();
   std::mutex mutex_;  // a second thread that steps the same optimizer waits its turn
 
   // The plan.
@@ -101,18 +110,24 @@ class StepPlan {
   uint32_t num_rounds_ = 1;
   bool ranges_changed_ = false;
 
-  // This step. The vectors keep their capacity, so that a step allocates nothing once warm.
-  PyObject* state_ = nullptr;
-  std::vector<PyObject*> params_;  // the groups' lists, borrowed
+  // This step. The vectors keep their capacity, so that a step allocates nothing once warm; the first three have room for
+  // every slot, and the first num_active_ of them are in use.
+  struct Active {
+    size_t slot;
+    c10::TensorImpl* param;
+    c10::TensorImpl* grad;
+    c10::TensorImpl* buffer;
+  };
+  size_t num_active_ = 0;
+  std::vector<Active> active_;
   std::vector<TensorEntry> entries_;
   std::vector<int64_t> first_element_;
-  std::vector<size_t> entry_slot_;
-  std::vector<size_t> round_end_;        // index into entries_
-  std::vector<c10::TensorImpl*> written_;  // parameters and buffers
-  std::vector<c10::TensorImpl*> read_;     // gradients
-  std::vector<std::pair<c10::intrusive_ptr<c10::TensorImpl>, c10::Storage>> kept_alive_;
+  std::vector<size_t> round_end_;  // index into entries_
+  std::vector<PyObject*> params_;  // the groups' lists, borrowed
+  PyObject* state_ = nullptr;      // borrowed
   std::vector<NewBuffer> new_buffers_;
   std::vector<size_t> for_torch_;
+  std::vector<std::pair<c10::intrusive_ptr<c10::TensorImpl>, c10::Storage>> kept_alive_;
 };
 
 }  // namespace momentum_ext::binding

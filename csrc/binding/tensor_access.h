@@ -1,0 +1,46 @@
+// Reading a tensor's fields without a call: on the step's path each call costs as much as a tensor may.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include "../update_rule.h"
+
+namespace momentum_ext::binding {
+
+// p.grad; an undefined tensor when there is none.
+MOMENTUM_EXT_INLINE const at::Tensor& grad_of(const c10::TensorImpl& param) {
+  static const at::Tensor none;
+  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(param.autograd_meta());
+  return meta == nullptr ? none : meta->grad_;
+}
+
+// The address of a plain CPU tensor's first element. nullptr when it has no memory (it is empty, or its storage was freed).
+MOMENTUM_EXT_INLINE const void* const_data_of(const c10::TensorImpl& tensor, int64_t itemsize) {
+  const void* const data = tensor.unsafe_storage().unsafeGetStorageImpl()->data();
+  return data == nullptr ? nullptr
+                         : static_cast<const char*>(data) + tensor.storage_offset() * itemsize;
+}
+
+// The same for writing: a lazily copied tensor gets memory of its own.
+MOMENTUM_EXT_INLINE void* mutable_data_of(const c10::TensorImpl& tensor, int64_t itemsize) {
+  void* const data = tensor.unsafe_storage().unsafeGetStorageImpl()->mutable_data();
+  return data == nullptr ? nullptr : static_cast<char*>(data) + tensor.storage_offset() * itemsize;
+}
+
+MOMENTUM_EXT_INLINE bool same_sizes(const c10::TensorImpl& a, const c10::TensorImpl& b) {
+  const c10::IntArrayRef a_sizes = a.sizes();
+  const c10::IntArrayRef b_sizes = b.sizes();
+  if (a_sizes.size() != b_sizes.size()) return false;
+  for (size_t d = 0; d < a_sizes.size(); ++d) {
+    if (a_sizes[d] != b_sizes[d]) return false;
+  }
+  return true;
+}
+
+MOMENTUM_EXT_INLINE bool is_tensor(PyObject* object) {
+  return THPVariable_CheckTypeExact(Py_TYPE(object)) || THPVariable_Check(object);
+}
+
+}  // namespace momentum_ext::binding
