@@ -22,7 +22,8 @@ std::map<std::string, std::string> build_info() {
   return {
       {"compiler", compiler},
       {"cuda", "none"},
-      {"threads", cpu::has_threads() ? "torch's OpenMP" : "none (no OpenMP runtime found in this process)"},
+      {"threads",
+       cpu::has_threads() ? "torch's OpenMP" : "none (no OpenMP runtime found in this process)"},
   };
 }
 

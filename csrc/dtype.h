@@ -1,4 +1,5 @@
-// The dtypes of parameters, gradients and momentum buffers, and how 16-bit values are loaded and stored.
+// The dtypes of parameters, gradients and momentum buffers, and how 16-bit values are loaded and
+// stored.
 #pragma once
 
 #include <cstdint>
@@ -80,7 +81,8 @@ MOMENTUM_EXT_INLINE void store(Float16& out, float value) {
     result = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to Inf
     result = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: subnormal; adding 0.5 makes the hardware round at bit 2^-24
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: subnormal; adding 0.5 makes the hardware
+                                         // round at bit 2^-24
     result = detail::bits_of(detail::float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     result = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;

@@ -1,4 +1,5 @@
-// The hyperparameters of one parameter group, as a backend wants them: flags that choose a kernel, and its coefficients.
+// The hyperparameters of one parameter group, as a backend wants them: flags that choose a kernel,
+// and its coefficients.
 #pragma once
 
 #include "update_rule.h"
@@ -24,9 +25,9 @@ inline const Coefficients<opmath_t>& coefficients(const Hyperparams& h) {
 
 inline void round_to_float(Hyperparams& h) {
   const Coefficients<double>& d = h.f64;
-  h.f32 = {static_cast<float>(d.grad_coef),      static_cast<float>(d.weight_decay),
-           static_cast<float>(d.momentum),       static_cast<float>(d.alpha),
-           static_cast<float>(d.first_alpha),    static_cast<float>(d.nesterov_alpha),
+  h.f32 = {static_cast<float>(d.grad_coef),   static_cast<float>(d.weight_decay),
+           static_cast<float>(d.momentum),    static_cast<float>(d.alpha),
+           static_cast<float>(d.first_alpha), static_cast<float>(d.nesterov_alpha),
            static_cast<float>(d.step)};
 }
 

@@ -8,7 +8,8 @@
 
 namespace momentum_ext {
 
-// One dimension of a tensor whose parameter, gradient and buffer do not share one dense layout. Strides in elements.
+// One dimension of a tensor whose parameter, gradient and buffer do not share one dense layout.
+// Strides in elements.
 struct StridedDim {
   int64_t size;
   int64_t param_stride;
@@ -16,7 +17,8 @@ struct StridedDim {
   int64_t buffer_stride;
 };
 
-// Dimensions from the outermost to the innermost. Element i of the table's range is element i in that order.
+// Dimensions from the outermost to the innermost. Element i of the table's range is element i in
+// that order.
 struct StridedLayout {
   const StridedDim* dims;
   int ndim;
@@ -42,7 +44,8 @@ struct TensorTable {
   const Hyperparams* groups;
 };
 
-// The entry that holds element `position` of the concatenated range [first_element[0], first_element[num_entries]).
+// The entry that holds element `position` of the concatenated range [first_element[0],
+// first_element[num_entries]).
 MOMENTUM_EXT_INLINE int64_t locate_entry(const TensorTable& table, int64_t position) {
   int64_t low = 0;
   int64_t high = table.num_entries;  // first_element[low] <= position < first_element[high]

@@ -39,7 +39,8 @@ double as_number(PyObject* value, size_t index, Key key, bool* requires_grad) {
   if (THPVariable_Check(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
     if (tensor.numel() != 1) {
-      throw py::value_error(where(index, key) + ": expected a number or a tensor of one element, got " +
+      throw py::value_error(where(index, key) +
+                            ": expected a number or a tensor of one element, got " +
                             std::to_string(tensor.numel()) + " elements");
     }
     if (tensor.requires_grad()) {
@@ -51,7 +52,8 @@ double as_number(PyObject* value, size_t index, Key key, bool* requires_grad) {
   const double number = PyFloat_AsDouble(value);
   if (number == -1.0 && PyErr_Occurred() != nullptr) {
     PyErr_Clear();
-    throw py::type_error(where(index, key) + ": expected a number or a tensor of one element, got " +
+    throw py::type_error(where(index, key) +
+                         ": expected a number or a tensor of one element, got " +
                          Py_TYPE(value)->tp_name);
   }
   return number;
@@ -67,7 +69,8 @@ bool is_immutable_number(PyObject* value) {
   return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value);
 }
 
-// Which of ours a dict's key is; kNumKeys when it is none. Keys of a loaded state_dict need not be interned.
+// Which of ours a dict's key is; kNumKeys when it is none. Keys of a loaded state_dict need not be
+// interned.
 Key identify(PyObject* key) {
   for (int i = 0; i < kNumKeys; ++i) {
     if (key == interned(static_cast<Key>(i))) return static_cast<Key>(i);
@@ -94,7 +97,8 @@ PyObject* GroupReader::read(PyObject* group, size_t index, double inv_grad_scale
   return params;
 }
 
-// The "params" of a dict whose keys and numbers are those that were read last; nullptr when anything differs.
+// The "params" of a dict whose keys and numbers are those that were read last; nullptr when
+// anything differs.
 PyObject* GroupReader::compare(PyObject* group) const {
   PyObject* params = nullptr;
   PyObject* key;
@@ -129,8 +133,12 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
   maximize_ = as_bool(get(group, index, kMaximize));
   h.has_momentum = momentum != 0;
   h.weight_decay = weight_decay != 0 ? WeightDecay::kL2 : WeightDecay::kNone;
-  h.f64 = {/*grad_coef=*/1.0, weight_decay,           momentum,
-           /*alpha=*/1 - dampening, /*first_alpha=*/1.0, /*nesterov_alpha=*/1.0,
+  h.f64 = {/*grad_coef=*/1.0,
+           weight_decay,
+           momentum,
+           /*alpha=*/1 - dampening,
+           /*first_alpha=*/1.0,
+           /*nesterov_alpha=*/1.0,
            /*step=*/lr};
   hyperparams = h;
   needs_torch_ = requires_grad;

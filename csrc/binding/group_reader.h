@@ -1,4 +1,5 @@
-// Reads a parameter group's hyperparameters, and notices at the price of a few pointer comparisons that nothing changed.
+// Reads a parameter group's hyperparameters, and notices at the price of a few pointer comparisons
+// that nothing changed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,16 +14,17 @@ namespace py = pybind11;
 
 class GroupReader {
  public:
-  // Brings `hyperparams`, which must be what the last call left there, up to date with the dict; returns the dict's "params",
-  // borrowed. `index` names the group in errors.
+  // Brings `hyperparams`, which must be what the last call left there, up to date with the dict;
+  // returns the dict's "params", borrowed. `index` names the group in errors.
   PyObject* read(PyObject* group, size_t index, double inv_grad_scale, Hyperparams& hyperparams);
 
-  // True when lr or weight_decay is a tensor that requires grad: torch differentiates through it, the kernels do not.
+  // True when lr or weight_decay is a tensor that requires grad: torch differentiates through it,
+  // the kernels do not.
   bool needs_torch() const { return needs_torch_; }
 
  private:
-  // One item of the dict as it was last read. The value of a hyperparameter is kept alive: as long as it lives, no other
-  // number can stand at its address, so the same address is the same number.
+  // One item of the dict as it was last read. The value of a hyperparameter is kept alive: as long
+  // as it lives, no other number can stand at its address, so the same address is the same number.
   struct Item {
     py::object key;
     py::object value;  // null for what is not a hyperparameter

@@ -14,7 +14,8 @@ c10::DispatchKeySet keys_of_new_tensor(bool inference_mode) {
   return at::empty({0}, at::device(at::kCPU).dtype(at::kFloat)).key_set();
 }
 
-// Outermost first, by the parameter's strides, so that the walk goes through the parameter's memory in order.
+// Outermost first, by the parameter's strides, so that the walk goes through the parameter's memory
+// in order.
 std::vector<StridedDim> dims_in_memory_order(const at::Tensor& param, const at::Tensor& grad,
                                              const at::Tensor& buffer) {
   // Seen as real numbers, a complex tensor has strides twice as long and one dimension of two more.

@@ -17,18 +17,20 @@ struct OwnedLayout {
   StridedLayout layout{};
 };
 
-// The kernels' dtype for a real or complex dtype of torch; a complex element is two real ones. std::nullopt: not one of ours.
+// The kernels' dtype for a real or complex dtype of torch; a complex element is two real ones.
+// std::nullopt: not one of ours.
 std::optional<Dtype> kernel_dtype(at::ScalarType dtype);
 
-// True for an ordinary dense CPU tensor: strided, no tensor subclass that intercepts operators, no pending negation or
-// conjugation, not wrapped by a function transform.
+// True for an ordinary dense CPU tensor: strided, no tensor subclass that intercepts operators, no
+// pending negation or conjugation, not wrapped by a function transform.
 bool is_plain_cpu(const at::Tensor& tensor);
 
 // The dispatch keys of such a tensor, unless it was made in inference mode.
 c10::DispatchKeySet plain_cpu_keys();
 
-// How to walk the three tensors (which have the same sizes) in step, in the parameter's order in memory; nullptr when they
-// share one dense layout and can be walked as flat arrays. `buffer` may be undefined.
+// How to walk the three tensors (which have the same sizes) in step, in the parameter's order in
+// memory; nullptr when they share one dense layout and can be walked as flat arrays. `buffer` may
+// be undefined.
 std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,
                                            const at::Tensor& buffer);
 

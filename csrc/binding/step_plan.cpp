@@ -16,8 +16,9 @@
 namespace momentum_ext::binding {
 namespace {
 
-// From this many elements on the GIL is released while the kernel runs. Fewer take a small part of the interpreter's own
-// switch interval of 5 ms, and releasing means holding references to all tensors.
+// From this many elements on the GIL is released while the kernel runs. Fewer take a small part of
+// the interpreter's own switch interval of 5 ms, and releasing means holding references to all
+// tensors.
 constexpr int64_t kElementsToReleaseGil = 1 << 21;
 
 PyObject* momentum_buffer_key() {
@@ -81,7 +82,8 @@ std::unique_lock<std::mutex> lock_without_gil(std::mutex& mutex) {
 
 }  // namespace
 
-// ---- the two halves of a step --------------------------------------------------------------------------------------
+// ---- the two halves of a step
+// --------------------------------------------------------------------------------------
 
 py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
                           double inv_grad_scale) {
@@ -181,7 +183,8 @@ void StepPlan::keep_alive() {
   }
 }
 
-// ---- comparing the optimizer with the plan -------------------------------------------------------------------------
+// ---- comparing the optimizer with the plan
+// -------------------------------------------------------------------------
 
 // Reads hyperparameters and parameter lists; false when the lists are not those of the plan.
 bool StepPlan::read_groups(const py::list& param_groups, double inv_grad_scale) {
@@ -217,7 +220,8 @@ bool StepPlan::read_groups(const py::list& param_groups, double inv_grad_scale) 
   return same;
 }
 
-// Finds each parameter's state dict; false when the state's keys are not those of the plan, in the same order.
+// Finds each parameter's state dict; false when the state's keys are not those of the plan, in the
+// same order.
 bool StepPlan::read_state(PyObject* state) {
   PyObject* key;
   PyObject* value;
@@ -260,12 +264,14 @@ void StepPlan::rebuild(PyObject* state) {
   Py_ssize_t position = 0;
   while (PyDict_Next(state, &position, &key, &value)) {
     const auto found = slot_of.find(key);
-    state_keys_.emplace_back(key, found == slot_of.end() ? -1 : static_cast<ptrdiff_t>(found->second));
+    state_keys_.emplace_back(key,
+                             found == slot_of.end() ? -1 : static_cast<ptrdiff_t>(found->second));
   }
   read_state(state);
 }
 
-// ---- one tensor ----------------------------------------------------------------------------------------------------
+// ---- one tensor
+// ----------------------------------------------------------------------------------------------------
 
 void StepPlan::prepare_slot(size_t i, bool has_momentum) {
   Slot& slot = slots_[i];
@@ -342,7 +348,8 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
   return &THPVariable_Unpack(buffer);
 }
 
-// Everything that the slot's path was chosen for still holds. The gradient's address alone may differ.
+// Everything that the slot's path was chosen for still holds. The gradient's address alone may
+// differ.
 [[gnu::flatten]] bool StepPlan::is_unchanged(const Slot& slot, const c10::TensorImpl& param,
                                              const c10::TensorImpl& grad,
                                              const c10::TensorImpl* buffer) const {
@@ -371,8 +378,7 @@ bool StepPlan::is_unchanged_layout(const Slot& slot, const c10::TensorImpl& para
   const Shapes& shapes = *slot.shapes;
   const auto same = [&](const c10::TensorImpl& tensor, caffe2::TypeMeta dtype,
                         const c10::impl::SizesAndStrides& shape) {
-    return tensor.key_set() == plain_keys_ && tensor.dtype() == dtype &&
-           same_shape(shape, tensor);
+    return tensor.key_set() == plain_keys_ && tensor.dtype() == dtype && same_shape(shape, tensor);
   };
   const auto bytes = [](const void* data, caffe2::TypeMeta dtype,
                         const c10::impl::SizesAndStrides& shape) {
@@ -402,14 +408,15 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   const auto check_written = [&](const at::Tensor& tensor, const std::string& name) {
     if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
       throw std::runtime_error(
-          name + ": an inference tensor cannot be updated outside torch.inference_mode(); clone() it "
-                 "outside inference mode first");
+          name +
+          ": an inference tensor cannot be updated outside torch.inference_mode(); clone() it "
+          "outside inference mode first");
     }
     if (tensor.layout() == at::kStrided && overlaps_itself(tensor)) {
-      throw std::runtime_error(name + ": several of its elements share one place in memory (shape " +
-                               to_string(tensor.sizes()) + ", strides " +
-                               to_string(tensor.strides()) +
-                               "), so it cannot be updated in place; clone() it first");
+      throw std::runtime_error(
+          name + ": several of its elements share one place in memory (shape " +
+          to_string(tensor.sizes()) + ", strides " + to_string(tensor.strides()) +
+          "), so it cannot be updated in place; clone() it first");
     }
   };
   const auto check_sizes = [&](const at::Tensor& tensor, const std::string& name,
@@ -428,14 +435,14 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
                 "delete it from the optimizer's state to start from no momentum");
   }
 
-  const bool all_plain = is_plain_cpu(param) && is_plain_cpu(grad) &&
-                         (!buffer.defined() || is_plain_cpu(buffer));
+  const bool all_plain =
+      is_plain_cpu(param) && is_plain_cpu(grad) && (!buffer.defined() || is_plain_cpu(buffer));
   const auto has_kernel = [&](const at::Tensor& tensor) {
     if (!kernel_dtype(tensor.scalar_type())) return false;
     return param.is_complex() ? tensor.scalar_type() == param.scalar_type() : !tensor.is_complex();
   };
-  const bool all_dtypes = has_kernel(param) && has_kernel(grad) &&
-                          (!buffer.defined() || has_kernel(buffer));
+  const bool all_dtypes =
+      has_kernel(param) && has_kernel(grad) && (!buffer.defined() || has_kernel(buffer));
   const auto shares_memory = [](const at::Tensor& a, const at::Tensor& b) {
     return byte_range(a).overlaps(byte_range(b));
   };
@@ -443,7 +450,8 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
     slot.path = Path::kTorch;
     return;
   }
-  // A gradient may be its own parameter (each element is read before it is written), but overlap in no other way.
+  // A gradient may be its own parameter (each element is read before it is written), but overlap in
+  // no other way.
   const bool is_own_grad = grad.const_data_ptr() == param.const_data_ptr() &&
                            grad.strides() == param.strides() &&
                            grad.scalar_type() == param.scalar_type();
@@ -457,9 +465,9 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
     const int64_t needed = num_bytes(shape_of(tensor), tensor.element_size()) +
                            tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
     if (tensor.numel() != 0 && static_cast<int64_t>(tensor.storage().nbytes()) < needed) {
-      throw std::runtime_error(name + ": its storage has " + std::to_string(tensor.storage().nbytes()) +
-                               " bytes and it needs " + std::to_string(needed) +
-                               "; it was freed or resized");
+      throw std::runtime_error(name + ": its storage has " +
+                               std::to_string(tensor.storage().nbytes()) + " bytes and it needs " +
+                               std::to_string(needed) + "; it was freed or resized");
     }
   };
   check_memory(param, name_of(slot));
@@ -498,14 +506,15 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
 }
 
 std::string StepPlan::name_of(const Slot& slot) const {
-  return "param_groups[" + std::to_string(slot.group) + "]['params'][" + std::to_string(slot.index) +
-         "]";
+  return "param_groups[" + std::to_string(slot.group) + "]['params'][" +
+         std::to_string(slot.index) + "]";
 }
 
-// ---- parameters that share memory ----------------------------------------------------------------------------------
+// ---- parameters that share memory
+// ----------------------------------------------------------------------------------
 
-// Gives each tensor a round that comes after those of all earlier tensors whose memory it touches: torch's for-loop updates
-// one after the other, and so must we where the order shows.
+// Gives each tensor a round that comes after those of all earlier tensors whose memory it touches:
+// torch's for-loop updates one after the other, and so must we where the order shows.
 void StepPlan::assign_rounds() {
   struct Range {
     ByteRange bytes;
@@ -524,17 +533,19 @@ void StepPlan::assign_rounds() {
     };
     Shapes* const shapes = slot.shapes.get();
     add(slot.param_data, slot.param_dtype, shapes ? &shapes->param : nullptr);
-    if (slot.has_buffer) add(slot.buffer_data, slot.buffer_dtype, shapes ? &shapes->buffer : nullptr);
+    if (slot.has_buffer)
+      add(slot.buffer_data, slot.buffer_dtype, shapes ? &shapes->buffer : nullptr);
   }
   std::sort(ranges.begin(), ranges.end(),
             [](const Range& a, const Range& b) { return a.bytes.begin < b.bytes.begin; });
 
   std::vector<std::pair<size_t, size_t>> conflicts;  // later slot, earlier slot
-  std::vector<Range> open;                           // ranges that reach past the current one's begin
+  std::vector<Range> open;  // ranges that reach past the current one's begin
   for (const Range& range : ranges) {
     std::erase_if(open, [&](const Range& other) { return other.bytes.end <= range.bytes.begin; });
     for (const Range& other : open) {
-      if (other.slot != range.slot) conflicts.push_back(std::minmax(other.slot, range.slot, std::greater<>()));
+      if (other.slot != range.slot)
+        conflicts.push_back(std::minmax(other.slot, range.slot, std::greater<>()));
     }
     open.push_back(range);
   }

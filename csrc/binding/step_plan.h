@@ -1,13 +1,15 @@
-// The step plan: what a step needs to know about every parameter, built once and brought up to date by comparing.
+// The step plan: what a step needs to know about every parameter, built once and brought up to date
+// by comparing.
 //
-// Nothing about a tensor is assumed to be as it was: each step reads the parameter lists, the groups' hyperparameters, the
-// gradients and the optimizer's state again, and compares them with the plan. The plan holds no reference to a tensor
-// between steps, so it keeps no memory alive and takes part in no reference cycle. Addresses that it remembers are compared,
-// never followed; those that it follows were read from the optimizer in the same step.
+// Nothing about a tensor is assumed to be as it was: each step reads the parameter lists, the
+// groups' hyperparameters, the gradients and the optimizer's state again, and compares them with
+// the plan. The plan holds no reference to a tensor between steps, so it keeps no memory alive and
+// takes part in no reference cycle. Addresses that it remembers are compared, never followed; those
+// that it follows were read from the optimizer in the same step.
 //
-// A step has two halves. Preparing checks everything and allocates new momentum buffers, but writes nothing that a user can
-// see. Running inserts the new buffers into the state and updates. Tensors that the kernels are not made for are handed to
-// the caller for torch's own path in between.
+// A step has two halves. Preparing checks everything and allocates new momentum buffers, but writes
+// nothing that a user can see. Running inserts the new buffers into the state and updates. Tensors
+// that the kernels are not made for are handed to the caller for torch's own path in between.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,8 +29,9 @@ namespace momentum_ext::binding {
 
 class StepPlan {
  public:
-  // Updates all tensors that have a gradient and returns None. When some of them need torch's path it writes nothing and
-  // returns a list of their (group, index in group): the caller treats those and then calls run(), or discard() on an error.
+  // Updates all tensors that have a gradient and returns None. When some of them need torch's path
+  // it writes nothing and returns a list of their (group, index in group): the caller treats those
+  // and then calls run(), or discard() on an error.
   py::object step(const py::list& param_groups, const py::dict& state, double inv_grad_scale);
   void run();
   void discard();
@@ -53,7 +56,8 @@ class StepPlan {
   // One position in one parameter list, with what was true of its tensors when its path was chosen.
   struct Slot {
     PyObject* param_object = nullptr;
-    PyObject* state_dict = nullptr;  // opt.state[p], borrowed, read in each step; nullptr when there is none
+    PyObject* state_dict =
+        nullptr;  // opt.state[p], borrowed, read in each step; nullptr when there is none
     void* param_data = nullptr;
     void* buffer_data = nullptr;
     int64_t numel = 0;
@@ -90,7 +94,8 @@ class StepPlan {
                     const c10::TensorImpl* buffer) const;
   bool is_unchanged_layout(const Slot& slot, const c10::TensorImpl& param,
                            const c10::TensorImpl& grad, const c10::TensorImpl* buffer) const;
-  void examine(Slot& slot, const at::Tensor& param, const at::Tensor& grad, const at::Tensor& buffer);
+  void examine(Slot& slot, const at::Tensor& param, const at::Tensor& grad,
+               const at::Tensor& buffer);
   void assign_rounds();
   void sort_into_rounds();
   void keep_alive();
@@ -104,14 +109,16 @@ class StepPlan {
   std::vector<GroupReader> readers_;
   std::vector<Hyperparams> hyperparams_;  // one for each reader
   std::vector<Slot> slots_;
-  std::vector<size_t> first_slot_;                            // of each group, and the end
-  std::vector<std::pair<PyObject*, ptrdiff_t>> state_keys_;   // the state's keys in order; their slot, or -1
-  std::vector<std::pair<size_t, size_t>> repeated_;           // a slot, and the earlier one of the same parameter
+  std::vector<size_t> first_slot_;  // of each group, and the end
+  std::vector<std::pair<PyObject*, ptrdiff_t>>
+      state_keys_;  // the state's keys in order; their slot, or -1
+  std::vector<std::pair<size_t, size_t>>
+      repeated_;  // a slot, and the earlier one of the same parameter
   uint32_t num_rounds_ = 1;
   bool ranges_changed_ = false;
 
-  // This step. The vectors keep their capacity, so that a step allocates nothing once warm; the first three have room for
-  // every slot, and the first num_active_ of them are in use.
+  // This step. The vectors keep their capacity, so that a step allocates nothing once warm; the
+  // first three have room for every slot, and the first num_active_ of them are in use.
   struct Active {
     size_t slot;
     c10::TensorImpl* param;

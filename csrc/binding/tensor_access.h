@@ -1,4 +1,5 @@
-// Reading a tensor's fields without a call: on the step's path each call costs as much as a tensor may.
+// Reading a tensor's fields without a call: on the step's path each call costs as much as a tensor
+// may.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +17,8 @@ MOMENTUM_EXT_INLINE const at::Tensor& grad_of(const c10::TensorImpl& param) {
   return meta == nullptr ? none : meta->grad_;
 }
 
-// The address of a plain CPU tensor's first element. nullptr when it has no memory (it is empty, or its storage was freed).
+// The address of a plain CPU tensor's first element. nullptr when it has no memory (it is empty, or
+// its storage was freed).
 MOMENTUM_EXT_INLINE const void* const_data_of(const c10::TensorImpl& tensor, int64_t itemsize) {
   const void* const data = tensor.unsafe_storage().unsafeGetStorageImpl()->data();
   return data == nullptr ? nullptr

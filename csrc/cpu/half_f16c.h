@@ -1,4 +1,5 @@
-// fp16 to float and back with F16C, eight at a time. Included where loop.h is: inside the namespace of an instruction set.
+// fp16 to float and back with F16C, eight at a time. Included where loop.h is: inside the namespace
+// of an instruction set.
 
 void half_to_float(const Float16* source, int64_t n, float* tile) {
   int64_t i = 0;

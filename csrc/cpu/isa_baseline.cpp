@@ -1,5 +1,5 @@
-// The loop for any x86-64, and for machines that have no file of their own here. No fma: torch has none there either, so the
-// result is that of torch at ATEN_CPU_CAPABILITY=default.
+// The loop for any x86-64, and for machines that have no file of their own here. No fma: torch has
+// none there either, so the result is that of torch at ATEN_CPU_CAPABILITY=default.
 #include "isa.h"
 
 #if !defined(__aarch64__)

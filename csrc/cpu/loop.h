@@ -1,14 +1,18 @@
-// The CPU loop, compiled once per instruction set: every cpu/isa_*.cpp includes this file inside a namespace of its own,
-// after it has chosen the target, FmaPolicy and the conversion of 16-bit floats. Nothing here may instantiate a template of
-// the standard library: the linker would keep one copy for all instruction sets.
+// The CPU loop, compiled once per instruction set: every cpu/isa_*.cpp includes this file inside a
+// namespace of its own, after it has chosen the target, FmaPolicy and the conversion of 16-bit
+// floats. Nothing here may instantiate a template of the standard library: the linker would keep
+// one copy for all instruction sets.
 //
 // Two ways through a tensor:
 //   flat   one dtype, one dense layout: plain loops that the compiler vectorises;
-//   tiled  everything else (strided, mixed dtypes, fp16): gather a small tile into opmath_t, update it, scatter it.
+//   tiled  everything else (strided, mixed dtypes, fp16): gather a small tile into opmath_t, update
+//   it, scatter it.
 
-constexpr int64_t kTile = 256;  // elements; three tiles of double are 6 KiB of stack, well inside L1
+constexpr int64_t kTile =
+    256;  // elements; three tiles of double are 6 KiB of stack, well inside L1
 
-// ---- flat ----------------------------------------------------------------------------------------------------------
+// ---- flat
+// ----------------------------------------------------------------------------------------------------------
 
 template <typename scalar_t, WeightDecay kWeightDecay, Momentum kMomentum, bool kNesterov>
 void update_flat(void* param_ptr, const void* grad_ptr, void* buffer_ptr, int64_t n,
@@ -18,7 +22,8 @@ void update_flat(void* param_ptr, const void* grad_ptr, void* buffer_ptr, int64_
   auto* param = static_cast<scalar_t*>(param_ptr);
   auto* buffer = static_cast<scalar_t*>(buffer_ptr);
   const auto* grad = static_cast<const scalar_t*>(grad_ptr);
-  // Pointers are equal or disjoint (the binding sees to it), so iterations do not depend on each other.
+  // Pointers are equal or disjoint (the binding sees to it), so iterations do not depend on each
+  // other.
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     opmath_t p = load(param[i]);
@@ -30,7 +35,8 @@ void update_flat(void* param_ptr, const void* grad_ptr, void* buffer_ptr, int64_
   }
 }
 
-// ---- tiled ---------------------------------------------------------------------------------------------------------
+// ---- tiled
+// ---------------------------------------------------------------------------------------------------------
 
 // Element i of a tile is base[offsets[i]], or base[i] where offsets is nullptr.
 template <typename scalar_t, typename opmath_t>
@@ -102,7 +108,8 @@ void update_tile(opmath_t* param, const opmath_t* grad, opmath_t* buffer, int64_
   }
 }
 
-// Walks a strided layout in order and writes down where each element of a tile lies in the three tensors.
+// Walks a strided layout in order and writes down where each element of a tile lies in the three
+// tensors.
 struct TileWalker {
   static constexpr int kMaxDims = 65;  // torch's 64 and one for the real view of a complex tensor
 
@@ -166,7 +173,8 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end,
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t n = end - at < kTile ? end - at : kTile;
     if (strided) walker.next_tile(n, offsets[0], offsets[1], offsets[2]);
-    // The base of a contiguous tile moves along; a strided tile's offsets count from the tensor's first element.
+    // The base of a contiguous tile moves along; a strided tile's offsets count from the tensor's
+    // first element.
     const auto tile_base = [&](const void* tensor, Dtype dtype) {
       return static_cast<const char*>(tensor) + (strided ? 0 : at * itemsize(dtype));
     };
@@ -182,7 +190,7 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end,
       gather(entry.buffer_dtype, b, b_offsets, n, buffer);
     }
     update_tile<opmath_t, kWeightDecay, kMomentum, kNesterov>(param, grad, buffer, n,
-                                                             coefficients<opmath_t>(hyperparams));
+                                                              coefficients<opmath_t>(hyperparams));
     if constexpr (kMomentum != Momentum::kNone) {
       scatter(entry.buffer_dtype, buffer, b_offsets, n, b);
     }
@@ -190,7 +198,8 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end,
   }
 }
 
-// ---- one tensor, then a range of the table -------------------------------------------------------------------------
+// ---- one tensor, then a range of the table
+// -------------------------------------------------------------------------
 
 template <WeightDecay kWeightDecay, Momentum kMomentum, bool kNesterov>
 void update_tensor(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams& h) {
@@ -237,11 +246,13 @@ void update_tensor(const TensorEntry& entry, int64_t begin, int64_t end, const H
   }
 }
 
-// Two threads that share a tensor meet at a multiple of this many elements, so that no cache line has two writers.
+// Two threads that share a tensor meet at a multiple of this many elements, so that no cache line
+// has two writers.
 constexpr int64_t kSplitAlignment = 64;
 
-// Updates elements [begin, end) of the table's concatenated range, with both ends moved down to a multiple of
-// kSplitAlignment inside the tensor they fall into; neighbouring ranges therefore still cover everything once.
+// Updates elements [begin, end) of the table's concatenated range, with both ends moved down to a
+// multiple of kSplitAlignment inside the tensor they fall into; neighbouring ranges therefore still
+// cover everything once.
 void run(const TensorTable& table, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const int64_t first = locate_entry(table, begin);
@@ -250,7 +261,8 @@ void run(const TensorTable& table, int64_t begin, int64_t end) {
     const int64_t from = begin - table.first_element[i];
     const int64_t to = end - table.first_element[i];
     const int64_t first_index = from <= 0 ? 0 : from / kSplitAlignment * kSplitAlignment;
-    const int64_t last_index = to >= entry.numel ? entry.numel : to / kSplitAlignment * kSplitAlignment;
+    const int64_t last_index =
+        to >= entry.numel ? entry.numel : to / kSplitAlignment * kSplitAlignment;
     if (first_index >= last_index) continue;
     const Hyperparams& h = table.groups[entry.group];
     if (h.weight_decay == WeightDecay::kNone) {

@@ -1,9 +1,10 @@
 // One parallel region on the OpenMP threads that torch itself uses.
 //
-// A second pool of threads would compete with torch's, whose workers spin for milliseconds after each of its own regions.
-// So this file has no OpenMP pragma, which would bind to the compiler's runtime: it calls the runtime that torch has loaded
-// into the process, through the entry point that GNU's and LLVM's libraries both export. It therefore needs no -fopenmp and
-// works alike with g++ and clang++.
+// A second pool of threads would compete with torch's, whose workers spin for milliseconds after
+// each of its own regions. So this file has no OpenMP pragma, which would bind to the compiler's
+// runtime: it calls the runtime that torch has loaded into the process, through the entry point
+// that GNU's and LLVM's libraries both export. It therefore needs no -fopenmp and works alike with
+// g++ and clang++.
 #pragma once
 
 #include <pthread.h>
@@ -20,15 +21,18 @@ __attribute__((weak)) int omp_get_num_threads(void);
 namespace momentum_ext::cpu {
 
 inline bool has_thread_team() {
-  return GOMP_parallel != nullptr && omp_get_thread_num != nullptr && omp_get_num_threads != nullptr;
+  return GOMP_parallel != nullptr && omp_get_thread_num != nullptr &&
+         omp_get_num_threads != nullptr;
 }
 
-// A forked child has inherited the runtime's record of its threads but not the threads: waiting for them would hang.
+// A forked child has inherited the runtime's record of its threads but not the threads: waiting for
+// them would hang.
 inline std::atomic<bool> is_forked_child{false};
-inline const int fork_handler =
-    pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
+inline const int fork_handler = pthread_atfork(
+    nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
 
-// Calls task(i) once for each i in [0, num_tasks), each on its own thread where the runtime grants as many.
+// Calls task(i) once for each i in [0, num_tasks), each on its own thread where the runtime grants
+// as many.
 template <typename Task>
 void run_on_team(int num_tasks, const Task& task) {
   struct Region {

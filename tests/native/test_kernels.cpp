@@ -1,0 +1,428 @@
+// The CPU kernels without torch: every instruction set that this machine can run, against a plain
+// transcription of the rule. Built and run by tests/test_native.py, with AddressSanitizer and
+// UndefinedBehaviorSanitizer. Arrays are allocated to the element, so that a kernel that touches
+// one more is caught. Exits 0 when everything holds.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cpu/isa.h"
+#include "../../csrc/momentum.h"
+
+using namespace momentum_ext;
+
+namespace {
+
+int failures = 0;
+int checks = 0;
+
+void expect(bool holds, const std::string& what) {
+  ++checks;
+  if (holds) return;
+  if (++failures <= 20) std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+}
+
+std::mt19937_64 generator(20261123);
+
+double random_value() {
+  static std::normal_distribution<double> normal;
+  return normal(generator);
+}
+
+// ---- a tensor as the test sees it: values in double, exact, and their bytes in memory
+// ------------
+
+struct Array {
+  Dtype dtype;
+  std::vector<int64_t> offsets;  // of each element, in elements
+  std::unique_ptr<char[]> bytes;
+  int64_t size;       // of the memory, in elements
+  int64_t unaligned;  // bytes before the first element
+
+  void* data() { return bytes.get() + unaligned; }
+
+  template <typename scalar_t>
+  scalar_t raw(int64_t offset) {
+    scalar_t value;
+    std::memcpy(&value, static_cast<char*>(data()) + offset * itemsize(dtype), sizeof(value));
+    return value;
+  }
+
+  double get(int64_t i) {
+    switch (dtype) {
+      case Dtype::kFloat32:
+        return raw<float>(offsets[i]);
+      case Dtype::kFloat64:
+        return raw<double>(offsets[i]);
+      case Dtype::kBFloat16:
+        return load(raw<BFloat16>(offsets[i]));
+      default:
+        return load(raw<Float16>(offsets[i]));
+    }
+  }
+};
+
+// The value that memory holds after `value` was stored in this dtype.
+double rounded_to(Dtype dtype, double value) {
+  const auto single = static_cast<float>(value);
+  BFloat16 b;
+  Float16 h;
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return value;
+    case Dtype::kFloat32:
+      return single;
+    case Dtype::kBFloat16:
+      store(b, single);
+      return load(b);
+    default:
+      store(h, single);
+      return load(h);
+  }
+}
+
+void put(Array& array, int64_t offset, double value) {
+  char* const at = static_cast<char*>(array.data()) + offset * itemsize(array.dtype);
+  const auto single = static_cast<float>(value);
+  BFloat16 b;
+  Float16 h;
+  switch (array.dtype) {
+    case Dtype::kFloat64:
+      std::memcpy(at, &value, 8);
+      break;
+    case Dtype::kFloat32:
+      std::memcpy(at, &single, 4);
+      break;
+    case Dtype::kBFloat16:
+      store(b, single);
+      std::memcpy(at, &b, 2);
+      break;
+    case Dtype::kFloat16:
+      store(h, single);
+      std::memcpy(at, &h, 2);
+      break;
+  }
+}
+
+Array make_array(Dtype dtype, std::vector<int64_t> offsets, int64_t unaligned_elements) {
+  int64_t size = 0;
+  for (const int64_t offset : offsets) size = std::max(size, offset + 1);
+  const int64_t unaligned = unaligned_elements * itemsize(dtype);
+  Array array{dtype, std::move(offsets),
+              std::make_unique<char[]>(static_cast<size_t>(unaligned + size * itemsize(dtype))),
+              size, unaligned};
+  for (int64_t i = 0; i < size; ++i) put(array, i, random_value());
+  return array;
+}
+
+std::vector<int64_t> contiguous(int64_t numel) {
+  std::vector<int64_t> offsets(static_cast<size_t>(numel));
+  for (int64_t i = 0; i < numel; ++i) offsets[static_cast<size_t>(i)] = i;
+  return offsets;
+}
+
+// ---- the rule, written down once more
+// ------------------------------------------------------------
+
+template <typename T>
+void reference_element(const Hyperparams& h, bool first, bool has_fma, double grad, double& param,
+                       double& buffer) {
+  const Coefficients<T>& c = coefficients<T>(h);
+  const auto fma = [&](T x, T y, T z) -> T { return has_fma ? std::fma(x, y, z) : x * y + z; };
+  T p = static_cast<T>(param);
+  T g = c.grad_coef * static_cast<T>(grad);
+  if (h.weight_decay == WeightDecay::kL2) g = fma(c.weight_decay, p, g);
+  T d = g;
+  if (h.has_momentum) {
+    const T decayed = c.momentum * static_cast<T>(buffer);
+    const T b = first ? c.first_alpha * g : fma(c.alpha, g, decayed);
+    d = h.nesterov ? fma(c.momentum, b, c.nesterov_alpha * g) : b;
+    buffer = b;
+  }
+  param = fma(-c.step, d, p);
+}
+
+struct Case {
+  Array param, grad, buffer;
+  std::vector<double> expected_param, expected_buffer;
+  std::vector<StridedDim> dims;
+  StridedLayout layout{};
+  bool is_first_step = false;
+  uint32_t group = 0;
+
+  TensorEntry entry(const std::vector<Hyperparams>& groups) {
+    layout = {dims.data(), static_cast<int>(dims.size())};
+    TensorEntry made{};
+    made.param = param.data();
+    made.grad = grad.data();
+    made.momentum_buffer = groups[group].has_momentum ? buffer.data() : nullptr;
+    made.layout = dims.empty() ? nullptr : &layout;
+    made.numel = static_cast<int64_t>(param.offsets.size());
+    made.group = group;
+    made.param_dtype = param.dtype;
+    made.grad_dtype = grad.dtype;
+    made.buffer_dtype = buffer.dtype;
+    made.is_first_step = is_first_step;
+    return made;
+  }
+
+  void expect_result_of(const Hyperparams& h, bool has_fma) {
+    const bool in_double = param.dtype == Dtype::kFloat64 || grad.dtype == Dtype::kFloat64 ||
+                           (h.has_momentum && buffer.dtype == Dtype::kFloat64);
+    for (size_t i = 0; i < param.offsets.size(); ++i) {
+      const auto at = static_cast<int64_t>(i);
+      double p = param.get(at);
+      double b = buffer.get(at);
+      (in_double ? reference_element<double> : reference_element<float>)(h, is_first_step, has_fma,
+                                                                         grad.get(at), p, b);
+      expected_param.push_back(rounded_to(param.dtype, p));
+      expected_buffer.push_back(rounded_to(buffer.dtype, b));
+    }
+  }
+
+  void check(const std::string& name) {
+    for (size_t i = 0; i < param.offsets.size(); ++i) {
+      const auto at = static_cast<int64_t>(i);
+      const double p = param.get(at), b = buffer.get(at);
+      const bool same = std::memcmp(&p, &expected_param[i], 8) == 0 &&
+                        std::memcmp(&b, &expected_buffer[i], 8) == 0;
+      expect(same, name + ", element " + std::to_string(i) + " of " +
+                       std::to_string(param.offsets.size()));
+      if (!same) return;
+    }
+  }
+};
+
+std::vector<Hyperparams> all_hyperparams() {
+  std::vector<Hyperparams> all;
+  for (const bool decay : {false, true}) {
+    for (const double momentum : {0.0, 0.9}) {
+      for (const bool nesterov : {false, true}) {
+        for (const double sign : {1.0, -0.0078125}) {
+          if (nesterov && momentum == 0.0) continue;
+          Hyperparams h;
+          h.weight_decay = decay ? WeightDecay::kL2 : WeightDecay::kNone;
+          h.has_momentum = momentum != 0.0;
+          h.nesterov = nesterov;
+          h.f64 = {sign, decay ? 0.01 : 0.0, momentum, 0.7, 1.0, 1.0, 0.1};
+          round_to_float(h);
+          all.push_back(h);
+        }
+      }
+    }
+  }
+  return all;
+}
+
+Case flat_case(int64_t numel, Dtype p, Dtype g, Dtype b, int64_t unaligned, uint32_t group,
+               bool first) {
+  Case made;
+  made.param = make_array(p, contiguous(numel), unaligned);
+  made.grad = make_array(g, contiguous(numel), unaligned / 2);
+  made.buffer = make_array(b, contiguous(numel), unaligned);
+  made.group = group;
+  made.is_first_step = first;
+  return made;
+}
+
+// A tensor of sizes rows x columns: the parameter a slice with gaps, the gradient transposed, the
+// buffer contiguous.
+Case strided_case(int64_t rows, int64_t columns, Dtype p, Dtype g, Dtype b, uint32_t group,
+                  bool first) {
+  Case made;
+  made.dims = {{rows, 3 * columns, 1, columns}, {columns, 3, rows, 1}};
+  std::vector<int64_t> po, go, bo;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      po.push_back(r * 3 * columns + c * 3);
+      go.push_back(r + c * rows);
+      bo.push_back(r * columns + c);
+    }
+  }
+  made.param = make_array(p, po, 1);
+  made.grad = make_array(g, go, 0);
+  made.buffer = make_array(b, bo, 0);
+  made.group = group;
+  made.is_first_step = first;
+  return made;
+}
+
+using Runner = std::function<void(const TensorTable&)>;
+
+void run_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& groups, bool has_fma,
+                   const Runner& run, const std::string& name) {
+  std::vector<TensorEntry> entries;
+  std::vector<int64_t> first_element{0};
+  for (Case& each : cases) {
+    each.expect_result_of(groups[each.group], has_fma);
+    entries.push_back(each.entry(groups));
+    first_element.push_back(first_element.back() + entries.back().numel);
+  }
+  std::vector<std::vector<char>>
+      gaps;  // what lies between a strided parameter's elements must stay
+  for (Case& each : cases) {
+    const char* begin = static_cast<char*>(each.param.data());
+    gaps.emplace_back(begin, begin + each.param.size * itemsize(each.param.dtype));
+  }
+  run({entries.data(), first_element.data(), static_cast<int64_t>(entries.size()), groups.data()});
+  for (size_t k = 0; k < cases.size(); ++k) {
+    Case& each = cases[k];
+    each.check(name + ", tensor " + std::to_string(k));
+    const auto size = static_cast<size_t>(itemsize(each.param.dtype));
+    std::vector<bool> is_element(static_cast<size_t>(each.param.size), false);
+    for (const int64_t offset : each.param.offsets) is_element[static_cast<size_t>(offset)] = true;
+    for (size_t i = 0; i < is_element.size(); ++i) {
+      if (is_element[i]) continue;
+      expect(std::memcmp(gaps[k].data() + i * size,
+                         static_cast<char*>(each.param.data()) + i * size, size) == 0,
+             name + ": wrote between the elements of a strided parameter");
+    }
+  }
+}
+
+void test_instruction_set(const std::string& isa) {
+  cpu::set_isa(isa);
+  const bool has_fma = isa != "baseline";
+  const std::vector<Hyperparams> groups = all_hyperparams();
+  const Runner one_thread = [](const TensorTable& table) { cpu::step(table, 1); };
+  const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
+
+  // Sizes around every vector and tile edge, each dtype, each formula, aligned or not.
+  for (const Dtype dtype : dtypes) {
+    std::vector<Case> cases;
+    for (uint32_t group = 0; group < groups.size(); ++group) {
+      for (const int64_t numel : {0,  1,  2,  3,   7,   8,   9,   15,  16,  17,  31,  32,  33,
+                                  63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1000}) {
+        cases.push_back(flat_case(numel, dtype, dtype, dtype, numel % 3, group, numel % 2 == 1));
+      }
+    }
+    run_and_check(cases, groups, has_fma, one_thread, isa + " flat");
+  }
+
+  // Every mix of dtypes, flat and strided.
+  for (const Dtype p : dtypes) {
+    for (const Dtype g : dtypes) {
+      for (const Dtype b : dtypes) {
+        std::vector<Case> cases;
+        for (uint32_t group = 0; group < groups.size(); ++group) {
+          cases.push_back(flat_case(300, p, g, b, 1, group, false));
+          cases.push_back(flat_case(17, p, g, b, 0, group, true));
+          cases.push_back(strided_case(5, 67, p, g, b, group, false));
+          cases.push_back(strided_case(300, 1, p, g, b, group, true));
+          cases.push_back(strided_case(1, 3, p, g, b, group, false));
+        }
+        run_and_check(cases, groups, has_fma, one_thread, isa + " mixed");
+      }
+    }
+  }
+
+  // Long tables, on one thread and on several, with empty tensors among them.
+  for (const int64_t count : {1, 2, 1021, 1022, 5000}) {
+    for (const int threads : {1, 2, 3}) {
+      std::vector<Case> cases;
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t numel = count <= 2 ? 100003 : (k * 37) % 90;
+        cases.push_back(flat_case(numel, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, k % 3,
+                                  static_cast<uint32_t>(k % static_cast<int64_t>(groups.size())),
+                                  k % 5 == 0));
+      }
+      run_and_check(
+          cases, groups, has_fma, [&](const TensorTable& table) { cpu::step(table, threads); },
+          isa + " table of " + std::to_string(count));
+    }
+  }
+
+  // Any division of the range among threads covers every element exactly once.
+  const cpu::RunFn run = isa == "avx512" ? cpu::kRunAvx512
+                         : isa == "avx2" ? cpu::kRunAvx2
+                         : isa == "neon" ? cpu::kRunNeon
+                                         : cpu::kRunBaseline;
+  for (int trial = 0; trial < 50; ++trial) {
+    std::vector<Case> cases;
+    for (const int64_t numel : {130, 0, 64, 1, 500, 63}) {
+      cases.push_back(
+          flat_case(numel, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, 0, 9, false));
+    }
+    run_and_check(
+        cases, groups, has_fma,
+        [&](const TensorTable& table) {
+          const int64_t end = table.first_element[table.num_entries];
+          int64_t from = 0;
+          while (from < end) {
+            const int64_t to =
+                std::min<int64_t>(end, from + static_cast<int64_t>(generator() % 200));
+            run(table, from, to);
+            from = to;
+          }
+        },
+        isa + " divided");
+  }
+}
+
+// ---- conversions
+// ---------------------------------------------------------------------------------
+
+// The nearest of all values of a 16-bit type, ties to the even one, found by search.
+template <typename Half>
+void test_rounding(const char* name, uint16_t largest_finite, int mantissa_bits) {
+  const auto value_of = [](uint32_t bits) {
+    return static_cast<double>(load(Half{static_cast<uint16_t>(bits)}));
+  };
+  for (uint32_t bits = 0; bits <= largest_finite; ++bits) {
+    expect(bits == 0 || value_of(bits) > value_of(bits - 1),
+           std::string(name) + " is not monotonic");
+    Half back;
+    store(back, load(Half{static_cast<uint16_t>(bits)}));
+    expect(back.bits == bits, std::string(name) + " does not survive a round trip");
+  }
+  for (uint32_t bits = 0; bits < largest_finite; bits += 1 + bits % 7) {
+    const double low = value_of(bits), high = value_of(bits + 1);
+    const double middle = low + (high - low) / 2;
+    const auto rounds_to = [&](double value, uint32_t expected) {
+      Half stored;
+      store(stored, static_cast<float>(value));
+      expect(stored.bits == expected,
+             std::string(name) + " rounds wrongly near " + std::to_string(value));
+      store(stored, static_cast<float>(-value));
+      expect(stored.bits == (expected | 0x8000u), std::string(name) + " rounds wrongly, negative");
+    };
+    if (static_cast<double>(static_cast<float>(middle)) != middle)
+      continue;  // below float's own range
+    rounds_to(middle, bits % 2 == 0 ? bits : bits + 1);
+    rounds_to(std::nextafterf(static_cast<float>(middle), 0.0f), bits);
+    rounds_to(std::nextafterf(static_cast<float>(middle), INFINITY), bits + 1);
+  }
+  Half special;
+  store(special, INFINITY);
+  expect(std::isinf(load(special)), std::string(name) + ": Inf");
+  store(special, 3e38f);
+  expect(std::isinf(load(special)) == (mantissa_bits == 10), std::string(name) + ": overflow");
+  store(special, NAN);
+  expect(std::isnan(load(special)), std::string(name) + ": NaN");
+}
+
+}  // namespace
+
+int main() {
+  test_rounding<Float16>("fp16", 0x7bff, 10);
+  test_rounding<BFloat16>("bf16", 0x7f7f, 7);
+  for (const std::string& isa : cpu::isas()) test_instruction_set(isa);
+  bool refused = false;
+  try {
+    cpu::set_isa("no such instruction set");
+  } catch (const std::invalid_argument&) {
+    refused = true;
+  }
+  expect(refused, "an unknown instruction set is refused");
+  std::printf("%d checks, %d failures, instruction sets:", checks, failures);
+  for (const std::string& isa : cpu::isas()) std::printf(" %s", isa.c_str());
+  std::printf("\n");
+  return failures == 0 ? 0 : 1;
+}

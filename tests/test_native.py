@@ -1,0 +1,40 @@
+"""The C++ tests of the kernels, built without torch and run under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_kernels_under_sanitizers(compiler, tmp_path):
+    sources = [ROOT / "tests/native/test_kernels.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    binary = tmp_path / "test_kernels"
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g1",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    if compiler == "clang++":
+        flags += ["-Wno-pass-failed"]  # it would say that -O1 does not vectorise
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    # The kernels take OpenMP from the process, where torch has brought it; here the linker brings it.
+    openmp = ["-Wl,--no-as-needed", "-l:libgomp.so.1"]
+    subprocess.run([compiler, *flags, *sanitizers, *map(str, sources), *openmp, "-o", str(binary)], check=True)
+    result = subprocess.run([str(binary)], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 failures" in result.stdout, result.stdout
+
+
+def test_a_compiler_was_found():
+    assert COMPILERS, "the native tests need g++ or clang++"
