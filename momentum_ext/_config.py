@@ -54,7 +54,7 @@ def show_config() -> None:
         "momentum_ext": __version__,
         "built for torch": _build_info.TORCH_VERSION,
         "running torch": torch.__version__,
-        "compiler": build["compiler"],
+        "compiler": build["compiler"].strip(),
         "compiler flags": _build_info.CXX_FLAGS,
         "CUDA": _build_info.CUDA_VERSION or "none (CPU build)",
         "instruction set": f"{_C.isa()} (this machine can run: {', '.join(_C.isas())})",

@@ -179,7 +179,10 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end,
       return static_cast<const char*>(tensor) + (strided ? 0 : at * itemsize(dtype));
     };
     char* const p = const_cast<char*>(tile_base(entry.param, entry.param_dtype));
-    char* const b = const_cast<char*>(tile_base(entry.momentum_buffer, entry.buffer_dtype));
+    char* b = nullptr;
+    if constexpr (kMomentum != Momentum::kNone) {
+      b = const_cast<char*>(tile_base(entry.momentum_buffer, entry.buffer_dtype));
+    }
     const int64_t* const p_offsets = strided ? offsets[0] : nullptr;
     const int64_t* const g_offsets = strided ? offsets[1] : nullptr;
     const int64_t* const b_offsets = strided ? offsets[2] : nullptr;
