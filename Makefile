@@ -1,0 +1,94 @@
+# momentum_ext. `make demo` and `make test` do all of their own set-up, in .venv; what is up to date is not done again.
+#
+#   PYTHON=python3.12     the interpreter that .venv is made with
+#   VENV=path             another environment; it may have a torch already, which is then used
+#   TESTS=path            the tests to run (make test); all of them by default
+#   ARGS="..."            more arguments for pytest (make test) or bench_step.py (make bench)
+#   CC= CXX= FORCE_CPU= FORCE_CUDA=   for the build, see setup.py
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+TESTS ?= tests
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+CPP := $(shell find csrc tests/native benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+NATIVE := $(filter csrc/%,$(CPP))
+PYTHON_CODE := momentum_ext benchmarks examples
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench build lint format house clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build $(VENV)/.demo $(VENV)/.bench  ## train on handwritten digits with torch's SGD and with FusedMomentum, then the quick benchmark
+	$(BIN)/python examples/digits.py
+	$(BIN)/python benchmarks/bench_step.py --quick
+
+test: build $(VENV)/.test $(VENV)/.demo $(VENV)/.bench  ## all tests
+	$(BIN)/python -m pytest $(TESTS) -q -n $(JOBS) --dist loadfile $(ARGS)
+
+bench: build $(VENV)/.bench  ## the benchmark
+	$(BIN)/python benchmarks/bench_step.py $(ARGS)
+
+build: $(VENV)/.built  ## compile the extension into momentum_ext/ and install it in .venv, editable
+
+lint: $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench  ## clang-format, ruff and mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PYTHON_CODE)
+
+format: $(VENV)/.dev  ## let clang-format and ruff rewrite the sources
+	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/ruff check --fix --exit-zero --quiet .
+	$(BIN)/ruff format .
+
+house: ## the rules of the house that a machine can check (CONTRIBUTING.md)
+	@.ci/house
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist momentum_ext.egg-info momentum_ext/_C.*.so momentum_ext/_build_info.py
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up: one stamp file per step --------------------------------------------------------------------------------
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "momentum_ext needs Python 3.10 or newer; $(PYTHON) is older or missing. Name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv python3-dev"; exit 1; }
+	@test -x $(BIN)/python || { echo "[set-up] virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "[set-up] build tools"
+	@$(PIP) install "setuptools>=77" ninja
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "[set-up] $(TORCH)"; $(PIP) install $(TORCH); }
+	@touch $@
+
+# A torch that was installed after the build makes the build out of date.
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(NATIVE) $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.py)
+	@echo "[set-up] momentum_ext, compiled for $$($(BIN)/python -W ignore -c 'import torch; print("torch", torch.__version__)') (about a minute)"
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+# The lists of packages stand in pyproject.toml, as extras.
+define EXTRA
+import sys
+try:
+    import tomllib
+except ImportError:
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    print("\n".join(tomllib.load(file)["project"]["optional-dependencies"][sys.argv[1]]))
+endef
+export EXTRA
+
+$(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	@echo "[set-up] packages for $*"
+	@$(BIN)/python -c "$$EXTRA" $* > $@.txt
+	@$(PIP) install -r $@.txt
+	@touch $@

@@ -1,0 +1,181 @@
+"""The contenders: each builds an optimizer on tensors of its own and hands back its step, warmed up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from memory_limit import MemoryLimit
+from timing import Step
+from torch import Tensor
+from workloads import Workload
+
+WARMUP_STEPS = 3
+"""Steps before the clock: the first creates the state, the others settle allocators, plans and threads."""
+
+MOST_TENSORS_TO_COMPILE = 200
+"""torch.compile takes minutes for longer lists (its graph holds every tensor), so it is not asked to."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all contenders share."""
+
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+    threads: int = 1
+
+    @property
+    def sgd(self) -> dict[str, Any]:
+        """The keyword arguments of torch.optim.SGD."""
+        return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay, "nesterov": self.nesterov}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is timed: here one optimizer step. A pipeline around the step, or another precision, is another Pass."""
+
+    name: str
+    bytes_per_element: int
+    """Bytes that must move for each element: read p, g and m, write p and m, 4 bytes each."""
+    tensor_copies: int
+    """Tensors of each parameter's size that a contender keeps: parameter, gradient, momentum buffer."""
+
+
+STEP = Pass("step", bytes_per_element=20, tensor_copies=3)
+
+
+class Model:
+    """Parameters with gradients, in parameter groups, filled from a seed; no gradient is zero."""
+
+    def __init__(self, groups: list[tuple[list[torch.nn.Parameter], float]]) -> None:
+        self._groups = groups
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups for an optimizer's constructor; new dicts each time: it adds its defaults to them."""
+        return [{"params": list(params), "lr": lr} for params, lr in self._groups]
+
+    @classmethod
+    def random(cls, workload: Workload, settings: Settings) -> Model:
+        """The workload's shapes with values uniform in [-1, 1) and gradients uniform in [1, 2) / 100."""
+        generator = torch.Generator().manual_seed(0)
+        groups: list[tuple[list[torch.nn.Parameter], float]] = []
+        for group in workload.groups:
+            params = []
+            for shape in group.shapes:
+                param = torch.nn.Parameter(torch.empty(shape).uniform_(-1, 1, generator=generator))
+                param.grad = torch.empty(shape).uniform_(0.01, 0.02, generator=generator)
+                params.append(param)
+            groups.append((params, settings.lr * group.lr_factor))
+        return cls(groups)
+
+    def copy(self) -> Model:
+        """The same values in memory of its own."""
+        return Model([([_copy(param) for param in params], lr) for params, lr in self._groups])
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters, in order."""
+        return [param for params, _ in self._groups for param in params]
+
+
+def _copy(param: torch.nn.Parameter) -> torch.nn.Parameter:
+    assert param.grad is not None
+    copy = torch.nn.Parameter(param.detach().clone())
+    copy.grad = param.grad.clone()
+    return copy
+
+
+class NotRun(Exception):
+    """A contender that is left out on purpose or fails; the message is the reason shown in its row."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to take the step.
+
+    `key` names it in options and in JSON, `label` in tables and pictures; `build` makes the step, after warm-up.
+    """
+
+    key: str
+    label: str
+    build: Callable[[Model, Settings], Step]
+
+
+def _warm(step: Step) -> Step:
+    for _ in range(WARMUP_STEPS):
+        step()
+    return step
+
+
+def ours(model: Model, settings: Settings) -> Step:
+    """momentum_ext.FusedMomentum."""
+    from momentum_ext import FusedMomentum  # imported late, so that --help works where nothing is built
+
+    return _warm(FusedMomentum(model.groups, **settings.sgd).step)
+
+
+def torch_sgd(**path: Any) -> Callable[[Model, Settings], Step]:
+    """torch.optim.SGD by the given path (foreach, fused)."""
+
+    def build(model: Model, settings: Settings) -> Step:
+        return _warm(torch.optim.SGD(model.groups, **settings.sgd, **path).step)
+
+    return build
+
+
+def compiled(model: Model, settings: Settings) -> Step:
+    """torch.compile around torch.optim.SGD's step, as torch's documentation shows it. Raises NotRun."""
+    tensors = len(model.params)
+    if tensors > MOST_TENSORS_TO_COMPILE:
+        raise NotRun(
+            f"not run: compiling a step of {tensors:,} tensors takes minutes (limit {MOST_TENSORS_TO_COMPILE})"
+        )
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    optimizer = torch.optim.SGD(model.groups, **settings.sgd)
+    optimizer.step()  # the state exists before tracing, so that one graph serves every later step
+    step = torch.compile(lambda: optimizer.step())
+    torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
+    try:
+        _warm(step)
+    except Exception as error:  # whatever breaks in the compiler belongs in this row, not in the way of the others
+        lines = str(error).strip().splitlines() or [""]
+        raise NotRun(f"failed: {type(error).__name__}: {lines[0]}") from error
+    if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+        raise NotRun("failed: torch.compile fell back to eager")
+    return step
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    Contender("ours", "FusedMomentum", ours),
+    Contender("default", "torch default", torch_sgd()),
+    Contender("fused", "torch fused", torch_sgd(fused=True)),
+    Contender("for-loop", "torch for-loop", torch_sgd(foreach=False, fused=False)),
+    Contender("foreach", "torch foreach", torch_sgd(foreach=True)),
+    Contender("compiled", "torch compiled", compiled),
+)
+
+KEYS: tuple[str, ...] = tuple(contender.key for contender in CONTENDERS)
+
+
+def memory_limit(elements: int, settings: Settings) -> Step:
+    """The plain native loop over the workload's elements. Raises MemoryLimitUnavailable."""
+    return _warm(MemoryLimit(elements, settings.threads, settings.momentum, settings.lr).step)
+
+
+def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The largest absolute difference between two lists of fp32 tensors; 0.0 where every bit is the same."""
+    largest = 0.0
+    for one, other in zip(first, second, strict=True):
+        if not torch.equal(one.detach().view(torch.int32), other.detach().view(torch.int32)):
+            largest = max(largest, float((one.detach() - other.detach()).abs().max()))
+    return largest

@@ -1,0 +1,50 @@
+"""What the optimizer is meant to reach, as data, in one place.
+
+Origin: the goals for the CPU set before any of it was written, for two cores, fp32 and medians from one run.
+They say nothing about another number of threads, and are not shown there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ORIGIN = "goals set for two cores and fp32 before the code was written; ratios of medians from one run"
+THREADS = 2
+"""The number of threads that the targets were set for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """At least so many times faster than two of torch's ways, and at least this share of the memory limit's speed."""
+
+    times_default: float
+    times_fused: float
+    of_memory_limit: float | None = None
+
+
+TARGETS: dict[str, Target] = {
+    "one_64m": Target(4, 1.0, 0.95),
+    "gpt2": Target(3.5, 1.1, 0.93),
+    "resnet50": Target(2.5, 1.2, 0.90),
+    "small_1000x1024": Target(30, 12),
+    "small_5000x64": Target(150, 40),
+    "small_200x16": Target(100, 25),
+    "groups_465": Target(100, 40),
+}
+
+HOST_NS_PER_TENSOR = 60.0
+"""At most so many nanoseconds for each tensor more in the list."""
+
+HOST_FIXED_US = 5.0
+"""At most so many microseconds for a step whatever the list, with no profiler and no hook active."""
+
+
+def target_for(workload: str, contender: str, threads: int) -> float | None:
+    """What the figure in a contender's row of a workload's table is to reach; None where nothing was set.
+
+    The row "ours" carries the share of the memory limit, the others how many times faster ours is than they.
+    """
+    target = TARGETS.get(workload)
+    if target is None or threads != THREADS:
+        return None
+    return {"ours": target.of_memory_limit, "default": target.times_default, "fused": target.times_fused}.get(contender)

@@ -1,0 +1,44 @@
+"""Fixtures: instruction sets, thread counts, and a clean process state around every test."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+from helpers import matching_isas
+
+from momentum_ext import _C
+
+# The default is reproducible: the same examples on every run. HYPOTHESIS_PROFILE=explore looks for new ones.
+hypothesis.settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.register_profile("explore", parent=hypothesis.settings.get_profile("ci"), derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def clean_process():
+    threads, isa = torch.get_num_threads(), _C.isa()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    _C.set_isa(isa)
+
+
+@pytest.fixture(params=matching_isas())
+def isa(request):
+    """Each instruction set that must agree with this process's torch bit for bit, forced."""
+    _C.set_isa(request.param)
+    return request.param
+
+
+@pytest.fixture(params=[1, 3], ids=["1thread", "3threads"])
+def threads(request):
+    torch.set_num_threads(request.param)
+    return request.param

@@ -1,0 +1,353 @@
+"""Mixed-precision training: the scale and the overflow check are read in the step; gradients are never written."""
+
+import math
+
+import pytest
+import torch
+from helpers import Oracle, Pair, Snapshot, assert_same, clone_exact
+
+from momentum_ext import FusedMomentum
+
+HYPER = {"lr": 0.05, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}
+SCALES = [1.0, 3.0, 65536.0, 1000.1, 2.0**-10, 1e20]
+
+
+class Trainings:
+    """The same small network twice, each with its optimizer and its GradScaler on the CPU."""
+
+    def __init__(self, init_scale=1024.0, count=1, hyper=HYPER, **scaler):
+        torch.manual_seed(0)
+        self.models, self.opts, self.scalers = [], [], []
+        for kind in (FusedMomentum, torch.optim.SGD):
+            model = torch.nn.Sequential(torch.nn.Linear(19, 70), torch.nn.Tanh(), torch.nn.Linear(70, 3))
+            self.models.append(model)
+            parts = [list(model.parameters())] if count == 1 else [list(m.parameters()) for m in (model[0], model[2])]
+            self.opts.append([kind(part, **hyper, foreach=False) for part in parts])
+            self.scalers.append(torch.amp.GradScaler("cpu", init_scale=init_scale, **scaler))
+        self.models[1].load_state_dict(self.models[0].state_dict())
+
+    def iterate(self, procedure, overflow=False):
+        """One iteration by `procedure(model, optimizers, scaler, loss)` on each side, then the comparison."""
+        data = torch.randn(8, 19)
+        if overflow:
+            data[0, 0] = math.inf
+        for model, opts, scaler in zip(self.models, self.opts, self.scalers):
+            procedure(model, opts, scaler, lambda model=model: model(data).square().mean())
+        self.check()
+
+    def check(self):
+        mine, theirs = self.opts
+        for a, b in zip(self.models[0].parameters(), self.models[1].parameters()):
+            assert_same(a, b)
+            has, should = (
+                next((o.state[p] for o in opts if p in o.state), None) for opts, p in ((mine, a), (theirs, b))
+            )
+            assert (has is None) == (should is None)
+            if should is not None:
+                assert_same(has["momentum_buffer"], should["momentum_buffer"])
+        assert self.scalers[0].get_scale() == self.scalers[1].get_scale()
+
+
+def plain(model, opts, scaler, loss):
+    for opt in opts:
+        opt.zero_grad()
+    scaler.scale(loss()).backward()
+    for opt in opts:
+        scaler.step(opt)
+    scaler.update()
+
+
+def clipped(model, opts, scaler, loss):
+    for opt in opts:
+        opt.zero_grad()
+    scaler.scale(loss()).backward()
+    for opt in opts:
+        scaler.unscale_(opt)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    for opt in opts:
+        scaler.step(opt)
+    scaler.update()
+
+
+def accumulated(model, opts, scaler, loss):
+    for opt in opts:
+        opt.zero_grad()
+    for _ in range(3):
+        scaler.scale(loss() / 3).backward()
+    for opt in opts:
+        scaler.step(opt)
+    scaler.update()
+
+
+def penalized(model, opts, scaler, loss):
+    """The gradient penalty of torch's AMP examples: gradients of scaled gradients."""
+    for opt in opts:
+        opt.zero_grad()
+    value = loss()
+    params = list(model.parameters())
+    grads = torch.autograd.grad(scaler.scale(value), params, create_graph=True)
+    inverse = 1.0 / scaler.get_scale()
+    norm = sum((g * inverse).square().sum() for g in grads).sqrt()
+    scaler.scale(value + norm).backward()
+    for opt in opts:
+        scaler.step(opt)
+    scaler.update()
+
+
+PROCEDURES = {"plain": plain, "clipped": clipped, "accumulated": accumulated, "penalized": penalized}
+
+
+@pytest.mark.parametrize("init_scale", SCALES[:4])
+@pytest.mark.parametrize("count", [1, 2], ids=["one-optimizer", "two-optimizers"])
+@pytest.mark.parametrize("procedure", PROCEDURES)
+def test_grad_scaler(procedure, count, init_scale):
+    trainings = Trainings(init_scale, count, growth_interval=3)
+    for _ in range(8):
+        trainings.iterate(PROCEDURES[procedure])
+
+
+@pytest.mark.parametrize("procedure", ["plain", "clipped", "accumulated"])
+@pytest.mark.parametrize("at", [{0}, {0, 1, 2}, {4}, {0, 5}], ids=str)
+def test_overflow(procedure, at):
+    trainings = Trainings(1024.0, growth_interval=100)
+    for step in range(8):
+        trainings.iterate(PROCEDURES[procedure], overflow=step in at)
+        assert not step or max(at) == step or trainings.opts[0][0].state or at >= set(range(step + 1))
+    assert trainings.scalers[0].get_scale() == 1024.0 * 0.5 ** len(at)
+
+
+def test_overflow_on_step_1_leaves_no_trace():
+    trainings = Trainings(1024.0)
+    (mine,) = trainings.opts[0]
+    before = Snapshot(mine)
+    trainings.iterate(plain, overflow=True)
+    before.assert_unchanged()
+    assert not mine.state
+    for _ in range(3):
+        trainings.iterate(plain)
+
+
+def test_disabled_scaler():
+    trainings = Trainings(1024.0, enabled=False)
+    for _ in range(3):
+        trainings.iterate(plain)
+
+
+def test_the_scalers_attributes_are_gone_after_its_step():
+    trainings = Trainings(1024.0)
+    (mine,) = trainings.opts[0]
+    trainings.iterate(plain)
+    assert not hasattr(mine, "grad_scale") and not hasattr(mine, "found_inf")
+    for params in zip(*(m.parameters() for m in trainings.models)):
+        grad = torch.randn(params[0].shape)
+        for param in params:
+            param.grad = grad.clone()
+    for (opt,) in trainings.opts:
+        opt.step()
+    trainings.check()
+
+
+def test_no_warning_and_no_deprecated_argument(recwarn):
+    trainings = Trainings(1024.0)
+    trainings.iterate(plain)
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, (FutureWarning, DeprecationWarning))]
+
+
+def test_own_scale_times_the_scalers():
+    """A grad_scale that the user has set is multiplied with the scaler's, as torch documents it."""
+    trainings = Trainings(1024.0)
+    for model, opts, scaler in zip(trainings.models, trainings.opts, trainings.scalers):
+        torch.manual_seed(1)
+        (opt,), data = opts, torch.randn(8, 19)
+        opt.zero_grad()
+        own = 3.0 if isinstance(opt, FusedMomentum) else 1.0
+        scaler.scale(model(data).square().mean() * own).backward()
+        if own != 1.0:
+            opt.grad_scale = torch.tensor(own)
+        scaler.step(opt)
+        scaler.update()
+    for mine, theirs in zip(*(m.parameters() for m in trainings.models)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_autocast_bf16():
+    trainings = Trainings(8.0)
+
+    def procedure(model, opts, scaler, loss):
+        (opt,) = opts
+        opt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss()
+        scaler.scale(value.float()).backward()
+        scaler.step(opt)
+        scaler.update()
+
+    for _ in range(5):
+        trainings.iterate(procedure)
+
+
+# ---------------------------------------------------------------------------------- the attributes, set by hand
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_scale_is_divided_out_in_one_rounding(scale, maximize, dtype, isa):
+    """g * float32(1 / scale) and on from there; in 16-bit the unscaled gradient is not rounded in between."""
+    hyper = {**HYPER, "maximize": maximize}
+    pair = Pair([torch.randn(n).to(dtype) for n in (1, 7, 33, 300, 5003)], Oracle, **hyper)
+    pair.both(lambda opt: setattr(opt, "grad_scale", torch.tensor(scale)))
+    pair.step(4)
+
+
+@pytest.mark.parametrize(
+    "hyper", [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}, {**HYPER, "dampening": 0, "nesterov": True}]
+)
+def test_scale_matches_unscaling_first(hyper, isa):
+    """Bit for bit what torch's for-loop does with gradients that GradScaler has unscaled."""
+    pair = Pair([torch.randn(n) for n in (7, 300, 70_001)], **hyper)
+    scale = 1000.1
+    inverse = torch.tensor(scale).double().reciprocal().float()
+    pair.mine.grad_scale = torch.tensor(scale)
+    for _ in range(4):
+        pair.new_grads()
+        for _, theirs in pair.params:
+            theirs.grad.mul_(inverse)
+        pair.step_as_is()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [3.0, 3, torch.tensor(3.0), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.float64), torch.tensor([[3.0]])],
+    ids=repr,
+)
+def test_kinds_of_grad_scale(value):
+    pair = Pair([torch.randn(300)], Oracle, **HYPER)
+    pair.both(lambda opt: setattr(opt, "grad_scale", value))
+    pair.step(3)
+    pair.both(lambda opt: setattr(opt, "grad_scale", None))
+    pair.step(3)
+    pair.both(lambda opt: delattr(opt, "grad_scale"))
+    pair.step(3)
+
+
+@pytest.mark.parametrize(
+    "kind", [float, int, bool, torch.tensor, lambda v: torch.tensor([v]), lambda v: torch.tensor(v).double()]
+)
+def test_kinds_of_found_inf(kind):
+    pair = Pair([torch.randn(300), torch.randn(33)], **HYPER)
+    for step, found in enumerate((1.0, 0.0, 1.0, 0.0)):
+        pair.new_grads()
+        pair.mine.found_inf = kind(found)
+        before = Snapshot(pair.mine)
+        pair.mine.step()
+        if found:
+            before.assert_unchanged()
+            assert bool(pair.mine.state) == (step > 0)
+        else:
+            pair.theirs.step()
+        pair.check()
+    pair.mine.found_inf = None
+    pair.step()
+    del pair.mine.found_inf
+    pair.step()
+
+
+def test_found_inf_counts_several():
+    """GradScaler sums over devices, so any number but zero is an overflow."""
+    pair = Pair([torch.randn(300)], **HYPER)
+    pair.new_grads()
+    before = Snapshot(pair.mine)
+    for value in (2.0, 7, torch.tensor(0.5), math.nan, math.inf):
+        pair.mine.found_inf = value
+        pair.mine.step()
+        before.assert_unchanged()
+
+
+def test_scale_and_overflow_are_read_at_each_step():
+    """A tensor that is changed in place, as GradScaler does it."""
+    pair = Pair([torch.randn(300)], Oracle, **HYPER)
+    scale, found = torch.tensor(2.0), torch.tensor(0.0)
+    pair.both(lambda opt: (setattr(opt, "grad_scale", scale), setattr(opt, "found_inf", found)))
+    for step in range(8):
+        scale.fill_(2.0 + step)
+        found.fill_(float(step in (0, 3, 4)))
+        pair.step()
+
+
+def test_overflow_still_calls_the_closure():
+    pair = Pair([torch.randn(300)], **HYPER)
+    pair.new_grads()
+    pair.mine.found_inf = 1.0
+    calls = []
+    assert pair.mine.step(lambda: calls.append(1) or 5.0) == 5.0
+    assert calls == [1]
+
+
+# --------------------------------------------------------------------------------------- gradients are never written
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {"lr": 0.1},
+        {"lr": 0.1, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        {**HYPER, "dampening": 0, "nesterov": True, "maximize": True},
+    ],
+    ids=lambda hyper: "-".join(hyper),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_never_written(dtype, hyper, scaled):
+    params = [torch.nn.Parameter(torch.randn(n, 3).to(dtype)) for n in (1, 33, 300)]
+    params += [torch.nn.Parameter(torch.randn(300, 5).to(dtype)[:, 2])]
+    opt = FusedMomentum(params, **hyper)
+    if scaled:
+        opt.grad_scale = torch.tensor(1000.1)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn(param.shape).to(dtype)
+        grads = [param.grad for param in params]
+        before = [clone_exact(grad) for grad in grads]
+        versions = [grad._version for grad in grads]
+        opt.step()
+        assert [param.grad is grad for param, grad in zip(params, grads)] == [True] * len(params)
+        assert [grad._version for grad in grads] == versions
+        for grad, kept in zip(grads, before):
+            assert_same(grad, kept, "gradient")
+
+
+# ----------------------------------------------------------------------------------------- beyond the fused path
+
+
+def test_sparse_gradients_with_a_scaler():
+    """An embedding with sparse gradients goes torch's way, unscaled and skipped like the rest."""
+    torch.manual_seed(0)
+    models = [torch.nn.Embedding(20, 5, sparse=True) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    opts = [kind(m.parameters(), lr=0.1, foreach=False) for kind, m in zip((FusedMomentum, torch.optim.SGD), models)]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in models]
+    for step in range(6):
+        index, factor = torch.randint(20, (8,)), math.inf if step in (0, 3) else 1.0
+        for model, opt, scaler in zip(models, opts, scalers):
+            opt.zero_grad()
+            scaler.scale((model(index) * factor).square().sum()).backward()
+            scaler.step(opt)
+            scaler.update()
+        torch.testing.assert_close(models[0].weight, models[1].weight)
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+
+
+def test_complex_parameters_with_a_scale():
+    params = [torch.nn.Parameter(torch.randn(33, dtype=torch.complex64))]
+    pair = Pair([torch.view_as_real(params[0].detach())], Oracle, **HYPER)
+    mine = FusedMomentum(params, **HYPER)
+    mine.grad_scale = pair.theirs.grad_scale = torch.tensor(1000.1)
+    for _ in range(3):
+        params[0].grad = torch.randn(33, dtype=torch.complex64)
+        twin = pair.params[0][1]
+        twin.grad = torch.view_as_real(params[0].grad).clone()
+        mine.step()
+        pair.theirs.step()
+        assert_same(torch.view_as_real(params[0].detach()), twin)

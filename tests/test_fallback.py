@@ -1,0 +1,249 @@
+"""What the fused pass doesn't take goes through torch's own functional sgd, per tensor, in the same step."""
+
+import contextlib
+import socket
+
+import pytest
+import torch
+from helpers import Pair, Snapshot, assert_same, clone_exact
+
+from momentum_ext import FusedMomentum
+
+HYPER = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}
+KINDS = (FusedMomentum, torch.optim.SGD)
+
+
+def same(mine, theirs):
+    for a, b in zip(mine, theirs, strict=True):
+        assert_same(a, b)
+
+
+# ------------------------------------------------------------------------------------------------------------ sparse
+
+
+@pytest.mark.parametrize("hyper", [{"lr": 0.1}, HYPER, {"lr": 0.1, "maximize": True}], ids=lambda h: "-".join(h))
+def test_sparse_gradients(hyper):
+    """An embedding with sparse=True beside dense layers, in one group."""
+    models, opts = [], []
+    for kind in KINDS:
+        torch.manual_seed(0)
+        models.append(torch.nn.Sequential(torch.nn.Embedding(50, 19, sparse=True), torch.nn.Linear(19, 33)))
+        opts.append(kind(models[-1].parameters(), **hyper, foreach=False))
+    for _ in range(5):
+        index = torch.randint(50, (8,))
+        for model, opt in zip(models, opts):
+            opt.zero_grad()
+            model(index).square().mean().backward()
+            assert model[0].weight.grad.is_sparse
+            opt.step()
+        same(*(list(m.parameters()) for m in models))
+
+
+def test_sparse_gradient_where_a_dense_one_was():
+    pair = Pair([torch.randn(20, 5), torch.randn(33)], **HYPER)
+    pair.step(3)
+    for _ in range(2):
+        pair.new_grads()
+        values = torch.zeros(20, 5)
+        values[::3] = torch.randn(7, 5)
+        for param in pair.params[0]:
+            param.grad_dtype = None
+            param.grad = None
+            param.grad = values.to_sparse()
+        pair.step_as_is()
+    for param in pair.params[0]:
+        param.grad = None
+    pair.step(2)
+
+
+@pytest.mark.parametrize(
+    "hyper", [{"weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}], ids=lambda h: "-".join(h)
+)
+def test_sparse_gradients_where_torch_refuses(hyper):
+    """Whatever torch does with it, its type of error too; and an error leaves the dense tensors alone as well."""
+    results = []
+    for kind in KINDS:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(33)), torch.nn.Parameter(torch.randn(20, 5))]
+        opt = kind(params, lr=0.1, **hyper, foreach=False)
+        values = torch.zeros(20, 5)
+        values[::3] = 1.5
+        params[0].grad, params[1].grad = torch.randn(33), values.to_sparse()
+        before = Snapshot(opt)
+        try:
+            opt.step()
+            results.append([clone_exact(p) for p in params])
+        except Exception as error:
+            if kind is FusedMomentum:
+                before.assert_unchanged()
+            results.append(type(error))
+    if isinstance(results[1], type):
+        assert results[0] is results[1]
+    else:
+        same(*results)
+
+
+# ---------------------------------------------------------------------------------------------------- differentiable
+
+
+@pytest.mark.parametrize(
+    "hyper", [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}], ids=lambda h: "-".join(h)
+)
+def test_differentiable(hyper):
+    """Gradients flow through the steps to what the gradients came from."""
+    results = []
+    for kind in KINDS:
+        torch.manual_seed(0)
+        source = torch.randn(33, dtype=torch.float64, requires_grad=True)
+        param = torch.randn(33, dtype=torch.float64).requires_grad_().clone()
+        param.retain_grad()
+        opt = kind([param], **hyper, differentiable=True, foreach=False)
+        for factor in (1.0, 2.0):
+            param.grad = source * factor
+            opt.step()
+        (gradient,) = torch.autograd.grad(param.square().sum(), source)
+        results.append((param.detach(), gradient))
+    same(*results)
+    assert results[0][1].abs().min() > 0
+
+
+def test_lr_that_requires_grad():
+    pair = Pair([torch.randn(300), torch.randn(33, 5)], **HYPER)
+    pair.step(2)
+    pair.both(lambda opt: opt.param_groups[0].update(lr=torch.tensor(0.03, requires_grad=True)))
+    pair.step(3)
+
+
+def test_weight_decay_that_requires_grad():
+    """torch itself writes the gradient here; we don't."""
+    pair = Pair([torch.randn(300), torch.randn(33, 5)], **HYPER)
+    pair.step(2)
+    pair.both(lambda opt: opt.param_groups[0].update(weight_decay=torch.tensor(0.03, requires_grad=True)))
+    for _ in range(3):
+        pair.new_grads()
+        kept = [mine.grad.clone() for mine, _ in pair.params]
+        pair.step_as_is()
+        for before, (mine, _) in zip(kept, pair.params):
+            assert_same(mine.grad, before, "gradient")
+
+
+def test_lr_with_a_gradient_through_a_differentiable_step():
+    results = []
+    for kind in KINDS:
+        torch.manual_seed(0)
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        param = torch.randn(33, dtype=torch.float64).requires_grad_().clone()
+        opt = kind([param], lr=lr, differentiable=True, foreach=False)
+        for _ in range(2):
+            param.grad = torch.randn(33, dtype=torch.float64)
+            opt.step()
+        (gradient,) = torch.autograd.grad(param.square().sum(), lr)
+        results.append((param.detach(), gradient))
+    same(*results)
+
+
+# --------------------------------------------------------------------------------------------- devices and subclasses
+
+
+def test_meta_parameters_among_others():
+    """Mixed devices in one group; meta tensors have no data, their state has the right form."""
+    pair = Pair([torch.randn(300)], **HYPER)
+    metas = [torch.nn.Parameter(torch.empty(33, 5, device="meta")) for _ in range(2)]
+    for opt, meta in zip(pair.optimizers, metas):
+        opt.param_groups[0]["params"].insert(0, meta)
+    for _ in range(3):
+        for meta in metas:
+            meta.grad = torch.empty(33, 5, device="meta")
+        grad = torch.randn(300)
+        pair.set_grad(1, grad)
+        pair.step_as_is()
+    assert pair.mine.state[metas[0]]["momentum_buffer"].is_meta
+
+
+def test_subclass_that_only_names_itself():
+    """A plain subclass, as libraries use for typed tensors."""
+
+    class Named(torch.Tensor):
+        pass
+
+    pair = Pair([torch.randn(300), torch.randn(33)], **HYPER)
+    for opt in pair.optimizers:
+        params = opt.param_groups[0]["params"]
+        params[0] = params[0].detach().as_subclass(Named).requires_grad_()
+    for _ in range(3):
+        pair.new_grads()
+        pair.both(lambda opt: opt.step())
+        for mine, theirs in pair.params:
+            assert_same(mine.detach().as_subclass(torch.Tensor), theirs.detach().as_subclass(torch.Tensor))
+
+
+def test_subclass_with_its_own_dispatch():
+    """Two tensors that behave as one: each operation goes through __torch_dispatch__."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    pair = Pair([torch.randn(33, 5), torch.randn(7)], **HYPER)
+    twins = [Pair([torch.randn(33, 5)], **HYPER) for _ in range(2)]
+    two = torch.nn.Parameter(TwoTensor(*(t.params[0][0].detach().clone() for t in twins)))
+    pair.mine.param_groups[0]["params"].append(two)
+    for _ in range(4):
+        for twin in twins:
+            twin.new_grads()
+            twin.step_as_is()
+        two.grad = TwoTensor(*(t.params[0][0].grad.clone() for t in twins))
+        for index in range(2):
+            grad = pair.random_like(pair.theirs.param_groups[0]["params"][index])
+            pair.mine.param_groups[0]["params"][index].grad = grad.clone()
+            pair.theirs.param_groups[0]["params"][index].grad = grad
+        pair.both(lambda opt: opt.step())
+        same(pair.mine.param_groups[0]["params"][:2], pair.theirs.param_groups[0]["params"])
+        buffer = pair.mine.state[two]["momentum_buffer"]
+        for name, twin in zip("ab", twins):
+            theirs = twin.params[0][1]
+            assert_same(getattr(two.data, name), theirs)
+            assert_same(getattr(buffer, name), twin.theirs.state[theirs]["momentum_buffer"])
+
+
+@contextlib.contextmanager
+def one_process_group():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", port, 1, True)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def dtensor_training(steps=4):
+    """FusedMomentum on DTensors (and a plain tensor) beside torch on plain ones; yields after each step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    pair = Pair([torch.randn(40, 6), torch.randn(33), torch.randn(7)], **HYPER)
+    places = ([Shard(0)], [Replicate()])
+    params = pair.mine.param_groups[0]["params"]
+    for index, place in enumerate(places):
+        params[index] = torch.nn.Parameter(distribute_tensor(params[index].detach(), mesh, place))
+    for _ in range(steps):
+        for index, theirs in enumerate(pair.theirs.param_groups[0]["params"]):
+            theirs.grad = pair.random_like(theirs)
+            grad = theirs.grad.clone()
+            params[index].grad = distribute_tensor(grad, mesh, places[index]) if index < 2 else grad
+        pair.both(lambda opt: opt.step())
+        for index, theirs in enumerate(pair.theirs.param_groups[0]["params"]):
+            local = params[index].to_local() if index < 2 else params[index]
+            assert_same(local, theirs)
+            buffer = pair.mine.state[params[index]]["momentum_buffer"]
+            assert type(buffer) is type(params[index].data)
+            local = buffer.to_local() if index < 2 else buffer
+            assert_same(local, pair.theirs.state[theirs]["momentum_buffer"])
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_dtensor():
+    """FSDP2's parameters, on a group of one process; buffers are DTensors as the parameters are."""
+    with one_process_group():
+        dtensor_training()

@@ -1,0 +1,289 @@
+"""Threads and processes: several Python threads stepping at once, forked workers, forked children that step."""
+
+import os
+import select
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from helpers import Pair, assert_same
+
+from momentum_ext import FusedMomentum
+
+HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+
+
+def run_all(jobs, timeout=60):
+    """Each job in its own Python thread, all started together; their errors are raised here."""
+    errors, barrier = [], threading.Barrier(len(jobs))
+
+    def guarded(job):
+        barrier.wait()
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(job,), daemon=True) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout)
+        assert not thread.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+def training(seed, sizes=(300, 33, 70_001, 1), dtype=torch.float32, steps=10):
+    """(optimizer, gradients of each step, parameters as torch's for-loop leaves them)."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(n, generator=generator).to(dtype) for n in sizes]
+    grads = [[torch.randn(n, generator=generator).to(dtype) for n in sizes] for _ in range(steps)]
+    mine, theirs = ([torch.nn.Parameter(v.clone()) for v in values] for _ in range(2))
+    reference = torch.optim.SGD(theirs, **HYPER, foreach=False)
+    for step in grads:
+        for param, grad in zip(theirs, step):
+            param.grad = grad.clone()
+        reference.step()
+    return FusedMomentum(mine, **HYPER), grads, theirs
+
+
+def drive(opt, grads):
+    for step in grads:
+        for param, grad in zip(opt.param_groups[0]["params"], step):
+            param.grad = grad.clone()
+        opt.step()
+
+
+@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("sizes", [(300, 33, 5), (300, 33, 70_001, 1)], ids=["small", "large"])
+def test_optimizers_in_several_python_threads(count, sizes):
+    trainings = [training(seed, sizes, steps=30) for seed in range(count)]
+    run_all([lambda t=t: drive(t[0], t[1]) for t in trainings])
+    for opt, _, expected in trainings:
+        for mine, theirs in zip(opt.param_groups[0]["params"], expected):
+            assert_same(mine, theirs)
+
+
+def test_one_optimizer_handed_from_thread_to_thread():
+    opt, grads, expected = training(0)
+    for step in grads:
+        run_all([lambda step=step: drive(opt, [step])])
+    for mine, theirs in zip(opt.param_groups[0]["params"], expected):
+        assert_same(mine, theirs)
+
+
+def test_one_optimizer_stepped_by_several_threads_at_once():
+    """Two steps of one optimizer at once have no defined result with torch either; nothing may crash or hang."""
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (300, 70_001, 5)]
+    for param in params:
+        param.grad = torch.full(param.shape, 0.25)
+    opt = FusedMomentum(params, lr=1e-3, momentum=0.9)
+    run_all([lambda: [opt.step() for _ in range(50)] for _ in range(4)])
+    assert all(param.isfinite().all() for param in params)
+    for param in params:
+        assert opt.state[param]["momentum_buffer"].isfinite().all()
+
+
+def test_set_num_threads_between_steps():
+    pair = Pair([torch.randn(n) for n in (300, 33, 100_003, 65_536)], **HYPER)
+    for count in (1, 2, 5, 1, 3, 2):
+        torch.set_num_threads(count)
+        pair.step(2)
+
+
+def test_set_num_threads_in_other_threads():
+    """torch's thread count is per Python thread; each step uses that of its own."""
+
+    def job(count, this):
+        torch.set_num_threads(count)
+        drive(*this[:2])
+
+    trainings = [training(seed) for seed in range(3)]
+    run_all([lambda c=c, t=t: job(c, t) for c, t in zip((1, 2, 3), trainings)])
+    for opt, _, expected in trainings:
+        for mine, theirs in zip(opt.param_groups[0]["params"], expected):
+            assert_same(mine, theirs)
+
+
+def test_other_python_threads_run_during_a_step():
+    """The GIL is released while the kernel works: another thread's clock goes on ticking inside a long step."""
+    torch.set_num_threads(1)
+    param = torch.nn.Parameter(torch.ones(12_000_000))
+    param.grad = torch.ones(12_000_000)
+    opt = FusedMomentum([param], lr=0.1, momentum=0.9)
+    opt.step()
+    ticks, done = [], threading.Event()
+
+    def clock():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0002)
+
+    thread = threading.Thread(target=clock, daemon=True)
+    thread.start()
+    steps = []
+    for _ in range(20):
+        start = time.perf_counter()
+        opt.step()
+        steps.append((start, time.perf_counter()))
+    done.set()
+    thread.join(10)
+    inside = [sum(start + 0.2 * (end - start) < t < end - 0.2 * (end - start) for t in ticks) for start, end in steps]
+    # A machine that is busy elsewhere may starve the clock now and then, never in most of the steps.
+    assert sum(count > 0 for count in inside) >= len(steps) // 2, inside
+
+
+def test_backward_in_autograds_thread_and_step_in_a_hook():
+    """Optimizer in backward: each parameter's own optimizer steps when its gradient is there."""
+    models = []
+    for kind in (FusedMomentum, torch.optim.SGD):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(19, 300), torch.nn.Tanh(), torch.nn.Linear(300, 3))
+        opts = {param: kind([param], **HYPER, foreach=False) for param in model.parameters()}
+
+        def step(param, opts=opts):
+            opts[param].step()
+            param.grad = None
+
+        for param in model.parameters():
+            param.register_post_accumulate_grad_hook(step)
+        for _ in range(5):
+            model(torch.randn(8, 19)).square().mean().backward()
+        models.append(model)
+    for mine, theirs in zip(*(model.parameters() for model in models)):
+        assert_same(mine, theirs)
+
+
+# -------------------------------------------------------------------------------------------------------------- fork
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+
+def in_forked_child(work, timeout=60):
+    """What `work()`, bytes, gives in a forked child; a child that hangs is killed and fails the test."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            with os.fdopen(write, "wb") as pipe:
+                pipe.write(work())
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    os.close(write)
+    chunks, deadline = [], time.monotonic() + timeout
+    while True:
+        ready, _, _ = select.select([read], [], [], max(0, deadline - time.monotonic()))
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the forked child hangs")
+        chunk = os.read(read, 1 << 20)
+        if not chunk:
+            break
+        chunks.append(chunk)
+    os.close(read)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, "the forked child failed"
+    return b"".join(chunks)
+
+
+def step_and_dump(opt):
+    opt.step()
+    return b"".join(p.detach().numpy().tobytes() for p in opt.param_groups[0]["params"])
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("sizes", [(300, 33), (300, 300_001)], ids=["small", "large"])
+@pytest.mark.parametrize("warm", [True, False], ids=["after-steps", "before-any-step"])
+def test_forked_child_that_steps(sizes, warm):
+    """The parent has its threads running, the child inherits none of them: it must not wait for them."""
+    torch.set_num_threads(2)
+    opt, grads, expected = training(0, sizes, steps=3)
+    other = training(1, (300_001,), steps=2)
+    drive(other[0], other[1])  # the parent's thread pool exists
+    if warm:
+        drive(opt, grads[:-1])
+        for param, grad in zip(opt.param_groups[0]["params"], grads[-1]):
+            param.grad = grad.clone()
+    else:
+        opt, grads, expected = training(0, sizes, steps=1)
+        for param, grad in zip(opt.param_groups[0]["params"], grads[0]):
+            param.grad = grad.clone()
+    result = in_forked_child(lambda: step_and_dump(opt))
+    assert result == b"".join(p.detach().numpy().tobytes() for p in expected)
+    opt.step()  # and the parent goes on with all of its threads
+    for mine, theirs in zip(opt.param_groups[0]["params"], expected):
+        assert_same(mine, theirs)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forked_grandchild_that_steps():
+    torch.set_num_threads(2)
+    opt, grads, expected = training(0, (300_001,), steps=2)
+    drive(opt, grads[:1])
+    opt.param_groups[0]["params"][0].grad = grads[1][0].clone()
+    result = in_forked_child(lambda: in_forked_child(lambda: step_and_dump(opt)))
+    assert result == expected[0].detach().numpy().tobytes()
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.full((19,), index / 64)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_data_loader_with_forked_workers_after_steps():
+    """Epochs with fresh worker processes, steps before, between and after."""
+    torch.set_num_threads(2)
+    models, opts = [], []
+    for kind in (FusedMomentum, torch.optim.SGD):
+        torch.manual_seed(0)
+        models.append(torch.nn.Sequential(torch.nn.Linear(19, 4000), torch.nn.Tanh(), torch.nn.Linear(4000, 30)))
+        opts.append(kind(models[-1].parameters(), **HYPER, foreach=False))
+    for _ in range(3):
+        loader = torch.utils.data.DataLoader(
+            Rows(), batch_size=16, num_workers=2, multiprocessing_context="fork", timeout=60
+        )
+        for batch in loader:
+            for model, opt in zip(models, opts):
+                opt.zero_grad()
+                model(batch).square().mean().backward()
+                opt.step()
+    for mine, theirs in zip(*(model.parameters() for model in models)):
+        assert_same(mine, theirs)
+
+
+def test_spawned_process_gets_a_working_optimizer(tmp_path):
+    """Pickled to another process, as torch.multiprocessing does."""
+    import pickle
+    import subprocess
+    import sys
+
+    opt, grads, expected = training(0, (300, 33), steps=3)
+    drive(opt, grads[:-1])
+    for param, grad in zip(opt.param_groups[0]["params"], grads[-1]):
+        param.grad = grad.clone()
+    file = tmp_path / "optimizer"
+    file.write_bytes(pickle.dumps((opt, [p.grad for p in opt.param_groups[0]["params"]])))
+    code = (
+        "import pickle, sys, torch\n"
+        "opt, grads = pickle.loads(open(sys.argv[1], 'rb').read())\n"
+        "for p, g in zip(opt.param_groups[0]['params'], grads): p.grad = g\n"
+        "opt.step()\n"
+        "torch.save([p.detach() for p in opt.param_groups[0]['params']], sys.argv[1])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True, timeout=120)
+    for mine, theirs in zip(torch.load(file), expected):
+        assert_same(mine, theirs.detach())
