@@ -194,8 +194,8 @@ def draw_limits(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
         for key in present
     ]
     axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(-0.06, 0), borderaxespad=3.4, ncols=3, frameon=False, fontsize=9,
-        handletextpad=0.2, columnspacing=1.0,
+        handles=handles, loc="upper left", bbox_to_anchor=(-0.06, 0), borderaxespad=3.4, ncols=3, frameon=False,
+        fontsize=9, handletextpad=0.2, columnspacing=1.0,
     )  # fmt: skip
 
 

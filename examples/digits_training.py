@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """A ResNet of 14 layers for 8x8 images: 47 parameter tensors, 177 thousand values."""
+    """A ResNet of 14 layers for 8x8 images: 47 parameter tensors, 175 thousand values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,13 +215,25 @@ def steps_per_epoch(digits: Digits) -> int:
     return len(digits.train_labels) // BATCH
 
 
-def counts(run: Run) -> Mapping[str, int]:
-    """How much was compared: {"parameters": …, "statistics": …, "momentum buffers": …, "values": …, "losses": …}."""
-    names = list(run.tensors())
-    return {
-        "parameters": sum(name.startswith("parameter ") for name in names),
-        "statistics": sum(name.startswith("statistic ") for name in names),
-        "momentum buffers": sum(name.startswith("momentum_buffer ") for name in names),
-        "values": sum(tensor.numel() for tensor in run.tensors().values()),
-        "losses": len(run.losses),
-    }
+def step_quantiles(run: Run) -> tuple[float, float, float]:
+    """The 5 %, 50 % and 95 % quantiles of the time inside optimizer.step(), in nanoseconds."""
+    low, median, high = np.quantile(run.optimizer_ns, (0.05, 0.5, 0.95))
+    return float(low), float(median), float(high)
+
+
+def what_was_compared(run: Run) -> str:
+    """As "all 420 losses, 47 parameters, 47 momentum buffers and 42 normalization statistics (… values)"."""
+    tensors = run.tensors()
+    parameters, buffers, others = (
+        sum(name.startswith(kind) for name in tensors) for kind in ("parameter ", "momentum_buffer ", "statistic ")
+    )
+    values = sum(tensor.numel() for tensor in tensors.values())
+    return (
+        f"all {counted(len(run.losses), 'loss', 'losses')}, {parameters} parameters, {buffers} momentum buffers and "
+        f"{others} normalization statistics ({values:,} values)"
+    )
+
+
+def counted(count: int, singular: str, plural: str | None = None) -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"

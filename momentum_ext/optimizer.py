@@ -132,6 +132,8 @@ class FusedMomentum(SGD):
         return self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's word for "already wrapped"
+    # A compiled training loop calls the step as it is: there is nothing in it to compile.
+    step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None

@@ -243,7 +243,7 @@ class Snapshot:
         self.state_keys = [id(p) for p in opt.state]
         self.state = [dict(opt.state[p]) if p in opt.state else None for p in self.params]
         self.buffers = [
-            clone_exact(s["momentum_buffer"]) if s and isinstance(s.get("momentum_buffer"), Tensor) else None
+            clone_exact(b) if isinstance(b := (s or {}).get("momentum_buffer"), Tensor) and not b.is_meta else None
             for s in self.state
         ]
 
