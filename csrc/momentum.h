@@ -1,6 +1,7 @@
 // What a backend offers. No torch here: raw pointers, sizes and numbers.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,11 @@ namespace momentum_ext::cpu {
 // Updates every tensor of the table in one parallel region of at most max_threads threads. Entries
 // must not overlap in memory, except that a gradient may be its own parameter.
 void step(const TensorTable& table, int max_threads);
+
+// Calls body(begin, end) for consecutive parts of [0, n), on as many threads as there are parts of
+// at least `grain`, at most max_threads. The body must not throw.
+using RangeBody = std::function<void(int64_t begin, int64_t end)>;
+void parallel_for(int64_t n, int64_t grain, int max_threads, const RangeBody& body);
 
 // The instruction sets that this build has and this machine can run, best first; which one step()
 // uses; and a choice by name, which throws std::invalid_argument for a name that is not in the

@@ -81,6 +81,10 @@ def same_bits(actual: Tensor, expected: Tensor) -> bool:
         return actual.is_meta and expected.is_meta
     if actual.layout != torch.strided:
         actual, expected = actual.to_dense(), expected.to_dense()
+    if actual.is_floating_point() and not (actual.is_neg() or expected.is_neg()):
+        integer = DATA_INT[actual.element_size()]
+        if torch.equal(actual.detach().view(integer), expected.detach().view(integer)):
+            return True  # by far the most frequent case
     return all(torch.equal(a, e) for a, e in zip(bits(actual), bits(expected)))
 
 
@@ -273,7 +277,7 @@ def in_layout(values: Tensor, layout: str) -> Tensor:
         return values.contiguous().clone()
     if layout == "permuted":  # dense, dimensions stored in reverse order
         order = list(reversed(range(values.dim())))
-        return values.permute(order).contiguous().permute(order)
+        return values.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
     if layout == "offset":  # one element into its storage: unaligned for every vector width
         base = torch.full((values.numel() + 2,), 7.0, dtype=values.dtype)
         base[1:-1] = values.reshape(-1)

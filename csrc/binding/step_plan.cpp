@@ -16,15 +16,13 @@
 namespace momentum_ext::binding {
 namespace {
 
+// Fewer tensors than this for each thread are looked at faster than another thread wakes up.
+constexpr int64_t kSlotsPerThread = 256;
+
 // From this many elements on the GIL is released while the kernel runs. Fewer take a small part of
 // the interpreter's own switch interval of 5 ms, and releasing means holding references to all
 // tensors.
 constexpr int64_t kElementsToReleaseGil = 1 << 21;
-
-PyObject* momentum_buffer_key() {
-  static PyObject* const key = PyUnicode_InternFromString("momentum_buffer");
-  return key;
-}
 
 template <typename T>
 std::string to_string(const T& value) {
@@ -71,6 +69,8 @@ class GilReleased {
   PyThreadState* state_;
 };
 
+int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
 std::unique_lock<std::mutex> lock_without_gil(std::mutex& mutex) {
   std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock.owns_lock()) {
@@ -107,7 +107,6 @@ void StepPlan::run() {
 }
 
 void StepPlan::discard() {
-  num_active_ = 0;
   round_end_.clear();
   new_buffers_.clear();
   for_torch_.clear();
@@ -119,23 +118,40 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
   state_ = state.ptr();
   const bool same_groups = read_groups(param_groups, inv_grad_scale);
   if (!same_groups || !read_state(state_)) rebuild(state_);
-
-  for (size_t g = 0; g < readers_.size(); ++g) {
-    const bool has_momentum = hyperparams_[g].has_momentum;
-    for (size_t i = first_slot_[g]; i < first_slot_[g + 1]; ++i) {
-      if (readers_[g].needs_torch()) slots_[i].path = Path::kUnknown;
-      prepare_slot(i, has_momentum);
-    }
+  check_slots();
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (status_[i] == Status::kNeedsCare) prepare_slot(i);
+    first_element_[i + 1] = first_element_[i] + entries_[i].numel;
   }
   if (ranges_changed_) assign_rounds();
   if (num_rounds_ == 1) {
-    round_end_.push_back(num_active_);
+    round_end_.push_back(slots_.size());
   } else {
     sort_into_rounds();
   }
 }
 
 void StepPlan::update() {
+  if (round_end_.empty()) return;  // nothing is prepared
+  insert_new_buffers();
+  const int threads = max_threads();
+  cpu::parallel_for(static_cast<int64_t>(slots_.size()), kSlotsPerThread, threads,
+                    [this](int64_t begin, int64_t end) { bump_versions(begin, end); });
+
+  const bool release = first_element_[slots_.size()] >= kElementsToReleaseGil;
+  if (release) keep_alive();
+  {
+    const GilReleased released(release);
+    size_t begin = 0;
+    for (const size_t end : round_end_) {
+      cpu::step(table_of_round(begin, end), threads);
+      begin = end;
+    }
+  }
+  discard();
+}
+
+void StepPlan::insert_new_buffers() {
   for (const NewBuffer& made : new_buffers_) {
     const Slot& slot = slots_[made.slot];
     const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
@@ -146,36 +162,28 @@ void StepPlan::update() {
       target = fresh.ptr();
       if (PyDict_SetItem(state_, slot.param_object, target) != 0) throw py::error_already_set();
     }
-    if (PyDict_SetItem(target, momentum_buffer_key(), buffer.ptr()) != 0) {
+    if (PyDict_SetItem(target, buffer_key_, buffer.ptr()) != 0) {
       throw py::error_already_set();
     }
   }
-  for (size_t k = 0; k < num_active_; ++k) {
-    active_[k].param->bump_version();
-    if (active_[k].buffer != nullptr) active_[k].buffer->bump_version();
-  }
+}
 
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const bool release = first_element_[num_active_] >= kElementsToReleaseGil;
-  if (release) keep_alive();
-  {
-    const GilReleased released(release);
-    size_t start = 0;
-    for (const size_t end : round_end_) {
-      cpu::step({entries_.data() + start, first_element_.data() + start,
-                 static_cast<int64_t>(end - start), hyperparams_.data()},
-                threads);
-      start = end;
-    }
+// Autograd must know that these tensors have changed. Inference tensors have no version to bump.
+void StepPlan::bump_versions(int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Tensors& tensors = tensors_[i];
+    if (tensors.param == nullptr) continue;
+    if (!tensors.param->is_inference()) tensors.param->bump_version();
+    if (tensors.buffer != nullptr && !tensors.buffer->is_inference())
+      tensors.buffer->bump_version();
   }
-  discard();
 }
 
 // Holds on to this step's tensors while other code may run: Python's, or another thread's.
 void StepPlan::keep_alive() {
   if (!kept_alive_.empty()) return;
-  for (size_t k = 0; k < num_active_; ++k) {
-    for (c10::TensorImpl* tensor : {active_[k].param, active_[k].grad, active_[k].buffer}) {
+  for (const Tensors& tensors : tensors_) {
+    for (c10::TensorImpl* tensor : {tensors.param, tensors.grad, tensors.buffer}) {
       if (tensor == nullptr) continue;
       kept_alive_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
                                tensor->unsafe_storage());
@@ -255,8 +263,9 @@ void StepPlan::rebuild(PyObject* state) {
     }
     first_slot_.push_back(slots_.size());
   }
-  active_.resize(slots_.size());
-  entries_.resize(slots_.size());
+  status_.assign(slots_.size(), Status::kNeedsCare);
+  tensors_.assign(slots_.size(), {});
+  entries_.assign(slots_.size(), {});
   first_element_.assign(slots_.size() + 1, 0);
   state_keys_.clear();
   PyObject* key;
@@ -271,57 +280,113 @@ void StepPlan::rebuild(PyObject* state) {
 }
 
 // ---- one tensor
-// ----------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------
 
-void StepPlan::prepare_slot(size_t i, bool has_momentum) {
+// A quick look at all slots: are they as the plan says? Only reads, so that several threads can
+// look; the GIL stays with the calling thread, which waits.
+void StepPlan::check_slots() {
+  cpu::parallel_for(
+      static_cast<int64_t>(slots_.size()), kSlotsPerThread, max_threads(),
+      [this](int64_t begin, int64_t end) {
+        auto i = static_cast<size_t>(begin);
+        auto g = static_cast<size_t>(std::upper_bound(first_slot_.begin(), first_slot_.end(), i) -
+                                     first_slot_.begin() - 1);
+        for (; i < static_cast<size_t>(end); ++g) {
+          const bool has_momentum = hyperparams_[g].has_momentum;
+          const bool needs_torch = readers_[g].needs_torch();
+          const size_t stop = std::min(first_slot_[g + 1], static_cast<size_t>(end));
+          for (; i < stop; ++i) {
+            status_[i] = needs_torch ? Status::kNeedsCare : check_slot(i, has_momentum);
+          }
+        }
+      });
+}
+
+// Runs without the GIL being this thread's: calls nothing of Python's but PyDict_Next, which only
+// reads.
+StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum) noexcept {
   Slot& slot = slots_[i];
-  if (!is_tensor(slot.param_object)) {
+  if (!THPVariable_CheckTypeExact(Py_TYPE(slot.param_object))) return Status::kNeedsCare;
+  const c10::TensorImpl& param = *THPVariable_Unpack(slot.param_object).unsafeGetTensorImpl();
+  const at::Tensor& grad_tensor = grad_of(param);
+  if (!grad_tensor.defined()) {
+    tensors_[i] = {};
+    entries_[i].numel = 0;
+    return Status::kIdle;
+  }
+  const c10::TensorImpl& grad = *grad_tensor.unsafeGetTensorImpl();
+  const c10::TensorImpl* buffer = nullptr;
+  if (has_momentum) {
+    PyObject* key;
+    PyObject* value;
+    Py_ssize_t position = 0;
+    if (slot.state_dict == nullptr || !PyDict_Check(slot.state_dict) ||
+        !PyDict_Next(slot.state_dict, &position, &key, &value) || key != buffer_key_ ||
+        !THPVariable_CheckTypeExact(Py_TYPE(value))) {
+      return Status::kNeedsCare;
+    }
+    buffer = THPVariable_Unpack(value).unsafeGetTensorImpl();
+  }
+  try {
+    const bool unchanged = slot.path == Path::kContiguous ? is_unchanged(slot, param, grad, buffer)
+                           : slot.path == Path::kLayout
+                               ? is_unchanged_layout(slot, param, grad, buffer)
+                               : false;
+    if (!unchanged) return Status::kNeedsCare;
+  } catch (...) {  // a lazily copied tensor may fail to get memory: on the calling thread it can be
+                   // raised
+    return Status::kNeedsCare;
+  }
+  tensors_[i] = {const_cast<c10::TensorImpl*>(&param), const_cast<c10::TensorImpl*>(&grad),
+                 const_cast<c10::TensorImpl*>(buffer)};
+  TensorEntry& entry = entries_[i];
+  entry.grad = const_data_of(grad, slot.grad_itemsize);
+  entry.numel = slot.num_reals;
+  entry.is_first_step = false;
+  return Status::kReady;
+}
+
+// Everything that a quick look does not settle: new and changed tensors, first steps, errors.
+void StepPlan::prepare_slot(size_t i) {
+  Slot& slot = slots_[i];
+  tensors_[i] = {};
+  entries_[i] = {};
+  if (!THPVariable_Check(slot.param_object)) {
     throw py::type_error(name_of(slot) + ": expected a tensor, got " +
                          Py_TYPE(slot.param_object)->tp_name);
   }
   const at::Tensor& param = THPVariable_Unpack(slot.param_object);
-  const at::Tensor& grad = grad_of(*param.unsafeGetTensorImpl());
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
   if (!grad.defined()) return;
 
+  const bool has_momentum = hyperparams_[slot.group].has_momentum;
   const at::Tensor* buffer = has_momentum ? find_buffer(slot) : nullptr;
   const bool is_first_step = has_momentum && buffer == nullptr;
-  if (is_first_step) {
-    examine(slot, param, grad, at::Tensor());
-    if (slot.path != Path::kTorch) {
-      new_buffers_.push_back({i, at::empty_like(param, {}, at::MemoryFormat::Preserve)});
-      buffer = &new_buffers_.back().tensor;
-      examine(slot, param, grad, *buffer);
-    }
-  } else {
-    const c10::TensorImpl& p = *param.unsafeGetTensorImpl();
-    const c10::TensorImpl& g = *grad.unsafeGetTensorImpl();
-    const c10::TensorImpl* const b = buffer == nullptr ? nullptr : buffer->unsafeGetTensorImpl();
-    const bool unchanged = slot.path == Path::kLayout ? is_unchanged_layout(slot, p, g, b)
-                                                      : is_unchanged(slot, p, g, b);
-    if (!unchanged) examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
+  examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
+  if (slot.path != Path::kTorch && is_first_step) {
+    new_buffers_.push_back({i, at::empty_like(param, {}, at::MemoryFormat::Preserve)});
+    buffer = &new_buffers_.back().tensor;
+    examine(slot, param, grad, *buffer);
   }
   if (slot.path == Path::kTorch) {
     for_torch_.push_back(i);
     return;
   }
-
-  const size_t k = num_active_++;
-  active_[k] = {i, param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(),
-                has_momentum ? buffer->unsafeGetTensorImpl() : nullptr};
-  TensorEntry& entry = entries_[k];
+  tensors_[i] = {param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(),
+                 buffer == nullptr ? nullptr : buffer->unsafeGetTensorImpl()};
+  TensorEntry& entry = entries_[i];
   entry.param = slot.param_data;
   entry.grad = const_data_of(*grad.unsafeGetTensorImpl(), slot.grad_itemsize);
   entry.momentum_buffer = slot.buffer_data;
-  entry.layout = slot.shapes == nullptr || slot.shapes->layout == nullptr
-                     ? nullptr
-                     : &slot.shapes->layout->layout;
-  entry.numel = slot.is_complex ? 2 * slot.numel : slot.numel;  // in real numbers
+  if (slot.shapes != nullptr && slot.shapes->layout != nullptr) {
+    entry.layout = &slot.shapes->layout->layout;
+  }
+  entry.numel = slot.num_reals;
   entry.group = slot.group;
   entry.param_dtype = slot.param_kernel_dtype;
   entry.grad_dtype = slot.grad_kernel_dtype;
   entry.buffer_dtype = slot.buffer_kernel_dtype;
   entry.is_first_step = is_first_step;
-  first_element_[k + 1] = first_element_[k] + entry.numel;
 }
 
 // The tensor at opt.state[p]["momentum_buffer"]; nullptr when there is none or it is None.
@@ -335,12 +400,12 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
   PyObject* buffer;
   Py_ssize_t position = 0;
   if (!PyDict_Next(slot.state_dict, &position, &key, &buffer)) return nullptr;
-  if (key != momentum_buffer_key()) {
-    buffer = PyDict_GetItemWithError(slot.state_dict, momentum_buffer_key());
+  if (key != buffer_key_) {
+    buffer = PyDict_GetItemWithError(slot.state_dict, buffer_key_);
     if (buffer == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   }
   if (buffer == nullptr || buffer == Py_None) return nullptr;
-  if (!is_tensor(buffer)) {
+  if (!THPVariable_Check(buffer)) {
     throw py::type_error("state of " + name_of(slot) +
                          ": expected a tensor as \"momentum_buffer\", got " +
                          Py_TYPE(buffer)->tp_name + "; delete the entry to start from no momentum");
@@ -475,7 +540,7 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   if (buffer.defined()) check_memory(buffer, "momentum_buffer of " + name_of(slot));
 
   slot.numel = param.numel();
-  slot.is_complex = param.is_complex();
+  slot.num_reals = param.is_complex() ? 2 * slot.numel : slot.numel;
   slot.has_buffer = buffer.defined();
   slot.param_itemsize = static_cast<uint8_t>(param.element_size());
   slot.grad_itemsize = static_cast<uint8_t>(grad.element_size());
@@ -559,18 +624,23 @@ void StepPlan::assign_rounds() {
 }
 
 void StepPlan::sort_into_rounds() {
-  std::vector<size_t> order(num_active_);
-  for (size_t k = 0; k < num_active_; ++k) order[k] = k;
-  const auto round_of = [&](size_t k) { return slots_[active_[k].slot].round; };
+  std::vector<size_t> order(slots_.size());
+  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
   std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return round_of(a) < round_of(b); });
-  const std::vector<TensorEntry> unsorted = entries_;
-  for (size_t k = 0; k < num_active_; ++k) {
-    entries_[k] = unsorted[order[k]];
-    first_element_[k + 1] = first_element_[k] + entries_[k].numel;
-    if (k > 0 && round_of(order[k]) != round_of(order[k - 1])) round_end_.push_back(k);
+                   [&](size_t a, size_t b) { return slots_[a].round < slots_[b].round; });
+  sorted_entries_.resize(slots_.size());
+  for (size_t k = 0; k < order.size(); ++k) {
+    sorted_entries_[k] = entries_[order[k]];
+    first_element_[k + 1] = first_element_[k] + sorted_entries_[k].numel;
+    if (k > 0 && slots_[order[k]].round != slots_[order[k - 1]].round) round_end_.push_back(k);
   }
-  round_end_.push_back(num_active_);
+  round_end_.push_back(slots_.size());
+}
+
+TensorTable StepPlan::table_of_round(size_t begin, size_t end) const {
+  const TensorEntry* const entries = num_rounds_ == 1 ? entries_.data() : sorted_entries_.data();
+  return {entries + begin, first_element_.data() + begin, static_cast<int64_t>(end - begin),
+          hyperparams_.data()};
 }
 
 }  // namespace momentum_ext::binding

@@ -45,6 +45,9 @@ class StepPlan {
     kTorch,       // not for the kernels; examined anew in each step
   };
 
+  // What a quick look at a slot found.
+  enum class Status : uint8_t { kIdle, kReady, kNeedsCare };
+
   // The tensors' shapes, and how to walk them together, when they are not all contiguous.
   struct Shapes {
     c10::impl::SizesAndStrides param;
@@ -61,11 +64,11 @@ class StepPlan {
     void* param_data = nullptr;
     void* buffer_data = nullptr;
     int64_t numel = 0;
+    int64_t num_reals = 0;  // twice numel for a complex tensor
     uint32_t group = 0;
     uint32_t index = 0;  // in the group's list
     Path path = Path::kUnknown;
     bool has_buffer = false;
-    bool is_complex = false;
     caffe2::TypeMeta param_dtype;
     caffe2::TypeMeta grad_dtype;
     caffe2::TypeMeta buffer_dtype;
@@ -88,7 +91,9 @@ class StepPlan {
   bool read_state(PyObject* state);
   void rebuild(PyObject* state);
   void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale);
-  void prepare_slot(size_t i, bool has_momentum);
+  void check_slots();
+  Status check_slot(size_t i, bool has_momentum) noexcept;
+  void prepare_slot(size_t i);
   const at::Tensor* find_buffer(const Slot& slot) const;
   bool is_unchanged(const Slot& slot, const c10::TensorImpl& param, const c10::TensorImpl& grad,
                     const c10::TensorImpl* buffer) const;
@@ -98,10 +103,14 @@ class StepPlan {
                const at::Tensor& buffer);
   void assign_rounds();
   void sort_into_rounds();
+  TensorTable table_of_round(size_t begin, size_t end) const;
   void keep_alive();
   void update();
+  void insert_new_buffers();
+  void bump_versions(int64_t begin, int64_t end);
   std::string name_of(const Slot& slot) const;
 
+  PyObject* const buffer_key_ = PyUnicode_InternFromString("momentum_buffer");
   const c10::DispatchKeySet plain_keys_ = plain_cpu_keys();
   std::mutex mutex_;  // a second thread that steps the same optimizer waits its turn
 
@@ -117,21 +126,22 @@ class StepPlan {
   uint32_t num_rounds_ = 1;
   bool ranges_changed_ = false;
 
-  // This step. The vectors keep their capacity, so that a step allocates nothing once warm; the
-  // first three have room for every slot, and the first num_active_ of them are in use.
-  struct Active {
-    size_t slot;
-    c10::TensorImpl* param;
-    c10::TensorImpl* grad;
-    c10::TensorImpl* buffer;
+  // This step. The vectors keep their capacity, so that a step allocates nothing once warm. The
+  // first four have one element for each slot; a slot without a gradient has an entry of no
+  // elements.
+  struct Tensors {
+    c10::TensorImpl* param = nullptr;  // nullptr: nothing to update
+    c10::TensorImpl* grad = nullptr;
+    c10::TensorImpl* buffer = nullptr;
   };
-  size_t num_active_ = 0;
-  std::vector<Active> active_;
+  std::vector<Status> status_;
+  std::vector<Tensors> tensors_;
   std::vector<TensorEntry> entries_;
   std::vector<int64_t> first_element_;
-  std::vector<size_t> round_end_;  // index into entries_
-  std::vector<PyObject*> params_;  // the groups' lists, borrowed
-  PyObject* state_ = nullptr;      // borrowed
+  std::vector<TensorEntry> sorted_entries_;  // only when tensors share memory
+  std::vector<size_t> round_end_;            // index into the entries
+  std::vector<PyObject*> params_;            // the groups' lists, borrowed
+  PyObject* state_ = nullptr;                // borrowed
   std::vector<NewBuffer> new_buffers_;
   std::vector<size_t> for_torch_;
   std::vector<std::pair<c10::intrusive_ptr<c10::TensorImpl>, c10::Storage>> kept_alive_;

@@ -41,8 +41,4 @@ MOMENTUM_EXT_INLINE bool same_sizes(const c10::TensorImpl& a, const c10::TensorI
   return true;
 }
 
-MOMENTUM_EXT_INLINE bool is_tensor(PyObject* object) {
-  return THPVariable_CheckTypeExact(Py_TYPE(object)) || THPVariable_Check(object);
-}
-
 }  // namespace momentum_ext::binding

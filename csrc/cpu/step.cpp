@@ -90,20 +90,21 @@ void set_isa(const std::string& name) {
 
 bool has_threads() { return has_thread_team(); }
 
-void step(const TensorTable& table, int max_threads) {
-  const RunFn run = current().load(std::memory_order_relaxed)->run;
-  const int64_t begin = table.first_element[0];
-  const int64_t end = table.first_element[table.num_entries];
-  const int64_t worthwhile = (end - begin) / kElementsPerThread;
-  const int num_tasks = static_cast<int>(std::min<int64_t>(max_threads, worthwhile));
+void parallel_for(int64_t n, int64_t grain, int max_threads, const RangeBody& body) {
+  const int num_tasks = static_cast<int>(std::min<int64_t>(max_threads, n / grain));
   if (num_tasks <= 1 || !has_thread_team() || is_forked_child.load(std::memory_order_relaxed)) {
-    run(table, begin, end);
+    body(0, n);
     return;
   }
-  run_on_team(num_tasks, [&](int i) {
-    const auto share = [&](int64_t k) { return begin + (end - begin) * k / num_tasks; };
-    run(table, share(i), share(i + 1));
-  });
+  run_on_team(num_tasks, [&](int64_t i) { body(n * i / num_tasks, n * (i + 1) / num_tasks); });
+}
+
+void step(const TensorTable& table, int max_threads) {
+  const RunFn run = current().load(std::memory_order_relaxed)->run;
+  const int64_t first = table.first_element[0];
+  const int64_t numel = table.first_element[table.num_entries] - first;
+  parallel_for(numel, kElementsPerThread, max_threads,
+               [&](int64_t begin, int64_t end) { run(table, first + begin, first + end); });
 }
 
 }  // namespace momentum_ext::cpu
