@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Trains a convolutional network on handwritten digits twice: with torch.optim.SGD, and with FusedMomentum in its place.
+"""Trains a convolutional network on handwritten digits twice: with torch.optim.SGD and with FusedMomentum.
 
     python examples/digits.py            about half a minute; needs scikit-learn, matplotlib and tqdm
     python examples/digits.py --quick    a few seconds
 
-The data come with scikit-learn. Both trainings start from the same seed and see the same batches. The program compares them
-bit by bit, prints the test accuracy and the time that each optimizer took, and draws both. It exits with status 1 if a
-single bit differs.
+The data come with scikit-learn. Both trainings start from the same seed and see the same batches, side by side. The
+program compares them bit by bit, prints the test accuracy and the time that each optimizer took, and draws both. It exits
+with status 1 if a single bit differs.
 """
 
 from __future__ import annotations
@@ -116,8 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The one line that changes:
     ours = build("FusedMomentum", momentum_ext.FusedMomentum, digits, options.epochs, options.seed)
     print(
-        f"{len(digits.train_labels):,} handwritten digits to train on, {len(digits.test_labels)} held out for the test; "
-        f"{options.epochs} epochs, {digits_training.counted(options.threads, 'thread')}, torch {torch.__version__}",
+        f"{len(digits.train_labels):,} handwritten digits to learn from, {len(digits.test_labels)} held out as a test; "
+        f"{digits_training.counted(options.epochs, 'epoch')}, {digits_training.counted(options.threads, 'thread')}, "
+        f"torch {torch.__version__}",
         flush=True,
     )
     try:

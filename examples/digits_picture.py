@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from digits_training import Digits, Run, counted, median_ratio, ratio_text, step_quantiles, steps_per_epoch, total_ratio
 import torch
+from digits_training import Digits, Run, counted, median_ratio, ratio_text, step_quantiles, steps_per_epoch, total_ratio
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
@@ -34,7 +34,7 @@ HALO = [withStroke(linewidth=3.5, foreground="white")]
 
 DETAIL_STEPS = 12
 """Steps that the inset shows one by one."""
-SHOWN_WRONG = 5
+SHOWN_WRONG = 4
 BINS_PER_DECADE = 24
 
 
@@ -45,7 +45,7 @@ def draw(theirs: Run, ours: Run, digits: Digits, threads: int, path: Path) -> No
         figsize=(13.5, 8),
         height_ratios=(2.2, 1),
         width_ratios=(1.15, 1),
-        gridspec_kw={"left": 0.045, "right": 0.985, "top": 0.79, "bottom": 0.075, "hspace": 0.52, "wspace": 0.13},
+        gridspec_kw={"left": 0.045, "right": 0.985, "top": 0.79, "bottom": 0.095, "hspace": 0.52, "wspace": 0.13},
     )
     figure.text(
         0.012, 0.975, f"The same training, bit for bit; the optimizer {ratio_text(total_ratio(theirs, ours))} as fast",
@@ -85,8 +85,7 @@ def draw_losses(axes: Axes, theirs: Run, ours: Run) -> None:
     style(
         axes,
         "The loss curves coincide in every bit of every step",
-        "cross-entropy of each step's batch, logarithmic; SHA-256 of losses, parameters and momentum: "
-        f"{theirs.fingerprint()[:6]}… and {ours.fingerprint()[:6]}…",
+        f"cross-entropy, logarithmic; losses, weights and momentum have one SHA-256: {ours.fingerprint()[:8]}…",
     )
     steps = np.arange(1, len(ours.losses) + 1)
     axes.plot(steps, theirs.losses, color=THEIRS, linewidth=5, solid_joinstyle="round", solid_capstyle="round")
@@ -101,7 +100,7 @@ def draw_losses(axes: Axes, theirs: Run, ours: Run) -> None:
     low, high = np.log10(axes.get_ylim())
     axes.set_ylim(10**low, 10 ** (high + 0.3 * (high - low)))
     shown = min(DETAIL_STEPS, len(steps))
-    inset = axes.inset_axes((0.31, 0.7, 0.685, 0.3), zorder=5)
+    inset = axes.inset_axes((0.29, 0.7, 0.705, 0.3), zorder=5)
     for run, look in (
         (theirs, {"color": THEIRS, "linewidth": 10, "markersize": 15}),
         (ours, {"color": OURS, "linewidth": 1.6, "linestyle": (0, (3.5, 2)), "markersize": 4.5}),
@@ -111,7 +110,7 @@ def draw_losses(axes: Axes, theirs: Run, ours: Run) -> None:
     inset.xaxis.set_major_locator(NullLocator())
     inset.yaxis.set_major_locator(NullLocator())
     inset.yaxis.set_minor_locator(NullLocator())
-    inset.set_xlim(-0.62 * shown, shown - 0.4)
+    inset.set_xlim(-0.74 * shown, shown - 0.4)
     inset.margins(y=0.28)
     inset.spines[:].set_color("#c8c8c8")
     inset.text(0.015, 0.9, f"the last {shown} steps", transform=inset.transAxes, va="top", fontsize=9, color=QUIET)
@@ -143,21 +142,22 @@ def draw_accuracy(axes: Axes, ours: Run, digits: Digits) -> None:
     axes.set_ylim(0, 1.06)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     over_steps(axes, len(ours.losses))
+    axes.set_xlabel("training steps", fontsize=9, color=QUIET)
 
     shown = wrong[:SHOWN_WRONG]
     for place, index in enumerate(reversed(shown)):
-        image = axes.inset_axes((0.915 - 0.12 * place, 0.22, 0.065, 0.44), zorder=5)
+        image = axes.inset_axes((0.915 - 0.125 * place, 0.22, 0.065, 0.44), zorder=5)
         image.imshow(digits.test_images[index, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
         image.xaxis.set_major_locator(NullLocator())
         image.yaxis.set_major_locator(NullLocator())
         image.spines[:].set_color("#c8c8c8")
-        caption = f"a {int(digits.test_labels[index])}, read as {int(read[index])}"
+        caption = f"{int(digits.test_labels[index])} read as {int(read[index])}"
         image.set_xlabel(caption, fontsize=8, color=QUIET, labelpad=2, path_effects=HALO)
     if shown:
         which = "the one that they get wrong" if len(wrong) == 1 else f"of the {len(wrong)} that they get wrong"
         axes.text(
-            0.89 - 0.12 * (len(shown) - 1), 0.415, which, transform=axes.transAxes, ha="right", va="center", fontsize=9,
-            color=QUIET, path_effects=HALO,
+            0.89 - 0.125 * (len(shown) - 1), 0.415, which, transform=axes.transAxes, ha="right", va="center", fontsize=9,
+            color=QUIET, path_effects=HALO, zorder=6,
         )  # fmt: skip
 
 
@@ -185,13 +185,13 @@ def draw_step_times(axes: Axes, theirs: Run, ours: Run) -> None:
         (ours, us[1], medians[1], OURS, OURS, ""),
     ):
         heights, _, _ = axes.hist(
-            values.clip(low, high), bins, facecolor=color, hatch=hatch, edgecolor="white", linewidth=0.6
+            values.clip(low, high), bins.tolist(), facecolor=color, hatch=hatch, edgecolor="white", linewidth=0.6
         )
         tallest = max(tallest, float(np.max(heights)))
         axes.annotate(
             f"{run.name}\nmedian {median:,.0f} µs", (median, float(np.max(heights))), xytext=(0, 9),
-            textcoords="offset points", ha="center", fontsize=10, fontweight="bold", color=text, path_effects=HALO,
-            linespacing=1.4, zorder=6,
+            textcoords="offset points", ha="center", fontsize=10, fontweight="bold", color=text, linespacing=1.4, zorder=6,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlim(low / 1.25, high * 1.25)
@@ -212,7 +212,8 @@ def draw_step_times(axes: Axes, theirs: Run, ours: Run) -> None:
     )  # fmt: skip
     axes.text(
         float(np.sqrt(medians[0] * medians[1])), arrow, f" {ratio_text(median_ratio(theirs, ours))} ", ha="center",
-        va="center", fontsize=15, fontweight="bold", color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+        va="center", fontsize=15, fontweight="bold", color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What digits.py trains: the data, the network, and training runs that advance in lock-step and are compared bit by bit."""
+"""What digits.py trains: data, network, and runs that advance side by side and are compared bit by bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Digits:
 
 
 def load() -> Digits:
-    """scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak 1998), 450 of them held out, every class in its share."""
+    """scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak 1998); 450 are held out, of each class its share."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(
         (images / 16).astype(np.float32).reshape(-1, 1, 8, 8),
@@ -162,21 +162,23 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def require_identical(one: Run, other: Run) -> None:
     """Raises RunsDiffer if a loss, parameter, statistic or momentum buffer differs in a single bit."""
-    for step, (a, b) in enumerate(zip(one.losses, other.losses)):
+    names = f"with {one.name} and with {other.name}"
+    for step, (a, b) in enumerate(zip(one.losses, other.losses), start=1):
         if a.hex() != b.hex():
-            raise RunsDiffer(f"the loss of step {step} is {a!r} with {one.name} and {b!r} with {other.name}")
+            raise RunsDiffer(f"the loss of step {step} is {a!r} and {b!r} {names}")
     theirs = other.tensors()
     for name, tensor in one.tensors().items():
-        if not torch.equal(as_bytes(tensor), as_bytes(theirs[name])):
-            unequal = tensor != theirs[name]
+        differs = (as_bytes(tensor) != as_bytes(theirs[name])).view(tensor.numel(), -1).any(dim=1)
+        if differs.any():
+            largest = (tensor - theirs[name]).abs().max().item()
             raise RunsDiffer(
-                f"after step {len(one.losses) - 1}, {name} {list(tensor.shape)} of {one.name} and {other.name} differ in "
-                f"{int(unequal.sum())} of {tensor.numel()} values, by up to {float((tensor - theirs[name]).abs().max()):.3g}"
+                f"after step {len(one.losses)}, {name} is not the same {names}: "
+                f"{int(differs.sum())} of {tensor.numel()} values differ, by up to {largest:.3g}"
             )
 
 
 def batches(digits: Digits, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in a new order, each image moved by up to one pixel each way; the last, incomplete batch is left out."""
+    """One epoch in a new order, each image moved by up to one pixel; what does not fill a batch is left out."""
     count = len(digits.train_labels)
     order = torch.randperm(count, generator=generator)
     padded = functional.pad(digits.train_images, (1, 1, 1, 1))
@@ -189,7 +191,8 @@ def batches(digits: Digits, generator: torch.Generator) -> Iterator[tuple[Tensor
 def train(runs: Sequence[Run], digits: Digits, epochs: int, seed: int) -> None:
     """Trains all runs on the same batches, step by step side by side, and compares them bit by bit after each epoch.
 
-    The runs take turns in going first, so that neither gains from what the other left in the caches. Shows a progress bar.
+    The runs take turns in going first, so that neither gains from what the other left in the caches.
+    Shows a progress bar.
 
     Raises:
         RunsDiffer: at the first epoch after which the runs are not bit-identical.

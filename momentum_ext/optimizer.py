@@ -23,9 +23,10 @@ __all__ = ["FusedMomentum"]
 class FusedMomentum(SGD):
     r"""Momentum and Nesterov SGD that updates a whole list of tensors in one pass.
 
-    Takes the place of :class:`torch.optim.SGD`: the same arguments, the same ``param_groups`` and state (``"momentum_buffer"``), state
-    dicts that load into either, and in fp32 and fp64 the same bits as ``SGD(foreach=False, fused=False)``. For each element,
-    with :math:`g` the gradient (negated if ``maximize``), :math:`p` the parameter, :math:`b` the momentum buffer:
+    Takes the place of :class:`torch.optim.SGD`: the same arguments, the same ``param_groups`` and state
+    (``"momentum_buffer"``), state dicts that load into either, and in fp32 and fp64 the same bits as
+    ``SGD(foreach=False, fused=False)``. For each element, with :math:`g` the gradient (negated if ``maximize``),
+    :math:`p` the parameter and :math:`b` the momentum buffer:
 
     .. math::
         g &\leftarrow g + \lambda p                     &&\text{if weight\_decay } \lambda \neq 0 \\
@@ -37,13 +38,14 @@ class FusedMomentum(SGD):
     This is the formula of :class:`torch.optim.SGD`; Nesterov's form is that of Sutskever et al., "On the importance of
     initialization and momentum in deep learning" (ICML 2013), seen from the look-ahead point.
 
-    16-bit tensors are computed in fp32 and rounded once for each stored value. A momentum buffer has its parameter's dtype and
-    layout; one that is loaded in another dtype or layout is used as it is.
+    16-bit tensors are computed in fp32 and rounded once for each stored value. A momentum buffer is made with its
+    parameter's dtype and layout; one that is found in another dtype or layout is used as it is.
 
     Args:
-        params: tensors or dicts of parameter groups, of any shape and layout. fp32, fp64, bf16, fp16, complex64 and complex128 tensors
-            on the CPU are fused, in one pass over all groups. Everything else that torch.optim.SGD can update (sparse gradients,
-            other dtypes and devices, tensor subclasses) takes torch's own path from the same step.
+        params: tensors or dicts of parameter groups, of any shape and layout. fp32, fp64, bf16, fp16, complex64 and
+            complex128 tensors on the CPU are fused, in one pass over all groups. Everything else that torch.optim.SGD
+            can update (sparse gradients, other dtypes and devices, tensor subclasses) takes torch's own path from the
+            same step.
         lr: learning rate, a float or a tensor of one element (default: 1e-3).
         momentum: momentum factor (default: 0).
         dampening: dampening of the gradient in the momentum buffer (default: 0).
@@ -55,8 +57,8 @@ class FusedMomentum(SGD):
         fused: accepted so that one line is enough to change; has no effect.
 
     Raises:
-        ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that cannot be
-            updated, with its position in ``param_groups``. When :meth:`step` raises, nothing has been written.
+        ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that
+            cannot be updated, with its position in ``param_groups``; nothing has been written then.
 
     Example::
 
@@ -119,8 +121,8 @@ class FusedMomentum(SGD):
         Raises:
             RuntimeError, TypeError, ValueError: naming the tensor or the hyperparameter; nothing has been written.
         """
-        # torch wraps a step in hooks and a profiler range at 20 us a call; here it is wrapped when there is someone to notice. A subclass
-        # that overrides step() has been wrapped by torch, and its hooks must not run twice.
+        # torch wraps a step in hooks and a profiler range at 20 us a call; here it is wrapped when there is someone to
+        # notice. A subclass that overrides step() has been wrapped by torch, and its hooks must not run twice.
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -197,9 +199,7 @@ class FusedMomentum(SGD):
                 )
 
 
-def _torch_sgd(
-    group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]
-) -> None:
+def _torch_sgd(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:
     if isinstance(group["weight_decay"], Tensor) and group["weight_decay"].requires_grad:
         grads = [grad.clone() for grad in grads]  # torch would write into it
     sgd(
@@ -218,7 +218,7 @@ def _torch_sgd(
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor of one element for each dimension, of the same kind: what torch refuses for it, it refuses for the original."""
+    """A tensor of the same kind and of size 1 everywhere: torch refuses it where it would refuse the original."""
     shape = (1,) * tensor.dim()
     if tensor.layout == torch.strided:
         return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)

@@ -120,15 +120,15 @@ def test_large_strided_parameters(threads):
 
 
 @pytest.mark.parametrize(
-    "shape, expanded", [((6, 5), (1, 5)), ((6, 5), (6, 1)), ((37, 130), (1, 1)), ((8,), (1,)), ((4, 3, 5), (4, 1, 5))]
+    "shape, expanded",
+    [((6, 5), (1, 5)), ((6, 5), (6, 1)), ((37, 130), (1, 1)), ((8,), (1,)), ((4, 3, 5), (4, 1, 5)), ((1031,), (1,))],
 )
 def test_expanded_gradient(shape, expanded):
-    """What broadcasting leaves in .grad; it is read, never written."""
+    """One element for many, set by hand; it is read, never written."""
     pair = Pair([torch.randn(shape)], **HYPER)
     for _ in range(3):
         source = pair.random_like(torch.empty(expanded))
-        for param in pair.params[0]:
-            param.grad = source.clone().expand(shape)
+        pair.set_grad(0, source.expand(shape))
         kept = pair.params[0][0].grad
         pair.step_as_is()
         assert_same(kept, source.expand(shape))
@@ -151,8 +151,9 @@ def test_self_overlapping_gradient():
 
 
 @pytest.mark.parametrize("hyper", [HYPER, {"lr": 0.1}], ids=["momentum", "plain"])
-def test_gradient_with_the_neg_bit(hyper):
-    pair = Pair([torch.randn(33, 5)], **hyper)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_gradient_with_the_neg_bit(hyper, dtype):
+    pair = Pair([torch.randn(33, 5).to(dtype)], Oracle, **hyper)
     for _ in range(3):
         pair.set_grad(0, torch._neg_view(pair.random_like(pair.params[0][0])))
         assert pair.params[0][0].grad.is_neg()

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from helpers import LAYOUTS, Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout, matching_isas
+from helpers import LAYOUTS, Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout, matching_isas, without_repeats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -121,14 +121,18 @@ class Training(RuleBasedStateMachine):
                 values = torch._neg_view(values)
             elif layout != "expanded":
                 values = in_layout(values, layout)
-            for param in params:
+            in_place = not fresh and all(self.writable(p.grad) and p.grad.dtype == values.dtype for p in params)
+            for param, held in zip(params, (values, without_repeats(values))):
                 if kind is not None:
                     param.grad_dtype = None
-                grad = param.grad
-                if not fresh and grad is not None and grad.dtype == values.dtype and 0 not in grad.stride():
-                    grad.copy_(values)
+                if in_place:
+                    param.grad.copy_(held)
                 else:
-                    param.grad = clone_exact(values)
+                    param.grad = clone_exact(held)
+
+    @staticmethod
+    def writable(grad):
+        return grad is not None and 0 not in grad.stride()
 
     def proceed(self, steps):
         """Steps on both sides; gradients stay what they are, everything else stays the same."""
@@ -168,7 +172,7 @@ class Training(RuleBasedStateMachine):
     @rule(to_none=st.booleans(), steps=st.integers(0, 1))
     def zero_grad(self, to_none, steps):
         for params in self.pair.params:
-            if params[0].grad is not None and (0 in params[0].grad.stride() or params[0].grad.is_neg()):
+            if params[0].grad is not None and not self.writable(params[0].grad):
                 for param in params:
                     param.grad = None
         self.pair.both(lambda opt: opt.zero_grad(set_to_none=to_none))

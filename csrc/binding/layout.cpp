@@ -135,11 +135,27 @@ bool overlaps_itself(const at::Tensor& tensor) {
 }
 
 ByteRange byte_range(const at::Tensor& tensor) {
-  if (tensor.numel() == 0) return {nullptr, nullptr};
+  return {tensor.const_data_ptr(), num_bytes(shape_of(tensor), tensor.element_size())};
+}
+
+c10::impl::SizesAndStrides shape_of(const at::Tensor& tensor) {
+  c10::impl::SizesAndStrides shape;
+  shape.set_sizes(tensor.sizes());
+  shape.set_strides(tensor.strides());
+  return shape;
+}
+
+bool same_shape(const c10::impl::SizesAndStrides& shape, const c10::TensorImpl& tensor) {
+  return tensor.sizes() == shape.sizes_arrayref() && tensor.strides() == shape.strides_arrayref();
+}
+
+int64_t num_bytes(const c10::impl::SizesAndStrides& shape, int64_t itemsize) {
   int64_t reach = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) reach += (tensor.size(d) - 1) * tensor.stride(d);
-  const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
-  return {begin, begin + (reach + 1) * static_cast<int64_t>(tensor.element_size())};
+  for (size_t d = 0; d < shape.size(); ++d) {
+    if (shape.size_at_unchecked(d) == 0) return 0;
+    reach += (shape.size_at_unchecked(d) - 1) * shape.stride_at_unchecked(d);
+  }
+  return (reach + 1) * itemsize;
 }
 
 }  // namespace momentum_ext::binding

@@ -37,13 +37,20 @@ std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Te
 // True when two elements of the tensor share a place in memory.
 bool overlaps_itself(const at::Tensor& tensor);
 
-// The bytes from a tensor's first to past its last element in memory.
+// Bytes in memory, from the first to past the last.
 struct ByteRange {
   const char* begin;
   const char* end;
 
+  ByteRange(const void* data, int64_t num_bytes)
+      : begin(static_cast<const char*>(data)), end(begin + num_bytes) {}
   bool overlaps(const ByteRange& other) const { return begin < other.end && other.begin < end; }
 };
 ByteRange byte_range(const at::Tensor& tensor);
+
+// A tensor's sizes and strides, to keep and to compare with.
+c10::impl::SizesAndStrides shape_of(const at::Tensor& tensor);
+bool same_shape(const c10::impl::SizesAndStrides& shape, const c10::TensorImpl& tensor);
+int64_t num_bytes(const c10::impl::SizesAndStrides& shape, int64_t itemsize);
 
 }  // namespace momentum_ext::binding

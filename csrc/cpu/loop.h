@@ -11,8 +11,7 @@
 constexpr int64_t kTile =
     256;  // elements; three tiles of double are 6 KiB of stack, well inside L1
 
-// ---- flat
-// ----------------------------------------------------------------------------------------------------------
+// ---- flat ---------------------------------------------------------------------------------------
 
 template <typename scalar_t, WeightDecay kWeightDecay, Momentum kMomentum, bool kNesterov>
 void update_flat(void* param_ptr, const void* grad_ptr, void* buffer_ptr, int64_t n,
@@ -35,8 +34,7 @@ void update_flat(void* param_ptr, const void* grad_ptr, void* buffer_ptr, int64_
   }
 }
 
-// ---- tiled
-// ---------------------------------------------------------------------------------------------------------
+// ---- tiled --------------------------------------------------------------------------------------
 
 // Element i of a tile is base[offsets[i]], or base[i] where offsets is nullptr.
 template <typename scalar_t, typename opmath_t>
@@ -201,8 +199,7 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end,
   }
 }
 
-// ---- one tensor, then a range of the table
-// -------------------------------------------------------------------------
+// ---- one tensor, then a range of the table ------------------------------------------------------
 
 template <WeightDecay kWeightDecay, Momentum kMomentum, bool kNesterov>
 void update_tensor(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams& h) {

@@ -1,0 +1,295 @@
+// One tensor of the plan: the quick look, the examination, and the errors.
+#include <ATen/ops/empty_like.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+
+#include "step_plan.h"
+#include "tensor_access.h"
+
+namespace momentum_ext::binding {
+namespace {
+
+template <typename T>
+std::string to_string(const T& value) {
+  std::ostringstream stream;
+  stream << value;
+  return stream.str();
+}
+
+}  // namespace
+
+// Runs without the GIL being this thread's: calls nothing of Python's but PyDict_Next, which only
+// reads.
+StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum) noexcept {
+  Slot& slot = slots_[i];
+  if (!THPVariable_CheckTypeExact(Py_TYPE(slot.param_object))) return Status::kNeedsCare;
+  const c10::TensorImpl& param = *THPVariable_Unpack(slot.param_object).unsafeGetTensorImpl();
+  const at::Tensor& grad_tensor = grad_of(param);
+  if (!grad_tensor.defined()) {
+    tensors_[i] = {};
+    entries_[i].numel = 0;
+    return Status::kIdle;
+  }
+  const c10::TensorImpl& grad = *grad_tensor.unsafeGetTensorImpl();
+  const c10::TensorImpl* buffer = nullptr;
+  if (has_momentum) {
+    PyObject* key;
+    PyObject* value;
+    Py_ssize_t position = 0;
+    if (slot.state_dict == nullptr || !PyDict_Check(slot.state_dict) ||
+        !PyDict_Next(slot.state_dict, &position, &key, &value) || key != buffer_key_ ||
+        !THPVariable_CheckTypeExact(Py_TYPE(value))) {
+      return Status::kNeedsCare;
+    }
+    buffer = THPVariable_Unpack(value).unsafeGetTensorImpl();
+  }
+  try {
+    const bool unchanged = slot.path == Path::kContiguous ? is_unchanged(slot, param, grad, buffer)
+                           : slot.path == Path::kLayout
+                               ? is_unchanged_layout(slot, param, grad, buffer)
+                               : false;
+    if (!unchanged) return Status::kNeedsCare;
+  } catch (...) {  // a lazily copied tensor may fail to get memory: on the calling thread it can be
+                   // raised
+    return Status::kNeedsCare;
+  }
+  tensors_[i] = {const_cast<c10::TensorImpl*>(&param), const_cast<c10::TensorImpl*>(&grad),
+                 const_cast<c10::TensorImpl*>(buffer)};
+  TensorEntry& entry = entries_[i];
+  entry.grad = const_data_of(grad, slot.grad_itemsize);
+  entry.numel = slot.num_reals;
+  entry.is_first_step = false;
+  return Status::kReady;
+}
+
+// Everything that a quick look does not settle: new and changed tensors, first steps, errors.
+void StepPlan::prepare_slot(size_t i) {
+  Slot& slot = slots_[i];
+  tensors_[i] = {};
+  entries_[i] = {};
+  if (!THPVariable_Check(slot.param_object)) {
+    throw py::type_error(name_of(slot) + ": expected a tensor, got " +
+                         Py_TYPE(slot.param_object)->tp_name);
+  }
+  const at::Tensor& param = THPVariable_Unpack(slot.param_object);
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  if (!grad.defined()) return;
+
+  const bool has_momentum = hyperparams_[slot.group].has_momentum;
+  const at::Tensor* buffer = has_momentum ? find_buffer(slot) : nullptr;
+  const bool is_first_step = has_momentum && buffer == nullptr;
+  examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
+  if (slot.path != Path::kTorch && is_first_step) {
+    new_buffers_.push_back({i, at::empty_like(param, {}, at::MemoryFormat::Preserve)});
+    buffer = &new_buffers_.back().tensor;
+    examine(slot, param, grad, *buffer);
+  }
+  if (slot.path == Path::kTorch) {
+    for_torch_.push_back(i);
+    return;
+  }
+  tensors_[i] = {param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(),
+                 buffer == nullptr ? nullptr : buffer->unsafeGetTensorImpl()};
+  TensorEntry& entry = entries_[i];
+  entry.param = slot.param_data;
+  entry.grad = const_data_of(*grad.unsafeGetTensorImpl(), slot.grad_itemsize);
+  entry.momentum_buffer = slot.buffer_data;
+  if (slot.shapes != nullptr && slot.shapes->layout != nullptr) {
+    entry.layout = &slot.shapes->layout->layout;
+  }
+  entry.numel = slot.num_reals;
+  entry.group = slot.group;
+  entry.param_dtype = slot.param_kernel_dtype;
+  entry.grad_dtype = slot.grad_kernel_dtype;
+  entry.buffer_dtype = slot.buffer_kernel_dtype;
+  entry.is_first_step = is_first_step;
+}
+
+// The tensor at opt.state[p]["momentum_buffer"]; nullptr when there is none or it is None.
+const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
+  if (slot.state_dict == nullptr) return nullptr;
+  if (!PyDict_Check(slot.state_dict)) {
+    throw py::type_error("state of " + name_of(slot) + ": expected a dict, got " +
+                         Py_TYPE(slot.state_dict)->tp_name);
+  }
+  PyObject* key;
+  PyObject* buffer;
+  Py_ssize_t position = 0;
+  if (!PyDict_Next(slot.state_dict, &position, &key, &buffer)) return nullptr;
+  if (key != buffer_key_) {
+    buffer = PyDict_GetItemWithError(slot.state_dict, buffer_key_);
+    if (buffer == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  }
+  if (buffer == nullptr || buffer == Py_None) return nullptr;
+  if (!THPVariable_Check(buffer)) {
+    throw py::type_error("state of " + name_of(slot) +
+                         ": expected a tensor as \"momentum_buffer\", got " +
+                         Py_TYPE(buffer)->tp_name + "; delete the entry to start from no momentum");
+  }
+  return &THPVariable_Unpack(buffer);
+}
+
+// Everything that the slot's path was chosen for still holds. The gradient's address alone may
+// differ.
+[[gnu::flatten]] bool StepPlan::is_unchanged(const Slot& slot, const c10::TensorImpl& param,
+                                             const c10::TensorImpl& grad,
+                                             const c10::TensorImpl* buffer) const {
+  if (slot.path != Path::kContiguous || slot.has_buffer != (buffer != nullptr)) return false;
+  if (param.key_set() != plain_keys_ || grad.key_set() != plain_keys_) return false;
+  if (param.dtype() != slot.param_dtype || grad.dtype() != slot.grad_dtype) return false;
+  if (!param.is_contiguous() || !grad.is_contiguous()) return false;
+  if (param.numel() != slot.numel || !same_sizes(param, grad)) return false;
+  if (mutable_data_of(param, slot.param_itemsize) != slot.param_data) return false;
+  const void* const grad_data = const_data_of(grad, slot.grad_itemsize);
+  if (grad_data == nullptr && slot.numel != 0) return false;
+  const ByteRange grad_bytes(grad_data, slot.numel * slot.grad_itemsize);
+  if (grad_bytes.overlaps({slot.param_data, slot.numel * slot.param_itemsize})) return false;
+  if (buffer == nullptr) return true;
+  if (buffer->key_set() != plain_keys_ || buffer->dtype() != slot.buffer_dtype) return false;
+  if (!buffer->is_contiguous() || !same_sizes(param, *buffer)) return false;
+  return mutable_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
+         !grad_bytes.overlaps({slot.buffer_data, slot.numel * slot.buffer_itemsize});
+}
+
+bool StepPlan::is_unchanged_layout(const Slot& slot, const c10::TensorImpl& param,
+                                   const c10::TensorImpl& grad,
+                                   const c10::TensorImpl* buffer) const {
+  const Shapes& shapes = *slot.shapes;
+  const auto same = [&](const c10::TensorImpl& tensor, caffe2::TypeMeta dtype,
+                        const c10::impl::SizesAndStrides& shape) {
+    return tensor.key_set() == plain_keys_ && tensor.dtype() == dtype && same_shape(shape, tensor);
+  };
+  const auto bytes = [](const void* data, caffe2::TypeMeta dtype,
+                        const c10::impl::SizesAndStrides& shape) {
+    return ByteRange(data, num_bytes(shape, static_cast<int64_t>(dtype.itemsize())));
+  };
+  if (slot.has_buffer != (buffer != nullptr)) return false;
+  if (!same(param, slot.param_dtype, shapes.param) || !same(grad, slot.grad_dtype, shapes.grad)) {
+    return false;
+  }
+  if (mutable_data_of(param, slot.param_itemsize) != slot.param_data) return false;
+  const void* const grad_data = const_data_of(grad, slot.grad_itemsize);
+  if (grad_data == nullptr && slot.numel != 0) return false;
+  const ByteRange grad_bytes = bytes(grad_data, slot.grad_dtype, shapes.grad);
+  if (grad_bytes.overlaps(bytes(slot.param_data, slot.param_dtype, shapes.param))) return false;
+  if (buffer == nullptr) return true;
+  return same(*buffer, slot.buffer_dtype, shapes.buffer) &&
+         mutable_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
+         !grad_bytes.overlaps(bytes(slot.buffer_data, slot.buffer_dtype, shapes.buffer));
+}
+
+// Chooses the path of a tensor that is new or changed, or raises.
+void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& grad,
+                       const at::Tensor& buffer) {
+  slot.path = Path::kUnknown;
+  slot.shapes.reset();
+  ranges_changed_ = true;
+  const auto check_written = [&](const at::Tensor& tensor, const std::string& name) {
+    if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
+      throw std::runtime_error(
+          name +
+          ": an inference tensor cannot be updated outside torch.inference_mode(); clone() it "
+          "outside inference mode first");
+    }
+    if (tensor.layout() == at::kStrided && overlaps_itself(tensor)) {
+      throw std::runtime_error(
+          name + ": several of its elements share one place in memory (shape " +
+          to_string(tensor.sizes()) + ", strides " + to_string(tensor.strides()) +
+          "), so it cannot be updated in place; clone() it first");
+    }
+  };
+  const auto check_sizes = [&](const at::Tensor& tensor, const std::string& name,
+                               const char* remedy) {
+    if (tensor.sizes() != param.sizes()) {
+      throw std::runtime_error(name + ": expected the shape of its parameter, " +
+                               to_string(param.sizes()) + ", got " + to_string(tensor.sizes()) +
+                               "; " + remedy);
+    }
+  };
+  check_written(param, name_of(slot));
+  check_sizes(grad, "gradient of " + name_of(slot), "set it to None or recompute it");
+  if (buffer.defined()) {
+    check_written(buffer, "momentum_buffer of " + name_of(slot));
+    check_sizes(buffer, "momentum_buffer of " + name_of(slot),
+                "delete it from the optimizer's state to start from no momentum");
+  }
+
+  const bool all_plain =
+      is_plain_cpu(param) && is_plain_cpu(grad) && (!buffer.defined() || is_plain_cpu(buffer));
+  const auto has_kernel = [&](const at::Tensor& tensor) {
+    if (!kernel_dtype(tensor.scalar_type())) return false;
+    return param.is_complex() ? tensor.scalar_type() == param.scalar_type() : !tensor.is_complex();
+  };
+  const bool all_dtypes =
+      has_kernel(param) && has_kernel(grad) && (!buffer.defined() || has_kernel(buffer));
+  const auto shares_memory = [](const at::Tensor& a, const at::Tensor& b) {
+    return byte_range(a).overlaps(byte_range(b));
+  };
+  if (readers_[slot.group].needs_torch() || !all_plain || !all_dtypes) {
+    slot.path = Path::kTorch;
+    return;
+  }
+  // A gradient may be its own parameter (each element is read before it is written), but overlap in
+  // no other way.
+  const bool is_own_grad = grad.const_data_ptr() == param.const_data_ptr() &&
+                           grad.strides() == param.strides() &&
+                           grad.scalar_type() == param.scalar_type();
+  if ((shares_memory(param, grad) && !is_own_grad) ||
+      (buffer.defined() && (shares_memory(buffer, grad) || shares_memory(buffer, param)))) {
+    slot.path = Path::kTorch;
+    return;
+  }
+
+  const auto check_memory = [&](const at::Tensor& tensor, const std::string& name) {
+    const int64_t needed = num_bytes(shape_of(tensor), tensor.element_size()) +
+                           tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
+    if (tensor.numel() != 0 && static_cast<int64_t>(tensor.storage().nbytes()) < needed) {
+      throw std::runtime_error(name + ": its storage has " +
+                               std::to_string(tensor.storage().nbytes()) + " bytes and it needs " +
+                               std::to_string(needed) + "; it was freed or resized");
+    }
+  };
+  check_memory(param, name_of(slot));
+  check_memory(grad, "gradient of " + name_of(slot));
+  if (buffer.defined()) check_memory(buffer, "momentum_buffer of " + name_of(slot));
+
+  slot.numel = param.numel();
+  slot.num_reals = param.is_complex() ? 2 * slot.numel : slot.numel;
+  slot.has_buffer = buffer.defined();
+  slot.param_itemsize = static_cast<uint8_t>(param.element_size());
+  slot.grad_itemsize = static_cast<uint8_t>(grad.element_size());
+  slot.param_dtype = param.dtype();
+  slot.grad_dtype = grad.dtype();
+  slot.param_kernel_dtype = *kernel_dtype(param.scalar_type());
+  slot.grad_kernel_dtype = *kernel_dtype(grad.scalar_type());
+  if (buffer.defined()) {
+    slot.buffer_itemsize = static_cast<uint8_t>(buffer.element_size());
+    slot.buffer_dtype = buffer.dtype();
+    slot.buffer_kernel_dtype = *kernel_dtype(buffer.scalar_type());
+  }
+  slot.param_data = mutable_data_of(*param.unsafeGetTensorImpl(), slot.param_itemsize);
+  slot.buffer_data = buffer.defined()
+                         ? mutable_data_of(*buffer.unsafeGetTensorImpl(), slot.buffer_itemsize)
+                         : nullptr;
+  if (param.is_contiguous() && grad.is_contiguous() &&
+      (!buffer.defined() || buffer.is_contiguous())) {
+    slot.path = Path::kContiguous;
+    return;
+  }
+  slot.shapes = std::make_unique<Shapes>();
+  slot.shapes->param = shape_of(param);
+  slot.shapes->grad = shape_of(grad);
+  if (buffer.defined()) slot.shapes->buffer = shape_of(buffer);
+  slot.shapes->layout = common_layout(param, grad, buffer);
+  slot.path = Path::kLayout;
+}
+
+std::string StepPlan::name_of(const Slot& slot) const {
+  return "param_groups[" + std::to_string(slot.group) + "]['params'][" +
+         std::to_string(slot.index) + "]";
+}
+
+}  // namespace momentum_ext::binding
