@@ -56,7 +56,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<StepPlan>(m, "StepPlan")
       .def(py::init<>())
       .def("step", &StepPlan::step, py::arg("param_groups"), py::arg("state"),
-           py::arg("inv_grad_scale") = 1.0)
+           py::arg("inv_grad_scale") = 1.0, py::arg("all_for_torch") = false)
       .def("run", &StepPlan::run)
       .def("discard", &StepPlan::discard);
   m.def("isa", &cpu::isa);

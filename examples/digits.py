@@ -5,8 +5,8 @@
     python examples/digits.py --quick    a few seconds
 
 The data come with scikit-learn. Both trainings start from the same seed and see the same batches, side by side. The
-program compares them bit by bit, prints the test accuracy and the time that each optimizer took, and draws both. It exits
-with status 1 if a single bit differs.
+program compares them bit by bit, prints the test accuracy and the time that each optimizer took, and draws both. It
+exits with status 1 if a single bit differs.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
     parser.add_argument(
         "--threads", type=positive, default=1, metavar="N",
-        help="for torch and FusedMomentum; a network this small gains little from more (default: 1)",
+        help="for torch and FusedMomentum; with one, other programs disturb the times least (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=PICTURE, metavar="PNG", help="the picture (default: docs/images/digits.png)"

@@ -13,6 +13,7 @@ class StepPlan:
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
         inv_grad_scale: float = 1.0,
+        all_for_torch: bool = False,
     ) -> list[tuple[int, int]] | None:
         """Update everything and return None; or write nothing and return the (group, index) that need torch's path.
 

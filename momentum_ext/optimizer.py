@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -109,7 +110,7 @@ class FusedMomentum(SGD):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, *args: Any, **kwargs: Any) -> float | None:
         """Update all parameters that have a gradient.
 
         Args:
@@ -130,8 +131,8 @@ class FusedMomentum(SGD):
             or _global_optimizer_post_hooks
             or _C.has_record_function_callbacks()
         ) and getattr(type(self).step, "__wrapped__", None) is None:
-            return _observed_step(self) if closure is None else _observed_step(self, closure)
-        return self._step(closure)
+            return _observed_step(self, *args, **kwargs)
+        return self._step(*args, **kwargs)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's word for "already wrapped"
     # A compiled training loop calls the step as it is: there is nothing in it to compile.
@@ -151,32 +152,24 @@ class FusedMomentum(SGD):
                 return loss
             inv_grad_scale = _reciprocal(attributes.get("grad_scale"))
 
-        if self.defaults["differentiable"]:
-            everything = [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
-            self._torch_step(everything, inv_grad_scale, differentiable=True)
-            return loss
-
-        for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale)
+        differentiable = self.defaults["differentiable"]
+        for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         if for_torch is not None:
             try:
                 self._check_torch_step(for_torch)
-                self._torch_step(for_torch, inv_grad_scale)
+                self._torch_step(for_torch, inv_grad_scale, differentiable)
             except BaseException:
                 self._plan.discard()
                 raise
             self._plan.run()
         return loss
 
-    def _torch_step(
-        self, positions: Iterable[tuple[int, int]], inv_grad_scale: float, differentiable: bool = False
-    ) -> None:
+    def _torch_step(self, positions: Iterable[tuple[int, int]], inv_grad_scale: float, differentiable: bool) -> None:
         """Torch's own update of the tensors at these (group, index in group)."""
         with torch.set_grad_enabled(differentiable):
             for g, i in positions:
                 group = self.param_groups[g]
                 param = group["params"][i]
-                if param.grad is None:
-                    continue
                 grad = param.grad if inv_grad_scale == 1.0 else param.grad * inv_grad_scale
                 has_momentum = group["momentum"] != 0
                 buffers = [self.state[param].get("momentum_buffer") if has_momentum else None]
@@ -237,3 +230,5 @@ def _reciprocal(grad_scale: Tensor | float | None) -> float:
 
 # torch's wrapper: a profiler range, the hooks, and the mark that its Python tracer looks for.
 _observed_step = Optimizer.profile_hook_step(FusedMomentum._step)
+# Hooks see the arguments as they were given, hence step's *args; people and tools see what it takes.
+FusedMomentum.step.__signature__ = inspect.signature(FusedMomentum._step)  # type: ignore[attr-defined]

@@ -3,7 +3,10 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <optional>
 #include <string>
+
+#include "layout.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -34,29 +37,25 @@ PyObject* get(PyObject* group, size_t index, Key key) {
   return value;
 }
 
-// A number, or a tensor of one element.
-double as_number(PyObject* value, size_t index, Key key, bool* requires_grad) {
-  if (THPVariable_Check(value)) {
-    const at::Tensor& tensor = THPVariable_Unpack(value);
-    if (tensor.numel() != 1) {
-      throw py::value_error(where(index, key) +
-                            ": expected a number or a tensor of one element, got " +
-                            std::to_string(tensor.numel()) + " elements");
+// The values that the kernels take: a Python float or int, and where torch reads a tensor's value
+// as it is (lr, weight_decay) a floating-point tensor of one element. std::nullopt for anything
+// else, from a bool to a tensor that requires grad: torch gives it its meaning or its error.
+std::optional<double> as_number(PyObject* value, bool may_be_tensor, bool any_shape) {
+  if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
+  if (PyLong_CheckExact(value)) {
+    const double number = PyLong_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred() != nullptr) {  // too large for a double
+      PyErr_Clear();
+      return std::nullopt;
     }
-    if (tensor.requires_grad()) {
-      *requires_grad = true;
-      return 1.0;  // torch reads it
-    }
-    return tensor.item().toDouble();
+    return number;
   }
-  const double number = PyFloat_AsDouble(value);
-  if (number == -1.0 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    throw py::type_error(where(index, key) +
-                         ": expected a number or a tensor of one element, got " +
-                         Py_TYPE(value)->tp_name);
-  }
-  return number;
+  if (!may_be_tensor || !THPVariable_Check(value)) return std::nullopt;
+  const at::Tensor& tensor = THPVariable_Unpack(value);
+  const bool readable = (is_plain_cpu(tensor) || tensor.is_cuda()) && !tensor.requires_grad() &&
+                        !tensor.is_complex() && kernel_dtype(tensor.scalar_type()).has_value();
+  if (!readable || tensor.numel() != 1 || (tensor.dim() != 0 && !any_shape)) return std::nullopt;
+  return tensor.item().toDouble();
 }
 
 bool as_bool(PyObject* value) {
@@ -120,14 +119,16 @@ PyObject* GroupReader::compare(PyObject* group) const {
 PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperparams) {
   PyObject* const params = get(group, index, kParams);
   immutable_ = false;
-  bool requires_grad = false;
-  const auto number = [&](Key key) {
-    return as_number(get(group, index, key), index, key, &requires_grad);
+  needs_torch_ = false;
+  const auto number = [&](Key key, bool may_be_tensor, bool any_shape) {
+    const std::optional<double> found = as_number(get(group, index, key), may_be_tensor, any_shape);
+    needs_torch_ = needs_torch_ || !found.has_value();
+    return found.value_or(1.0);
   };
-  const double lr = number(kLr);
-  const double momentum = number(kMomentum);
-  const double dampening = number(kDampening);
-  const double weight_decay = number(kWeightDecay);
+  const double lr = number(kLr, true, true);
+  const double momentum = number(kMomentum, false, false);
+  const double dampening = number(kDampening, false, false);
+  const double weight_decay = number(kWeightDecay, true, false);
   Hyperparams h;
   h.nesterov = as_bool(get(group, index, kNesterov));
   maximize_ = as_bool(get(group, index, kMaximize));
@@ -141,7 +142,6 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
            /*nesterov_alpha=*/1.0,
            /*step=*/lr};
   hyperparams = h;
-  needs_torch_ = requires_grad;
 
   items_.clear();
   immutable_ = true;

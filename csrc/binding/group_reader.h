@@ -18,8 +18,8 @@ class GroupReader {
   // returns the dict's "params", borrowed. `index` names the group in errors.
   PyObject* read(PyObject* group, size_t index, double inv_grad_scale, Hyperparams& hyperparams);
 
-  // True when lr or weight_decay is a tensor that requires grad: torch differentiates through it,
-  // the kernels do not.
+  // True when a hyperparameter is of a kind that only torch can read, such as an lr that requires
+  // grad.
   bool needs_torch() const { return needs_torch_; }
 
  private:

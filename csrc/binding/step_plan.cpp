@@ -49,9 +49,9 @@ std::unique_lock<std::mutex> lock_without_gil(std::mutex& mutex) {
 // ---- the two halves of a step -------------------------------------------------------------------
 
 py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
-                          double inv_grad_scale) {
+                          double inv_grad_scale, bool all_for_torch) {
   const auto lock = lock_without_gil(mutex_);
-  prepare(param_groups, state, inv_grad_scale);
+  prepare(param_groups, state, inv_grad_scale, all_for_torch);
   if (for_torch_.empty()) {
     update();
     return py::none();
@@ -72,13 +72,16 @@ void StepPlan::run() {
 void StepPlan::discard() {
   round_end_.clear();
   new_buffers_.clear();
+  resolved_grads_.clear();
   for_torch_.clear();
   kept_alive_.clear();
 }
 
-void StepPlan::prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale) {
+void StepPlan::prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
+                       bool all_for_torch) {
   discard();
   state_ = state.ptr();
+  all_for_torch_ = all_for_torch;
   const bool same_groups = read_groups(param_groups, inv_grad_scale);
   if (!same_groups || !read_state(state_)) rebuild(state_);
   check_slots();
@@ -252,7 +255,7 @@ void StepPlan::check_slots() {
                                      first_slot_.begin() - 1);
         for (; i < static_cast<size_t>(end); ++g) {
           const bool has_momentum = hyperparams_[g].has_momentum;
-          const bool needs_torch = readers_[g].needs_torch();
+          const bool needs_torch = all_for_torch_ || readers_[g].needs_torch();
           const size_t stop = std::min(first_slot_[g + 1], static_cast<size_t>(end));
           for (; i < stop; ++i) {
             status_[i] = needs_torch ? Status::kNeedsCare : check_slot(i, has_momentum);

@@ -32,7 +32,8 @@ class StepPlan {
   // Updates all tensors that have a gradient and returns None. When some of them need torch's path
   // it writes nothing and returns a list of their (group, index in group): the caller treats those
   // and then calls run(), or discard() on an error.
-  py::object step(const py::list& param_groups, const py::dict& state, double inv_grad_scale);
+  py::object step(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
+                  bool all_for_torch);
   void run();
   void discard();
 
@@ -90,7 +91,8 @@ class StepPlan {
   bool read_groups(const py::list& param_groups, double inv_grad_scale);
   bool read_state(PyObject* state);
   void rebuild(PyObject* state);
-  void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale);
+  void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
+               bool all_for_torch);
   void check_slots();
   Status check_slot(size_t i, bool has_momentum) noexcept;
   void prepare_slot(size_t i);
@@ -142,7 +144,9 @@ class StepPlan {
   std::vector<size_t> round_end_;            // index into the entries
   std::vector<PyObject*> params_;            // the groups' lists, borrowed
   PyObject* state_ = nullptr;                // borrowed
+  bool all_for_torch_ = false;
   std::vector<NewBuffer> new_buffers_;
+  std::vector<at::Tensor> resolved_grads_;
   std::vector<size_t> for_torch_;
   std::vector<std::pair<c10::intrusive_ptr<c10::TensorImpl>, c10::Storage>> kept_alive_;
 };

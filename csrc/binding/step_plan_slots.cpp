@@ -75,8 +75,15 @@ void StepPlan::prepare_slot(size_t i) {
                          Py_TYPE(slot.param_object)->tp_name);
   }
   const at::Tensor& param = THPVariable_Unpack(slot.param_object);
-  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
-  if (!grad.defined()) return;
+  const at::Tensor& grad_field = param.unsafeGetTensorImpl()->grad();
+  if (!grad_field.defined()) return;
+  // Torch negates and conjugates lazily, by a bit; the kernels need the values. A rare case, and
+  // the one copy of a step.
+  if (grad_field.is_neg() || grad_field.is_conj()) {
+    resolved_grads_.push_back(grad_field.resolve_conj().resolve_neg());
+  }
+  const at::Tensor grad =
+      grad_field.is_neg() || grad_field.is_conj() ? resolved_grads_.back() : grad_field;
 
   const bool has_momentum = hyperparams_[slot.group].has_momentum;
   const at::Tensor* buffer = has_momentum ? find_buffer(slot) : nullptr;
@@ -228,7 +235,7 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   const auto shares_memory = [](const at::Tensor& a, const at::Tensor& b) {
     return byte_range(a).overlaps(byte_range(b));
   };
-  if (readers_[slot.group].needs_torch() || !all_plain || !all_dtypes) {
+  if (all_for_torch_ || readers_[slot.group].needs_torch() || !all_plain || !all_dtypes) {
     slot.path = Path::kTorch;
     return;
   }
