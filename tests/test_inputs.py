@@ -368,6 +368,23 @@ def test_messages_name_the_tensor_and_the_remedy(breakage, says):
         pair.mine.step()
 
 
+@pytest.mark.parametrize("what", ["param", "grad", "momentum_buffer"])
+@pytest.mark.parametrize("left", [0, 100], ids=["freed", "too-small"])
+def test_storage_that_was_freed_or_cut(what, left):
+    """What a sharding wrapper may leave behind: torch would read or write beyond the end."""
+    pair = training()
+    pair.mine.step()
+    param = pair.params[1][0]
+    tensor = {"param": param, "grad": param.grad, "momentum_buffer": pair.mine.state[param]["momentum_buffer"]}[what]
+    others = [p for p, _ in pair.params if p is not param]
+    before = [p.detach().clone() for p in others]
+    tensor.untyped_storage().resize_(left * 4)
+    with pytest.raises(RuntimeError, match=r"\[1\].*storage"):
+        pair.mine.step()
+    for p, value in zip(others, before):
+        assert_same(p, value)
+
+
 def test_integer_parameters_step_where_torch_steps_them():
     """With integer hyperparameters torch.optim.SGD does update integers."""
     pair = Pair([torch.arange(300), torch.randn(33)], lr=1, momentum=1)

@@ -5,7 +5,9 @@ import torch
 from helpers import Pair
 
 STEPS = 200
-SHAPES = [(3, 5), (257,), (64, 33), (70001,)]  # more than one thread's share in all
+# Three threads' shares in all. No tensor by itself is long enough for torch to split it: its for-loop would start
+# and end a parallel region for every operation, which on busy cores takes longer than the whole test.
+SHAPES = [(3, 5), (257,), (64, 33), (32_700,), (32_701,), (32_703,)]
 
 # momentum, dampening, nesterov; torch's constructor refuses the last two, but a group can be edited to them.
 MOMENTUM = {

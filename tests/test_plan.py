@@ -17,7 +17,7 @@ SHAPES = [(300,), (33, 5), (7,), (4, 3, 5, 5)]
 @pytest.fixture(params=["small", "large"])
 def pair(request):
     """A training with a warm plan: on the calling thread alone, and over several."""
-    shapes = SHAPES if request.param == "small" else [*SHAPES, (70_001,), (257, 300)]
+    shapes = SHAPES if request.param == "small" else [*SHAPES, (32_001,), (107, 300), (20_001,)]
     torch.set_num_threads(2)
     warm = Pair([torch.randn(shape) for shape in shapes], **HYPER)
     warm.step(4)
@@ -567,6 +567,17 @@ def test_entries_of_a_parameters_state_as_an_ordered_dict(pair):
     for opt, param in each(pair, 1):
         opt.state[param] = OrderedDict(opt.state[param])
     pair.step(2)
+
+
+def test_empty_ordered_dict_as_a_parameters_state(pair):
+    """What the step puts there must be found by everything that reads the dict."""
+    for opt, param in each(pair, 1):
+        opt.state[param] = OrderedDict()
+    pair.step(2)
+    entry = pair.mine.state[pair.params[1][0]]
+    assert list(entry) == [*entry.keys()] == ["momentum_buffer"]
+    assert [*copy.deepcopy(pair.mine.state_dict())["state"][1]] == ["momentum_buffer"]
+    assert list(pickle.loads(pickle.dumps(entry))) == ["momentum_buffer"]
 
 
 def test_extra_keys_in_the_state(pair):

@@ -34,7 +34,8 @@ SHAPES = [
     (0, 3),
     (3, 4, 6),
     (2, 3, 4, 5),
-    (40_001,),
+    (32_001,),
+    (20_011,),
 ]
 GRAD_LAYOUTS = [*LAYOUTS, "expanded", "neg"]
 CHOICES = {

@@ -13,7 +13,7 @@ namespace momentum_ext::binding {
 namespace {
 
 // Fewer tensors than this for each thread are looked at faster than another thread wakes up.
-constexpr int64_t kSlotsPerThread = 256;
+constexpr int64_t kSlotsPerThread = 96;
 
 // From this many elements on the GIL is released while the kernel runs. Fewer take a small part of
 // the interpreter's own switch interval of 5 ms, and releasing means holding references to all
