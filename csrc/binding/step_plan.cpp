@@ -117,6 +117,7 @@ void StepPlan::update() {
   discard();
 }
 
+// Through the dict's own __setitem__: an OrderedDict keeps more than its items.
 void StepPlan::insert_new_buffers() {
   for (const NewBuffer& made : new_buffers_) {
     const Slot& slot = slots_[made.slot];
@@ -126,9 +127,9 @@ void StepPlan::insert_new_buffers() {
     if (target == nullptr) {
       fresh = py::dict();
       target = fresh.ptr();
-      if (PyDict_SetItem(state_, slot.param_object, target) != 0) throw py::error_already_set();
+      if (PyObject_SetItem(state_, slot.param_object, target) != 0) throw py::error_already_set();
     }
-    if (PyDict_SetItem(target, buffer_key_, buffer.ptr()) != 0) {
+    if (PyObject_SetItem(target, buffer_key_, buffer.ptr()) != 0) {
       throw py::error_already_set();
     }
   }
