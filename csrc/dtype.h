@@ -10,7 +10,6 @@
 namespace momentum_ext {
 
 enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-constexpr int kNumDtypes = 4;
 
 struct BFloat16 {
   uint16_t bits;

@@ -1,18 +1,21 @@
+// clang-format off
 // The update of one element: the only place where a formula of the update stands.
 //
-//   g = grad_coef * grad                      unscaling and maximize; exactly the gradient when
-//   neither is asked for g = fma(weight_decay, p, g)               L2 weight decay b = fma(alpha,
-//   g, round(momentum * b))    first step of this tensor: b = first_alpha * g d = fma(momentum, b,
-//   nesterov_alpha * g)  Nesterov; otherwise d = b, and without momentum d = g p = fma(-step, d, p)
+//   g = grad_coef * grad                       unscaled and negated where asked for; else exactly grad
+//   g = fma(weight_decay, p, g)                L2 weight decay
+//   b = fma(alpha, g, round(momentum * b))     on a tensor's first step: b = first_alpha * g
+//   d = fma(momentum, b, nesterov_alpha * g)   Nesterov; else d = b, and without momentum d = g
+//   p = fma(-step, d, p)
 //
-// With alpha = 1 - dampening, first_alpha = nesterov_alpha = 1 and step = lr this is
-// torch.optim.SGD, to the bit. Other formulations are other numbers, chosen on the host; the
-// kernels never know which one runs. (nesterov_alpha is a number of its own because torch does not
-// dampen the gradient that Nesterov adds.)
+// With alpha = 1 - dampening, first_alpha = nesterov_alpha = 1 and step = lr this is torch.optim.SGD, to
+// the bit. Other formulations are other numbers, chosen on the host; the kernels never know which one
+// runs. (nesterov_alpha is a number of its own because torch does not dampen the gradient that Nesterov
+// adds.)
 //
-// Compile with contraction off (-ffp-contract=off): every rounding is then the one written here, so
-// that the result depends neither on the compiler, nor on the vector width, nor on where in a
-// vector an element falls.
+// Compile with contraction off (-ffp-contract=off): every rounding is then the one written here, so that
+// the result depends neither on the compiler, nor on the vector width, nor on where in a vector an element
+// falls.
+// clang-format on
 #pragma once
 
 #include <cstdint>

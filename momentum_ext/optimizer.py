@@ -130,7 +130,7 @@ class FusedMomentum(SGD):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or _C.has_record_function_callbacks()
-        ) and getattr(type(self).step, "__wrapped__", None) is None:
+        ) and getattr(getattr(type(self).step, "__wrapped__", None), "hooked", True):
             return _observed_step(self, *args, **kwargs)
         return self._step(*args, **kwargs)
 

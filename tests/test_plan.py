@@ -6,7 +6,7 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
-from helpers import Oracle, Pair, assert_same, clone_exact, in_layout
+from helpers import Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout
 
 from momentum_ext import FusedMomentum
 
@@ -14,14 +14,20 @@ HYPER = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}
 SHAPES = [(300,), (33, 5), (7,), (4, 3, 5, 5)]
 
 
-@pytest.fixture(params=["small", "large"])
+@pytest.fixture(params=["small", "large", "strided"])
 def pair(request):
-    """A training with a warm plan: on the calling thread alone, and over several."""
+    """A training with a warm plan: on the calling thread alone, over several, and with parameters full of gaps."""
     shapes = SHAPES if request.param == "small" else [*SHAPES, (32_001,), (107, 300), (20_001,)]
     torch.set_num_threads(2)
-    warm = Pair([torch.randn(shape) for shape in shapes], **HYPER)
+    layout = "column" if request.param == "strided" else "contiguous"
+    warm = Pair([in_layout(torch.randn(shape), layout) for shape in shapes], **HYPER)
     warm.step(4)
     return warm
+
+
+def held_as(tensor, values):
+    """`values` in new memory, in the layout of `tensor`: only the address tells them apart."""
+    return clone_exact(tensor).copy_(values)
 
 
 def each(pair, index):
@@ -136,6 +142,25 @@ def test_parameter_and_gradient_reallocated_at_the_same_address_with_another_sha
         assert_same(wholes[0][count:], before[count:])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "column"])
+@pytest.mark.parametrize("what", ["param", "grad", "momentum_buffer"])
+def test_shape_changed_at_the_same_address(what, layout):
+    """One of the three gets another shape, the others keep theirs: an error before any write, as from torch."""
+    for shape in ((30, 30), (800,)):
+        pair = Pair([torch.randn(300), in_layout(torch.randn(900), layout)], **HYPER)
+        pair.step(3)
+        for opt, param in each(pair, 1):
+            tensor = {"param": param, "grad": param.grad, "momentum_buffer": opt.state[param]["momentum_buffer"]}[what]
+            step = tensor.stride(0)
+            strides = (30 * step, step) if len(shape) == 2 else (step,)
+            tensor.data = tensor.detach().as_strided(shape, strides, tensor.storage_offset())
+        before = Snapshot(pair.mine)
+        for opt in pair.optimizers:
+            with pytest.raises(RuntimeError):
+                opt.step()
+        before.assert_unchanged()
+
+
 def test_gradient_becomes_expanded(pair):
     pair.set_grad(1, torch.randn(1, 5).expand(33, 5))
     pair.step_as_is()
@@ -184,7 +209,7 @@ def test_parameter_data_replaced(pair):
     kept = old.clone()
     values = torch.randn(33, 5)
     for _, param in each(pair, 1):
-        param.data = values.clone()
+        param.data = held_as(param, values)
     pair.step(2)
     assert_same(old, kept, "the former data")
 
@@ -259,7 +284,7 @@ def test_parameter_set_to_another_storage(pair):
     values = torch.randn(33, 5)
     for _, param in each(pair, 1):
         with torch.no_grad():
-            param.set_(values.clone())
+            param.set_(held_as(param, values))
     pair.step(2)
 
 
@@ -472,7 +497,7 @@ def test_load_state_dict(pair):
 def test_state_of_a_parameter_replaced(pair):
     values = torch.randn(33, 5)
     for opt, param in each(pair, 1):
-        opt.state[param] = {"momentum_buffer": values.clone()}
+        opt.state[param] = {"momentum_buffer": held_as(opt.state[param]["momentum_buffer"], values)}
     pair.step(2)
 
 
@@ -520,6 +545,25 @@ def test_buffer_data_replaced(pair):
     for opt, param in each(pair, 1):
         opt.state[param]["momentum_buffer"].data = values.clone()
     pair.step(2)
+
+
+def test_buffer_transposed_in_place():
+    pair = Pair([torch.randn(40, 40)], **HYPER)
+    pair.step(3)
+    for opt, param in each(pair, 0):
+        opt.state[param]["momentum_buffer"].t_()
+    pair.step(3)
+
+
+def test_buffer_replaced_in_the_same_strided_layout():
+    pair = Pair([in_layout(torch.randn(33, 5), "column")], **HYPER)
+    for opt, param in each(pair, 0):
+        opt.state[param]["momentum_buffer"] = in_layout(torch.linspace(-1, 1, 165).view(33, 5), "column")
+    pair.step(3)
+    for opt, param in each(pair, 0):
+        buffer = opt.state[param]["momentum_buffer"]
+        opt.state[param]["momentum_buffer"] = held_as(buffer, torch.linspace(1, 3, 165).view(33, 5))
+    pair.step(3)
 
 
 def test_buffer_data_replaced_by_another_layout(pair):

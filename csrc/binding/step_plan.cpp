@@ -35,42 +35,81 @@ class GilReleased {
 
 int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-std::unique_lock<std::mutex> lock_without_gil(std::mutex& mutex) {
-  std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-  if (!lock.owns_lock()) {
-    const GilReleased released(true);
-    lock.lock();
-  }
-  return lock;
-}
-
 }  // namespace
+
+// One thread at a time works on a plan. A second one waits, without the GIL; Python code that is
+// called from inside a step and steps the same optimizer again gets an error instead of a deadlock.
+class StepPlan::Turn {
+ public:
+  explicit Turn(StepPlan& plan) : plan_(plan) {
+    if (plan.owner_.load() == std::this_thread::get_id()) {
+      throw std::runtime_error("step() was called from inside a step() of the same optimizer");
+    }
+    if (!plan.mutex_.try_lock()) {
+      const GilReleased released(true);
+      plan.mutex_.lock();
+    }
+    plan.owner_ = std::this_thread::get_id();
+  }
+  ~Turn() {
+    plan_.owner_ = std::thread::id();
+    plan_.mutex_.unlock();
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  StepPlan& plan_;
+};
 
 // ---- the two halves of a step -------------------------------------------------------------------
 
 py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
                           double inv_grad_scale, bool all_for_torch) {
-  const auto lock = lock_without_gil(mutex_);
-  prepare(param_groups, state, inv_grad_scale, all_for_torch);
-  if (for_torch_.empty()) {
-    update();
-    return py::none();
+  const Turn turn(*this);
+  if (is_prepared_ && half_done_by_ != std::this_thread::get_id()) {
+    throw std::runtime_error(
+        "another thread is in the middle of a step() of the same optimizer; let it finish first");
   }
-  keep_alive();  // the caller runs Python code before it comes back
-  py::list positions;
-  for (const size_t i : for_torch_) {
-    positions.append(py::make_tuple(slots_[i].group, slots_[i].index));
+  try {
+    prepare(param_groups, state, inv_grad_scale, all_for_torch);
+    if (for_torch_.empty()) {
+      update();
+      return py::none();
+    }
+    keep_alive();  // the caller runs Python code before it comes back
+    py::list positions;
+    for (const size_t i : for_torch_) {
+      positions.append(py::make_tuple(slots_[i].group, slots_[i].index));
+    }
+    return positions;
+  } catch (...) {
+    clear_step();
+    throw;
   }
-  return positions;
 }
 
 void StepPlan::run() {
-  const auto lock = lock_without_gil(mutex_);
-  update();
+  const Turn turn(*this);
+  if (!is_prepared_ || half_done_by_ != std::this_thread::get_id()) {
+    throw std::runtime_error("run(): this thread has no step that is prepared");
+  }
+  try {
+    update();
+  } catch (...) {
+    clear_step();
+    throw;
+  }
 }
 
 void StepPlan::discard() {
-  round_end_.clear();
+  const Turn turn(*this);
+  if (half_done_by_ == std::this_thread::get_id()) clear_step();
+}
+
+void StepPlan::clear_step() {
+  is_prepared_ = false;
+  state_ = py::object();
   new_buffers_.clear();
   resolved_grads_.clear();
   for_torch_.clear();
@@ -79,59 +118,80 @@ void StepPlan::discard() {
 
 void StepPlan::prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
                        bool all_for_torch) {
-  discard();
-  state_ = state.ptr();
+  clear_step();
+  state_ = state;
   all_for_torch_ = all_for_torch;
   const bool same_groups = read_groups(param_groups, inv_grad_scale);
-  if (!same_groups || !read_state(state_)) rebuild(state_);
+  if (!same_groups || !read_state(state_.ptr())) rebuild(state_.ptr());
   check_slots();
+  bool any_shared_grad = false;
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (status_[i] == Status::kNeedsCare) prepare_slot(i);
+    any_shared_grad = any_shared_grad || status_[i] == Status::kSharedGrad;
     first_element_[i + 1] = first_element_[i] + entries_[i].numel;
   }
-  if (ranges_changed_) assign_rounds();
-  if (num_rounds_ == 1) {
-    round_end_.push_back(slots_.size());
-  } else {
-    sort_into_rounds();
-  }
+  if (ranges_changed_) find_shared_memory();
+  in_order_ = ranges_meet_ || (any_shared_grad && some_grad_meets_another_slot());
+  half_done_by_ = std::this_thread::get_id();
+  is_prepared_ = true;
 }
 
 void StepPlan::update() {
-  if (round_end_.empty()) return;  // nothing is prepared
+  if (!new_buffers_.empty()) keep_alive();  // inserting calls Python code
   insert_new_buffers();
   const int threads = max_threads();
-  cpu::parallel_for(static_cast<int64_t>(slots_.size()), kSlotsPerThread, threads,
+  const auto num_slots = static_cast<int64_t>(slots_.size());
+  cpu::parallel_for(num_slots, kSlotsPerThread, threads,
                     [this](int64_t begin, int64_t end) { bump_versions(begin, end); });
 
   const bool release = first_element_[slots_.size()] >= kElementsToReleaseGil;
   if (release) keep_alive();
   {
     const GilReleased released(release);
-    size_t begin = 0;
-    for (const size_t end : round_end_) {
-      cpu::step(table_of_round(begin, end), threads);
-      begin = end;
-    }
+    cpu::step({entries_.data(), first_element_.data(), num_slots, hyperparams_.data()},
+              in_order_ ? 1 : threads);
   }
-  discard();
+  clear_step();
 }
 
-// Through the dict's own __setitem__: an OrderedDict keeps more than its items.
+// Through the dict's own __setitem__ (an OrderedDict keeps more than its items), which may run
+// Python code and raise: then what was inserted is taken back, so that no step can find a buffer
+// that was never computed.
 void StepPlan::insert_new_buffers() {
-  for (const NewBuffer& made : new_buffers_) {
-    const Slot& slot = slots_[made.slot];
-    const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
-    py::object fresh;
-    PyObject* target = slot.state_dict;
-    if (target == nullptr) {
-      fresh = py::dict();
-      target = fresh.ptr();
-      if (PyObject_SetItem(state_, slot.param_object, target) != 0) throw py::error_already_set();
+  for (size_t k = 0; k < new_buffers_.size(); ++k) {
+    NewBuffer& made = new_buffers_[k];
+    try {
+      const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
+      if (made.state_dict) {
+        const py::dict target = py::reinterpret_borrow<py::dict>(made.state_dict);
+        const auto key = py::reinterpret_borrow<py::object>(buffer_key_);
+        if (target.contains(key)) made.replaced = target[key];
+        target[key] = buffer;
+      } else {
+        py::dict fresh;
+        fresh[py::reinterpret_borrow<py::object>(buffer_key_)] = buffer;
+        state_[made.param] = fresh;
+      }
+    } catch (...) {
+      take_back_new_buffers(k + 1);
+      throw;
     }
-    if (PyObject_SetItem(target, buffer_key_, buffer.ptr()) != 0) {
-      throw py::error_already_set();
+  }
+}
+
+void StepPlan::take_back_new_buffers(size_t count) noexcept {
+  const py::error_scope keep_the_error;
+  for (size_t k = 0; k < count; ++k) {
+    const NewBuffer& made = new_buffers_[k];
+    int failed = 0;
+    if (!made.state_dict) {
+      failed = PyObject_DelItem(state_.ptr(), made.param.ptr());
+    } else if (made.replaced) {
+      failed = PyObject_SetItem(made.state_dict.ptr(), buffer_key_, made.replaced.ptr());
+    } else {
+      failed = PyObject_DelItem(made.state_dict.ptr(), buffer_key_);
     }
+    if (failed != 0) PyErr_Clear();  // it was not there yet
   }
 }
 
@@ -141,8 +201,9 @@ void StepPlan::bump_versions(int64_t begin, int64_t end) {
     const Tensors& tensors = tensors_[i];
     if (tensors.param == nullptr) continue;
     if (!tensors.param->is_inference()) tensors.param->bump_version();
-    if (tensors.buffer != nullptr && !tensors.buffer->is_inference())
+    if (tensors.buffer != nullptr && !tensors.buffer->is_inference()) {
       tensors.buffer->bump_version();
+    }
   }
 }
 
@@ -245,8 +306,8 @@ void StepPlan::rebuild(PyObject* state) {
   read_state(state);
 }
 
-// A quick look at all slots: are they as the plan says? Only reads, so that several threads can
-// look; the GIL stays with the calling thread, which waits.
+// A quick look at all slots: are they as the plan says? Writes nothing but the plan, so that
+// several threads can look; the GIL stays with the calling thread, which waits.
 void StepPlan::check_slots() {
   cpu::parallel_for(
       static_cast<int64_t>(slots_.size()), kSlotsPerThread, max_threads(),

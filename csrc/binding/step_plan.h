@@ -15,9 +15,11 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -38,6 +40,7 @@ class StepPlan {
   void discard();
 
  private:
+  class Turn;
   // How the kernels reach a tensor, and how it is compared with the plan.
   enum class Path : uint8_t {
     kUnknown,     // not examined yet
@@ -47,7 +50,12 @@ class StepPlan {
   };
 
   // What a quick look at a slot found.
-  enum class Status : uint8_t { kIdle, kReady, kNeedsCare };
+  enum class Status : uint8_t {
+    kIdle,  // no gradient
+    kReady,
+    kSharedGrad,  // ready; the gradient's storage has other owners
+    kNeedsCare,
+  };
 
   // The tensors' shapes, and how to walk them together, when they are not all contiguous.
   struct Shapes {
@@ -79,13 +87,14 @@ class StepPlan {
     Dtype param_kernel_dtype{};
     Dtype grad_kernel_dtype{};
     Dtype buffer_kernel_dtype{};
-    uint32_t round = 0;  // tensors that share memory are updated one round after the other
     std::unique_ptr<Shapes> shapes;
   };
 
   struct NewBuffer {
-    size_t slot;
     at::Tensor tensor;
+    py::object param;
+    py::object state_dict;  // null: to be made
+    py::object replaced;    // what the state had in its place; null: nothing
   };
 
   bool read_groups(const py::list& param_groups, double inv_grad_scale);
@@ -103,18 +112,21 @@ class StepPlan {
                            const c10::TensorImpl& grad, const c10::TensorImpl* buffer) const;
   void examine(Slot& slot, const at::Tensor& param, const at::Tensor& grad,
                const at::Tensor& buffer);
-  void assign_rounds();
-  void sort_into_rounds();
-  TensorTable table_of_round(size_t begin, size_t end) const;
+  void find_shared_memory();
+  bool some_grad_meets_another_slot() const;
+  void clear_step();
   void keep_alive();
   void update();
   void insert_new_buffers();
+  void take_back_new_buffers(size_t count) noexcept;
   void bump_versions(int64_t begin, int64_t end);
   std::string name_of(const Slot& slot) const;
 
   PyObject* const buffer_key_ = PyUnicode_InternFromString("momentum_buffer");
   const c10::DispatchKeySet plain_keys_ = plain_cpu_keys();
   std::mutex mutex_;  // a second thread that steps the same optimizer waits its turn
+  std::atomic<std::thread::id> owner_{};  // who holds the mutex
+  std::thread::id half_done_by_{};        // who has prepared a step and not yet run it
 
   // The plan.
   std::vector<GroupReader> readers_;
@@ -125,8 +137,14 @@ class StepPlan {
       state_keys_;  // the state's keys in order; their slot, or -1
   std::vector<std::pair<size_t, size_t>>
       repeated_;  // a slot, and the earlier one of the same parameter
-  uint32_t num_rounds_ = 1;
+  // The memory of all parameters and buffers, by address; where two of them meet, order matters.
+  struct Range {
+    ByteRange bytes;
+    size_t slot;
+  };
+  std::vector<Range> ranges_;
   bool ranges_changed_ = false;
+  bool ranges_meet_ = false;
 
   // This step. The vectors keep their capacity, so that a step allocates nothing once warm. The
   // first four have one element for each slot; a slot without a gradient has an entry of no
@@ -140,11 +158,11 @@ class StepPlan {
   std::vector<Tensors> tensors_;
   std::vector<TensorEntry> entries_;
   std::vector<int64_t> first_element_;
-  std::vector<TensorEntry> sorted_entries_;  // only when tensors share memory
-  std::vector<size_t> round_end_;            // index into the entries
-  std::vector<PyObject*> params_;            // the groups' lists, borrowed
-  PyObject* state_ = nullptr;                // borrowed
+  std::vector<PyObject*> params_;  // the groups' lists, borrowed
+  py::object state_;               // opt.state
   bool all_for_torch_ = false;
+  bool is_prepared_ = false;
+  bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
   std::vector<NewBuffer> new_buffers_;
   std::vector<at::Tensor> resolved_grads_;
   std::vector<size_t> for_torch_;

@@ -21,8 +21,8 @@ std::string to_string(const T& value) {
 
 }  // namespace
 
-// Runs without the GIL being this thread's: calls nothing of Python's but PyDict_Next, which only
-// reads.
+// Runs on other threads too, while the calling thread holds the GIL: calls nothing of Python's but
+// PyDict_Next, which only reads.
 StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum) noexcept {
   Slot& slot = slots_[i];
   if (!THPVariable_CheckTypeExact(Py_TYPE(slot.param_object))) return Status::kNeedsCare;
@@ -39,11 +39,14 @@ StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum) noexcept {
     PyObject* key;
     PyObject* value;
     Py_ssize_t position = 0;
-    if (slot.state_dict == nullptr || !PyDict_Check(slot.state_dict) ||
-        !PyDict_Next(slot.state_dict, &position, &key, &value) || key != buffer_key_ ||
-        !THPVariable_CheckTypeExact(Py_TYPE(value))) {
-      return Status::kNeedsCare;
+    if (slot.state_dict == nullptr || !PyDict_Check(slot.state_dict)) return Status::kNeedsCare;
+    bool found = false;
+    while (!found && PyDict_Next(slot.state_dict, &position, &key, &value)) {
+      // The key of a loaded state need not be the interned string.
+      found = key == buffer_key_ || (PyUnicode_Check(key) &&
+                                     PyUnicode_CompareWithASCIIString(key, "momentum_buffer") == 0);
     }
+    if (!found || !THPVariable_CheckTypeExact(Py_TYPE(value))) return Status::kNeedsCare;
     buffer = THPVariable_Unpack(value).unsafeGetTensorImpl();
   }
   try {
@@ -62,12 +65,13 @@ StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum) noexcept {
   entry.grad = const_data_of(grad, slot.grad_itemsize);
   entry.numel = slot.num_reals;
   entry.is_first_step = false;
-  return Status::kReady;
+  return has_shared_storage(grad) ? Status::kSharedGrad : Status::kReady;
 }
 
 // Everything that a quick look does not settle: new and changed tensors, first steps, errors.
 void StepPlan::prepare_slot(size_t i) {
   Slot& slot = slots_[i];
+  slot.path = Path::kUnknown;  // whatever happens below, the next step examines it again
   tensors_[i] = {};
   entries_[i] = {};
   if (!THPVariable_Check(slot.param_object)) {
@@ -90,9 +94,15 @@ void StepPlan::prepare_slot(size_t i) {
   const bool is_first_step = has_momentum && buffer == nullptr;
   examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
   if (slot.path != Path::kTorch && is_first_step) {
-    new_buffers_.push_back({i, at::empty_like(param, {}, at::MemoryFormat::Preserve)});
+    slot.path = Path::kUnknown;
+    const auto object = [](PyObject* borrowed) {
+      return py::reinterpret_borrow<py::object>(borrowed);
+    };
+    new_buffers_.push_back({at::empty_like(param, {}, at::MemoryFormat::Preserve),
+                            object(slot.param_object), object(slot.state_dict), py::object()});
     buffer = &new_buffers_.back().tensor;
     examine(slot, param, grad, *buffer);
+    if (slot.path == Path::kTorch) new_buffers_.pop_back();  // torch makes its own
   }
   if (slot.path == Path::kTorch) {
     for_torch_.push_back(i);
@@ -113,6 +123,7 @@ void StepPlan::prepare_slot(size_t i) {
   entry.grad_dtype = slot.grad_kernel_dtype;
   entry.buffer_dtype = slot.buffer_kernel_dtype;
   entry.is_first_step = is_first_step;
+  if (has_shared_storage(*grad.unsafeGetTensorImpl())) status_[i] = Status::kSharedGrad;
 }
 
 // The tensor at opt.state[p]["momentum_buffer"]; nullptr when there is none or it is None.
@@ -149,15 +160,18 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
   if (param.dtype() != slot.param_dtype || grad.dtype() != slot.grad_dtype) return false;
   if (!param.is_contiguous() || !grad.is_contiguous()) return false;
   if (param.numel() != slot.numel || !same_sizes(param, grad)) return false;
-  if (mutable_data_of(param, slot.param_itemsize) != slot.param_data) return false;
+  if (is_lazy_copy(param) || const_data_of(param, slot.param_itemsize) != slot.param_data) {
+    return false;
+  }
   const void* const grad_data = const_data_of(grad, slot.grad_itemsize);
-  if (grad_data == nullptr && slot.numel != 0) return false;
   const ByteRange grad_bytes(grad_data, slot.numel * slot.grad_itemsize);
+  if (!lies_in_storage(grad, grad_bytes.end)) return false;
   if (grad_bytes.overlaps({slot.param_data, slot.numel * slot.param_itemsize})) return false;
   if (buffer == nullptr) return true;
   if (buffer->key_set() != plain_keys_ || buffer->dtype() != slot.buffer_dtype) return false;
   if (!buffer->is_contiguous() || !same_sizes(param, *buffer)) return false;
-  return mutable_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
+  return !is_lazy_copy(*buffer) &&
+         const_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
          !grad_bytes.overlaps({slot.buffer_data, slot.numel * slot.buffer_itemsize});
 }
 
@@ -177,14 +191,16 @@ bool StepPlan::is_unchanged_layout(const Slot& slot, const c10::TensorImpl& para
   if (!same(param, slot.param_dtype, shapes.param) || !same(grad, slot.grad_dtype, shapes.grad)) {
     return false;
   }
-  if (mutable_data_of(param, slot.param_itemsize) != slot.param_data) return false;
+  if (is_lazy_copy(param) || const_data_of(param, slot.param_itemsize) != slot.param_data) {
+    return false;
+  }
   const void* const grad_data = const_data_of(grad, slot.grad_itemsize);
-  if (grad_data == nullptr && slot.numel != 0) return false;
   const ByteRange grad_bytes = bytes(grad_data, slot.grad_dtype, shapes.grad);
+  if (!lies_in_storage(grad, grad_bytes.end)) return false;
   if (grad_bytes.overlaps(bytes(slot.param_data, slot.param_dtype, shapes.param))) return false;
   if (buffer == nullptr) return true;
-  return same(*buffer, slot.buffer_dtype, shapes.buffer) &&
-         mutable_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
+  return same(*buffer, slot.buffer_dtype, shapes.buffer) && !is_lazy_copy(*buffer) &&
+         const_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
          !grad_bytes.overlaps(bytes(slot.buffer_data, slot.buffer_dtype, shapes.buffer));
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -25,10 +26,29 @@ MOMENTUM_EXT_INLINE const void* const_data_of(const c10::TensorImpl& tensor, int
                          : static_cast<const char*>(data) + tensor.storage_offset() * itemsize;
 }
 
-// The same for writing: a lazily copied tensor gets memory of its own.
+// True when the memory is a lazy copy that a write must first make real.
+MOMENTUM_EXT_INLINE bool is_lazy_copy(const c10::TensorImpl& tensor) {
+  const c10::StorageImpl& storage = *tensor.unsafe_storage().unsafeGetStorageImpl();
+  return storage.data_ptr().get_deleter() == &c10::impl::cow::cow_deleter;
+}
+
+// The same address for writing: a lazily copied tensor gets memory of its own.
 MOMENTUM_EXT_INLINE void* mutable_data_of(const c10::TensorImpl& tensor, int64_t itemsize) {
   void* const data = tensor.unsafe_storage().unsafeGetStorageImpl()->mutable_data();
   return data == nullptr ? nullptr : static_cast<char*>(data) + tensor.storage_offset() * itemsize;
+}
+
+// False when the tensor's memory ends before `end`, because its storage was freed or resized.
+MOMENTUM_EXT_INLINE bool lies_in_storage(const c10::TensorImpl& tensor, const char* end) {
+  const c10::StorageImpl& storage = *tensor.unsafe_storage().unsafeGetStorageImpl();
+  const auto* const begin = static_cast<const char*>(storage.data());
+  return tensor.numel() == 0 ||
+         (begin != nullptr && end <= begin + static_cast<int64_t>(storage.nbytes()));
+}
+
+// True when other tensors use the same memory.
+MOMENTUM_EXT_INLINE bool has_shared_storage(const c10::TensorImpl& tensor) {
+  return tensor.unsafe_storage().use_count() != 1;
 }
 
 MOMENTUM_EXT_INLINE bool same_sizes(const c10::TensorImpl& a, const c10::TensorImpl& b) {

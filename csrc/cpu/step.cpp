@@ -96,7 +96,8 @@ void parallel_for(int64_t n, int64_t grain, int max_threads, const RangeBody& bo
     body(0, n);
     return;
   }
-  run_on_team(num_tasks, [&](int64_t i) { body(n * i / num_tasks, n * (i + 1) / num_tasks); });
+  run_on_team(num_tasks, max_threads,
+              [&](int64_t i) { body(n * i / num_tasks, n * (i + 1) / num_tasks); });
 }
 
 void step(const TensorTable& table, int max_threads) {

@@ -32,9 +32,10 @@ inline const int fork_handler = pthread_atfork(
     nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
 
 // Calls task(i) once for each i in [0, num_tasks), each on its own thread where the runtime grants
-// as many.
+// as many. Always asks for the whole team: a runtime may end threads that a smaller team leaves
+// over, and would have to start them again for torch's next region.
 template <typename Task>
-void run_on_team(int num_tasks, const Task& task) {
+void run_on_team(int num_tasks, int team_size, const Task& task) {
   struct Region {
     int num_tasks;
     const Task* task;
@@ -45,7 +46,7 @@ void run_on_team(int num_tasks, const Task& task) {
         const int num_threads = omp_get_num_threads();
         for (int i = omp_get_thread_num(); i < r.num_tasks; i += num_threads) (*r.task)(i);
       },
-      &region, static_cast<unsigned>(num_tasks), 0);
+      &region, static_cast<unsigned>(team_size), 0);
 }
 
 }  // namespace momentum_ext::cpu
