@@ -109,7 +109,7 @@ def test_gradient_whose_storage_shrinks():
 
 
 def test_step_inside_a_step_is_an_error():
-    params, opt = make()
+    _, opt = make()
 
     class Curious(dict):
         def __setitem__(self, key, value):
