@@ -130,7 +130,7 @@ class FusedMomentum(SGD):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or _C.has_record_function_callbacks()
-        ) and getattr(getattr(type(self).step, "__wrapped__", None), "hooked", True):
+        ) and not _is_wrapped_by_torch(type(self).step):
             return _observed_step(self, *args, **kwargs)
         return self._step(*args, **kwargs)
 
@@ -190,6 +190,12 @@ class FusedMomentum(SGD):
                     [_stand_in(param.grad)],
                     [_stand_in(buffer) if isinstance(buffer, Tensor) else None],
                 )
+
+
+def _is_wrapped_by_torch(step: Callable[..., Any]) -> bool:
+    """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
+    inner = getattr(step, "__wrapped__", None)
+    return inner is not None and not getattr(inner, "hooked", False)
 
 
 def _torch_sgd(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:

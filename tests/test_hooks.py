@@ -1,5 +1,6 @@
 """What the ecosystem hangs on an optimizer: schedulers, closures, hooks, the profiler, subclasses, version counters."""
 
+import functools
 import warnings
 
 import pytest
@@ -206,6 +207,25 @@ def test_step_hooks_in_torchs_order(one):
     assert events == [("global pre", True), ("pre", True), ("post", True), ("global post", True)]
     one.step()
     assert len(events) == 4
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "global pre", "global post"])
+def test_each_kind_of_hook_alone(one, kind):
+    register = {
+        "pre": one.register_step_pre_hook,
+        "post": one.register_step_post_hook,
+        "global pre": register_optimizer_step_pre_hook,
+        "global post": register_optimizer_step_post_hook,
+    }[kind]
+    calls = []
+    handle = register(lambda opt, args, kwargs: calls.append(opt is one))
+    try:
+        one.step()
+        one.step()
+    finally:
+        handle.remove()
+    one.step()
+    assert calls == [True, True]
 
 
 def test_hooks_see_the_parameters_before_and_after(one):
@@ -422,3 +442,21 @@ def test_version_counters_go_up_with_each_step(shape):
         opt.step()
         assert all(t._version > v for t, v in zip(params + buffers, versions))
         assert idle._version == still
+
+
+def test_wrapper_around_the_class_method_keeps_the_hooks(monkeypatch):
+    original = FusedMomentum.step
+
+    @functools.wraps(original)
+    def timed(self, *args, **kwargs):
+        calls.append("timed")
+        return original(self, *args, **kwargs)
+
+    calls = []
+    monkeypatch.setattr(FusedMomentum, "step", timed)
+    param = torch.nn.Parameter(torch.randn(33))
+    param.grad = torch.randn(33)
+    opt = FusedMomentum([param], **HYPER)
+    opt.register_step_pre_hook(lambda opt, args, kwargs: calls.append("pre"))
+    opt.step()
+    assert calls == ["timed", "pre"]
