@@ -45,8 +45,8 @@ class FusedMomentum(SGD):
     Args:
         params: tensors or dicts of parameter groups, of any shape and layout. fp32, fp64, bf16, fp16, complex64 and
             complex128 tensors on the CPU are fused, in one pass over all groups. Everything else that torch.optim.SGD
-            can update (sparse gradients, other dtypes and devices, tensor subclasses) takes torch's own path from the
-            same step.
+            can update (sparse gradients, other dtypes and devices, tensor subclasses with their own operators) takes
+            torch's own path from the same step.
         lr: learning rate, a float or a tensor of one element (default: 1e-3).
         momentum: momentum factor (default: 0).
         dampening: dampening of the gradient in the momentum buffer (default: 0).
@@ -179,7 +179,7 @@ class FusedMomentum(SGD):
 
     def _check_torch_step(self, positions: Iterable[tuple[int, int]]) -> None:
         """Let torch raise on one-element stand-ins what it would raise for these tensors, while nothing is written."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
             for g, i in positions:
                 group = self.param_groups[g]
                 param = group["params"][i]
@@ -218,13 +218,16 @@ def _torch_sgd(group: dict[str, Any], params: list[Tensor], grads: list[Tensor],
 
 def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor of the same kind and of size 1 everywhere: torch refuses it where it would refuse the original."""
-    shape = (1,) * tensor.dim()
-    if tensor.layout == torch.strided:
-        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    dense = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    stand_in = torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
     if tensor.layout == torch.sparse_coo:
-        return dense.to_sparse(tensor.sparse_dim())
-    return dense.to_sparse(layout=tensor.layout)
+        stand_in = stand_in.to_sparse(tensor.sparse_dim())
+    elif tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+        stand_in = stand_in.to_mkldnn()
+    elif tensor.layout not in (torch.strided, torch.jagged):
+        stand_in = stand_in.to_sparse(layout=tensor.layout)
+    if tensor.requires_grad:
+        stand_in.requires_grad_()
+    return stand_in if tensor.is_leaf else stand_in.clone()
 
 
 def _reciprocal(grad_scale: Tensor | float | None) -> float:

@@ -43,12 +43,10 @@ PyObject* get(PyObject* group, size_t index, Key key) {
 std::optional<double> as_number(PyObject* value, bool may_be_tensor, bool any_shape) {
   if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
   if (PyLong_CheckExact(value)) {
-    const double number = PyLong_AsDouble(value);
-    if (number == -1.0 && PyErr_Occurred() != nullptr) {  // too large for a double
-      PyErr_Clear();
-      return std::nullopt;
-    }
-    return number;
+    int overflow = 0;
+    const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow != 0) return std::nullopt;  // torch has no number for it either, and says so
+    return static_cast<double>(number);
   }
   if (!may_be_tensor || !THPVariable_Check(value)) return std::nullopt;
   const at::Tensor& tensor = THPVariable_Unpack(value);
@@ -83,22 +81,16 @@ Key identify(PyObject* key) {
 
 }  // namespace
 
-PyObject* GroupReader::read(PyObject* group, size_t index, double inv_grad_scale,
-                            Hyperparams& hyperparams) {
-  PyObject* params = immutable_ ? compare(group) : nullptr;
-  const bool unchanged = params != nullptr;
-  if (!unchanged) params = parse(group, index, hyperparams);
-  if (!unchanged || inv_grad_scale != inv_grad_scale_) {
-    inv_grad_scale_ = inv_grad_scale;
-    hyperparams.f64.grad_coef = maximize_ ? -inv_grad_scale : inv_grad_scale;
-    round_to_float(hyperparams);
-  }
-  return params;
+void GroupReader::scale(double inv_grad_scale, Hyperparams& hyperparams) {
+  if (scaled_ && inv_grad_scale == inv_grad_scale_) return;
+  scaled_ = true;
+  inv_grad_scale_ = inv_grad_scale;
+  hyperparams.f64.grad_coef = maximize_ ? -inv_grad_scale : inv_grad_scale;
+  round_to_float(hyperparams);
 }
 
-// The "params" of a dict whose keys and numbers are those that were read last; nullptr when
-// anything differs.
-PyObject* GroupReader::compare(PyObject* group) const {
+PyObject* GroupReader::compare(PyObject* group) const noexcept {
+  if (!immutable_) return nullptr;
   PyObject* params = nullptr;
   PyObject* key;
   PyObject* value;
@@ -119,6 +111,7 @@ PyObject* GroupReader::compare(PyObject* group) const {
 PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperparams) {
   PyObject* const params = get(group, index, kParams);
   immutable_ = false;
+  scaled_ = false;
   needs_torch_ = false;
   const auto number = [&](Key key, bool may_be_tensor, bool any_shape) {
     const std::optional<double> found = as_number(get(group, index, key), may_be_tensor, any_shape);

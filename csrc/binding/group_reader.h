@@ -14,9 +14,17 @@ namespace py = pybind11;
 
 class GroupReader {
  public:
-  // Brings `hyperparams`, which must be what the last call left there, up to date with the dict;
-  // returns the dict's "params", borrowed. `index` names the group in errors.
-  PyObject* read(PyObject* group, size_t index, double inv_grad_scale, Hyperparams& hyperparams);
+  // The "params", borrowed, of a dict whose keys and numbers are those that were read last; nullptr
+  // when anything differs. Only reads, so that several threads can compare while one of them holds
+  // the GIL for all.
+  PyObject* compare(PyObject* group) const noexcept;
+
+  // Reads everything anew; returns the dict's "params", borrowed. `index` names the group in
+  // errors.
+  PyObject* parse(PyObject* group, size_t index, Hyperparams& hyperparams);
+
+  // Brings the coefficients up to date with what was parsed.
+  void scale(double inv_grad_scale, Hyperparams& hyperparams);
 
   // True when a hyperparameter is of a kind that only torch can read, such as an lr that requires
   // grad.
@@ -31,12 +39,10 @@ class GroupReader {
     bool is_params;
   };
 
-  PyObject* compare(PyObject* group) const;
-  PyObject* parse(PyObject* group, size_t index, Hyperparams& hyperparams);
-
   std::vector<Item> items_;
   bool immutable_ = false;  // all values are numbers; a tensor's value may change in place
   bool needs_torch_ = false;
+  bool scaled_ = false;  // the coefficients are those of inv_grad_scale_
   double inv_grad_scale_ = 1.0;
   bool maximize_ = false;
 };

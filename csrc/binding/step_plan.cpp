@@ -14,6 +14,7 @@ namespace {
 
 // Fewer tensors than this for each thread are looked at faster than another thread wakes up.
 constexpr int64_t kSlotsPerThread = 96;
+constexpr int64_t kGroupsPerThread = 96;
 
 // From this many elements on the GIL is released while the kernel runs. Fewer take a small part of
 // the interpreter's own switch interval of 5 ms, and releasing means holding references to all
@@ -32,6 +33,12 @@ class GilReleased {
  private:
   PyThreadState* state_;
 };
+
+void check_is_list(PyObject* params, size_t group) {
+  if (PyList_Check(params) || PyTuple_Check(params)) return;
+  throw py::type_error("param_groups[" + std::to_string(group) +
+                       "]['params']: expected a list of tensors, got " + Py_TYPE(params)->tp_name);
+}
 
 int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
@@ -224,35 +231,46 @@ void StepPlan::keep_alive() {
 // Reads hyperparameters and parameter lists; false when the lists are not those of the plan.
 bool StepPlan::read_groups(const py::list& param_groups, double inv_grad_scale) {
   const size_t num_groups = param_groups.size();
-  bool same = readers_.size() == num_groups && first_slot_.size() == num_groups + 1;
   if (readers_.size() != num_groups) {
     readers_.clear();
     readers_.resize(num_groups);
     hyperparams_.resize(num_groups);
   }
-  params_.clear();
+  // Most groups are as they were, which several threads can see; what has changed is read in order.
+  params_.resize(num_groups);
+  cpu::parallel_for(static_cast<int64_t>(num_groups), kGroupsPerThread, max_threads(),
+                    [&](int64_t begin, int64_t end) {
+                      for (int64_t g = begin; g < end; ++g) {
+                        PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
+                        params_[g] = PyDict_Check(group) ? readers_[g].compare(group) : nullptr;
+                      }
+                    });
+  bool same = first_slot_.size() == num_groups + 1;
   for (size_t g = 0; g < num_groups; ++g) {
-    PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
-    if (!PyDict_Check(group)) {
-      throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
-                           Py_TYPE(group)->tp_name);
-    }
-    PyObject* const params = readers_[g].read(group, g, inv_grad_scale, hyperparams_[g]);
-    if (!PyList_Check(params) && !PyTuple_Check(params)) {
-      throw py::type_error("param_groups[" + std::to_string(g) +
-                           "]['params']: expected a list of tensors, got " +
-                           Py_TYPE(params)->tp_name);
-    }
-    params_.push_back(params);
-    if (!same) continue;
-    const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(params));
-    PyObject** const items = PySequence_Fast_ITEMS(params);
-    same = count == first_slot_[g + 1] - first_slot_[g];
-    for (size_t i = 0; same && i < count; ++i) {
-      same = items[i] == slots_[first_slot_[g] + i].param_object;
-    }
+    if (params_[g] == nullptr) params_[g] = parse_group(param_groups, g);
+    check_is_list(params_[g], g);
+    readers_[g].scale(inv_grad_scale, hyperparams_[g]);
+    same = same && is_same_list(g);
   }
   return same;
+}
+
+PyObject* StepPlan::parse_group(const py::list& param_groups, size_t g) {
+  PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(g));
+  if (!PyDict_Check(group)) {
+    throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
+                         Py_TYPE(group)->tp_name);
+  }
+  return readers_[g].parse(group, g, hyperparams_[g]);
+}
+
+// True when a group's list has the plan's parameters.
+bool StepPlan::is_same_list(size_t g) const {
+  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(params_[g]));
+  return count == first_slot_[g + 1] - first_slot_[g] &&
+         std::equal(param_objects_.begin() + static_cast<ptrdiff_t>(first_slot_[g]),
+                    param_objects_.begin() + static_cast<ptrdiff_t>(first_slot_[g + 1]),
+                    PySequence_Fast_ITEMS(params_[g]));
 }
 
 // Finds each parameter's state dict; false when the state's keys are not those of the plan, in the
@@ -273,6 +291,7 @@ bool StepPlan::read_state(PyObject* state) {
 
 void StepPlan::rebuild(PyObject* state) {
   slots_.clear();
+  param_objects_.clear();
   first_slot_.assign(1, 0);
   repeated_.clear();
   ranges_changed_ = true;
@@ -280,13 +299,14 @@ void StepPlan::rebuild(PyObject* state) {
   for (size_t g = 0; g < params_.size(); ++g) {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(params_[g]);
     for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* const param = PySequence_Fast_GET_ITEM(params_[g], i);
       Slot slot;
-      slot.param_object = PySequence_Fast_GET_ITEM(params_[g], i);
       slot.group = static_cast<uint32_t>(g);
       slot.index = static_cast<uint32_t>(i);
-      const auto [first, is_new] = slot_of.try_emplace(slot.param_object, slots_.size());
+      const auto [first, is_new] = slot_of.try_emplace(param, slots_.size());
       if (!is_new) repeated_.emplace_back(slots_.size(), first->second);
       slots_.push_back(std::move(slot));
+      param_objects_.push_back(param);
     }
     first_slot_.push_back(slots_.size());
   }

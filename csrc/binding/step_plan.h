@@ -67,9 +67,7 @@ class StepPlan {
 
   // One position in one parameter list, with what was true of its tensors when its path was chosen.
   struct Slot {
-    PyObject* param_object = nullptr;
-    PyObject* state_dict =
-        nullptr;  // opt.state[p], borrowed, read in each step; nullptr when there is none
+    PyObject* state_dict = nullptr;  // opt.state[p], borrowed, read in each step; nullptr: none
     void* param_data = nullptr;
     void* buffer_data = nullptr;
     int64_t numel = 0;
@@ -98,6 +96,8 @@ class StepPlan {
   };
 
   bool read_groups(const py::list& param_groups, double inv_grad_scale);
+  PyObject* parse_group(const py::list& param_groups, size_t g);
+  bool is_same_list(size_t g) const;
   bool read_state(PyObject* state);
   void rebuild(PyObject* state);
   void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
@@ -132,7 +132,8 @@ class StepPlan {
   std::vector<GroupReader> readers_;
   std::vector<Hyperparams> hyperparams_;  // one for each reader
   std::vector<Slot> slots_;
-  std::vector<size_t> first_slot_;  // of each group, and the end
+  std::vector<PyObject*> param_objects_;  // of each slot; only compared
+  std::vector<size_t> first_slot_;        // of each group, and the end
   std::vector<std::pair<PyObject*, ptrdiff_t>>
       state_keys_;  // the state's keys in order; their slot, or -1
   std::vector<std::pair<size_t, size_t>>
