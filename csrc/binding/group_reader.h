@@ -7,10 +7,17 @@
 #include <vector>
 
 #include "../hyperparams.h"
+#include "formulation.h"
 
 namespace momentum_ext::binding {
 
 namespace py = pybind11;
+
+// A group's formulation; groups that torch.optim.SGD has made have none, which is torch's.
+Formulation read_formulation(PyObject* group, size_t index);
+
+// A group's lr, of whatever kind it is.
+double read_lr(PyObject* group, size_t index);
 
 class GroupReader {
  public:
@@ -30,6 +37,12 @@ class GroupReader {
   // grad.
   bool needs_torch() const { return needs_torch_; }
 
+  // False while optimizer.eval() holds the parameters elsewhere.
+  bool in_train_mode() const { return in_train_mode_; }
+
+  // How the group wants its momentum written.
+  Formulation formulation() const { return formulation_; }
+
  private:
   // One item of the dict as it was last read. The value of a hyperparameter is kept alive: as long
   // as it lives, no other number can stand at its address, so the same address is the same number.
@@ -42,6 +55,8 @@ class GroupReader {
   std::vector<Item> items_;
   bool immutable_ = false;  // all values are numbers; a tensor's value may change in place
   bool needs_torch_ = false;
+  bool in_train_mode_ = true;
+  Formulation formulation_ = Formulation::kTorch;
   bool scaled_ = false;  // the coefficients are those of inv_grad_scale_
   double inv_grad_scale_ = 1.0;
   bool maximize_ = false;

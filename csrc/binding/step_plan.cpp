@@ -5,9 +5,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <unordered_map>
 
 #include "../momentum.h"
+#include "step_plan_turn.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -21,19 +21,6 @@ constexpr int64_t kGroupsPerThread = 96;
 // tensors.
 constexpr int64_t kElementsToReleaseGil = 1 << 21;
 
-class GilReleased {
- public:
-  explicit GilReleased(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
-  ~GilReleased() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
-  }
-  GilReleased(const GilReleased&) = delete;
-  GilReleased& operator=(const GilReleased&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
 void check_is_list(PyObject* params, size_t group) {
   if (PyList_Check(params) || PyTuple_Check(params)) return;
   throw py::type_error("param_groups[" + std::to_string(group) +
@@ -43,31 +30,6 @@ void check_is_list(PyObject* params, size_t group) {
 int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 }  // namespace
-
-// One thread at a time works on a plan. A second one waits, without the GIL; Python code that is
-// called from inside a step and steps the same optimizer again gets an error instead of a deadlock.
-class StepPlan::Turn {
- public:
-  explicit Turn(StepPlan& plan) : plan_(plan) {
-    if (plan.owner_.load() == std::this_thread::get_id()) {
-      throw std::runtime_error("step() was called from inside a step() of the same optimizer");
-    }
-    if (!plan.mutex_.try_lock()) {
-      const GilReleased released(true);
-      plan.mutex_.lock();
-    }
-    plan.owner_ = std::this_thread::get_id();
-  }
-  ~Turn() {
-    plan_.owner_ = std::thread::id();
-    plan_.mutex_.unlock();
-  }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  StepPlan& plan_;
-};
 
 // ---- the two halves of a step -------------------------------------------------------------------
 
@@ -118,6 +80,7 @@ void StepPlan::clear_step() {
   is_prepared_ = false;
   state_ = py::object();
   new_buffers_.clear();
+  conversions_.clear();
   resolved_grads_.clear();
   for_torch_.clear();
   kept_alive_.clear();
@@ -129,6 +92,13 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
   state_ = state;
   all_for_torch_ = all_for_torch;
   const bool same_groups = read_groups(param_groups, inv_grad_scale);
+  for (const GroupReader& reader : readers_) {
+    if (!reader.in_train_mode()) {
+      throw std::runtime_error(
+          "step(): the parameters are where optimizer.eval() has moved them, not where the "
+          "gradients belong; call optimizer.train() before the backward pass");
+    }
+  }
   if (!same_groups || !read_state(state_.ptr())) rebuild(state_.ptr());
   check_slots();
   bool any_shared_grad = false;
@@ -146,6 +116,7 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
 void StepPlan::update() {
   if (!new_buffers_.empty()) keep_alive();  // inserting calls Python code
   insert_new_buffers();
+  convert_prepared();
   const int threads = max_threads();
   const auto num_slots = static_cast<int64_t>(slots_.size());
   cpu::parallel_for(num_slots, kSlotsPerThread, threads,
@@ -237,17 +208,19 @@ bool StepPlan::read_groups(const py::list& param_groups, double inv_grad_scale) 
     hyperparams_.resize(num_groups);
   }
   // Most groups are as they were, which several threads can see; what has changed is read in order.
+  groups_.resize(num_groups);
   params_.resize(num_groups);
   cpu::parallel_for(static_cast<int64_t>(num_groups), kGroupsPerThread, max_threads(),
                     [&](int64_t begin, int64_t end) {
                       for (int64_t g = begin; g < end; ++g) {
-                        PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
-                        params_[g] = PyDict_Check(group) ? readers_[g].compare(group) : nullptr;
+                        groups_[g] = PyList_GET_ITEM(param_groups.ptr(), g);
+                        params_[g] =
+                            PyDict_Check(groups_[g]) ? readers_[g].compare(groups_[g]) : nullptr;
                       }
                     });
   bool same = first_slot_.size() == num_groups + 1;
   for (size_t g = 0; g < num_groups; ++g) {
-    if (params_[g] == nullptr) params_[g] = parse_group(param_groups, g);
+    if (params_[g] == nullptr) params_[g] = parse_group(g);
     check_is_list(params_[g], g);
     readers_[g].scale(inv_grad_scale, hyperparams_[g]);
     same = same && is_same_list(g);
@@ -255,8 +228,8 @@ bool StepPlan::read_groups(const py::list& param_groups, double inv_grad_scale) 
   return same;
 }
 
-PyObject* StepPlan::parse_group(const py::list& param_groups, size_t g) {
-  PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(g));
+PyObject* StepPlan::parse_group(size_t g) {
+  PyObject* const group = groups_[g];
   if (!PyDict_Check(group)) {
     throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
                          Py_TYPE(group)->tp_name);
@@ -290,6 +263,9 @@ bool StepPlan::read_state(PyObject* state) {
 }
 
 void StepPlan::rebuild(PyObject* state) {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    formulations_[param_objects_[i]] = slots_[i].formulation;
+  }
   slots_.clear();
   param_objects_.clear();
   first_slot_.assign(1, 0);
@@ -303,6 +279,8 @@ void StepPlan::rebuild(PyObject* state) {
       Slot slot;
       slot.group = static_cast<uint32_t>(g);
       slot.index = static_cast<uint32_t>(i);
+      const auto known = formulations_.find(param);
+      slot.formulation = known != formulations_.end() ? known->second : readers_[g].formulation();
       const auto [first, is_new] = slot_of.try_emplace(param, slots_.size());
       if (!is_new) repeated_.emplace_back(slots_.size(), first->second);
       slots_.push_back(std::move(slot));
@@ -310,6 +288,7 @@ void StepPlan::rebuild(PyObject* state) {
     }
     first_slot_.push_back(slots_.size());
   }
+  formulations_.clear();
   status_.assign(slots_.size(), Status::kNeedsCare);
   tensors_.assign(slots_.size(), {});
   entries_.assign(slots_.size(), {});
@@ -337,10 +316,12 @@ void StepPlan::check_slots() {
                                      first_slot_.begin() - 1);
         for (; i < static_cast<size_t>(end); ++g) {
           const bool has_momentum = hyperparams_[g].has_momentum;
+          const Formulation formulation = readers_[g].formulation();
           const bool needs_torch = all_for_torch_ || readers_[g].needs_torch();
           const size_t stop = std::min(first_slot_[g + 1], static_cast<size_t>(end));
           for (; i < stop; ++i) {
-            status_[i] = needs_torch ? Status::kNeedsCare : check_slot(i, has_momentum);
+            status_[i] =
+                needs_torch ? Status::kNeedsCare : check_slot(i, has_momentum, formulation);
           }
         }
       });

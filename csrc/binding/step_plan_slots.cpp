@@ -23,8 +23,10 @@ std::string to_string(const T& value) {
 
 // Runs on other threads too, while the calling thread holds the GIL: calls nothing of Python's but
 // PyDict_Next, which only reads.
-StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum) noexcept {
+StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
+                                      Formulation formulation) noexcept {
   Slot& slot = slots_[i];
+  if (slot.formulation != formulation) return Status::kNeedsCare;
   if (!THPVariable_CheckTypeExact(Py_TYPE(param_objects_[i]))) return Status::kNeedsCare;
   const c10::TensorImpl& param = *THPVariable_Unpack(param_objects_[i]).unsafeGetTensorImpl();
   const at::Tensor& grad_tensor = grad_of(param);
@@ -78,6 +80,7 @@ void StepPlan::prepare_slot(size_t i) {
     throw py::type_error(name_of(slot) + ": expected a tensor, got " +
                          Py_TYPE(param_objects_[i])->tp_name);
   }
+  plan_conversion(i);
   const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
   const at::Tensor& grad_field = param.unsafeGetTensorImpl()->grad();
   if (!grad_field.defined()) return;
