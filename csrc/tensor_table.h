@@ -35,7 +35,12 @@ struct TensorEntry {
   Dtype grad_dtype;
   Dtype buffer_dtype;
   bool is_first_step;
+  int16_t device;  // kCpu, or the index of a CUDA device
+  // Not 0: whether this tensor has had its first step is written on its device (cuda/step.h).
+  uint32_t cohort;
 };
+
+constexpr int16_t kCpu = -1;
 
 struct TensorTable {
   const TensorEntry* entries;
