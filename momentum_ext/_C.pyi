@@ -14,14 +14,23 @@ class StepPlan:
         state: dict[Tensor, Any],
         inv_grad_scale: float = 1.0,
         all_for_torch: bool = False,
-    ) -> list[tuple[int, int]] | None:
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Any:
         """Update everything and return None; or write nothing and return the (group, index) that need torch's path.
 
         After those have been treated, call :meth:`run`, or :meth:`discard` on an error.
+
+        found_inf and grad_scale are CUDA tensors that the kernels read. When anything but a CUDA kernel would have to
+        know them, nothing is written and NotImplemented is returned: read them, and call again without them.
         """
 
     def run(self) -> None: ...
     def discard(self) -> None: ...
+    def unstarted_buffers(self) -> list[Tensor]:
+        """CUDA buffers in the state whose tensor has not had its first step, because it overflowed. Waits for the GPU."""
+
+HAS_CUDA_KERNELS: bool
 
 def isa() -> str:
     """The instruction set in use."""

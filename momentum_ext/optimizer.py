@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -104,6 +106,15 @@ class FusedMomentum(SGD):
         super().__setstate__(state)
         self._plan = _C.StepPlan()
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._forget_unstarted_buffers()
+        return super().__getstate__()  # type: ignore[no-any-return]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`torch.optim.SGD.state_dict`."""
+        self._forget_unstarted_buffers()
+        return super().state_dict()
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -145,15 +156,21 @@ class FusedMomentum(SGD):
                 loss = closure()
 
         inv_grad_scale = 1.0
-        attributes = self.__dict__
-        if "found_inf" in attributes or "grad_scale" in attributes:
-            found_inf = attributes.get("found_inf")
-            if found_inf is not None and float(found_inf) != 0:
-                return loss
-            inv_grad_scale = _reciprocal(attributes.get("grad_scale"))
-
         differentiable = self.defaults["differentiable"]
-        for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
+        attributes = self.__dict__
+        for_torch = NotImplemented
+        if "found_inf" in attributes or "grad_scale" in attributes:
+            found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
+            if _is_on_device(found_inf) and _is_on_device(grad_scale):  # no need to wait for their values
+                for_torch = self._plan.step(
+                    self.param_groups, self.state, 1.0, differentiable, found_inf, grad_scale
+                )
+            if for_torch is NotImplemented:
+                if found_inf is not None and float(found_inf) != 0:
+                    return loss
+                inv_grad_scale = _reciprocal(grad_scale)
+        if for_torch is NotImplemented:
+            for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         if for_torch is not None:
             try:
                 self._check_torch_step(for_torch)
@@ -163,6 +180,15 @@ class FusedMomentum(SGD):
                 raise
             self._plan.run()
         return loss
+
+    def _forget_unstarted_buffers(self) -> None:
+        """Before the state leaves: a buffer whose first step overflowed on the GPU is not yet part of it."""
+        unstarted = self._plan.unstarted_buffers()
+        for param, state in list(self.state.items()) if unstarted else []:
+            if any(state.get("momentum_buffer") is buffer for buffer in unstarted):
+                del state["momentum_buffer"]
+                if not state:
+                    del self.state[param]
 
     def _torch_step(self, positions: Iterable[tuple[int, int]], inv_grad_scale: float, differentiable: bool) -> None:
         """Torch's own update of the tensors at these (group, index in group)."""
@@ -183,6 +209,8 @@ class FusedMomentum(SGD):
             for g, i in positions:
                 group = self.param_groups[g]
                 param = group["params"][i]
+                if param.is_cuda and not _C.HAS_CUDA_KERNELS:
+                    _warn_of_missing_kernels()
                 buffer = self.state[param].get("momentum_buffer") if param in self.state else None
                 _torch_sgd(
                     group,
@@ -196,6 +224,24 @@ def _is_wrapped_by_torch(step: Callable[..., Any]) -> bool:
     """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
     inner = getattr(step, "__wrapped__", None)
     return inner is not None and not getattr(inner, "hooked", False)
+
+
+def _is_on_device(value: Tensor | None) -> bool:
+    """True where the CUDA kernels can read a GradScaler's value by themselves, or where there is none."""
+    return value is None or (
+        isinstance(value, Tensor) and value.is_cuda and value.dtype == torch.float32 and value.numel() == 1
+    )
+
+
+@functools.cache
+def _warn_of_missing_kernels() -> None:
+    """Once in a process."""
+    warnings.warn(
+        "momentum_ext was built without CUDA kernels, so FusedMomentum updates CUDA tensors by torch's for-loop: right, "
+        "but slow. Build it again where nvcc is found (set CUDA_HOME) and torch has CUDA: "
+        "FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .  (in its source tree)",
+        stacklevel=2,
+    )
 
 
 def _torch_sgd(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:

@@ -43,7 +43,7 @@ static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
 // A strided record goes on with word 4: dtypes of param, grad and buffer and the number of
 // dimensions (8 bits each); then size and three strides of each dimension.
 constexpr int kFlatRecord = 4;
-constexpr int kStridedRecord = 5 + 4 * kMaxStridedDims;
+constexpr int kStridedRecord = 5 + 4 * kMaxStridedDimsCuda;
 
 constexpr int kMaxChunk = 1 << 16;  // elements
 constexpr int kMaxGroups = 1 << 16;

@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kThreads)
 // Follows the launches of a step in which some tensors may have had their first update.
 __global__ void record_settled(const float* found_inf, uint32_t newest_cohort, uint32_t* settled,
                                uint32_t* settled_on_host) {
-  if (*found_inf != 0) return;
+  if (found_inf != nullptr && *found_inf != 0) return;
   if (*settled < newest_cohort) *settled = newest_cohort;  // a replayed graph may be an old one
   *settled_on_host = *settled;
 }
