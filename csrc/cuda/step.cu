@@ -224,7 +224,7 @@ struct Flat {
 
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    update_flat(const __grid_constant__ LaunchTable<kBytes> table) {
+    update_flat(const LaunchTable<kBytes> __grid_constant__ table) {
   if (overflowed(table)) return;
   const Chunk chunk = find_chunk<Kind::kRecord>(table, Kind::kChunk);
   const uint64_t* const record = table.words + chunk.tensor * Kind::kRecord;
@@ -286,7 +286,7 @@ struct Strided {
 
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    update_strided(const __grid_constant__ LaunchTable<kBytes> table) {
+    update_strided(const LaunchTable<kBytes> __grid_constant__ table) {
   using opmath_t = typename Kind::opmath_t;
   if (overflowed(table)) return;
   const Chunk chunk = find_chunk<Kind::kRecord>(table, Kind::kChunk);
@@ -344,7 +344,7 @@ __global__ void record_settled(const float* found_inf, uint32_t newest_cohort, u
 // ---- which kernel takes which tensors -----------------------------------------------------------
 
 template <typename Kind, int kBytes>
-auto kernel_of() -> void (*)(const LaunchTable<kBytes>) {
+auto kernel_of() {
   if constexpr (Kind::kRecord == kFlatRecord) {
     return update_flat<Kind, kBytes>;
   } else {
