@@ -4,8 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+#define CUDART_VERSION 13000
 
 #define __global__
 #define __device__
@@ -41,15 +45,18 @@ inline cudaError_t launch_error = cudaSuccess;
 struct Launch {
   unsigned blocks;
   unsigned threads;
+  int device;
   size_t parameter_bytes;
 };
 inline std::vector<Launch> launches;
 inline unsigned first_block = 0;
+inline bool is_capturing = false;
+inline int current_device = 0;
 
 template <typename... Args, size_t... kIndices>
 cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, void** arguments,
                    std::index_sequence<kIndices...>) {
-  launches.push_back({grid.x, block.x, (sizeof(std::remove_reference_t<Args>) + ...)});
+  launches.push_back({grid.x, block.x, current_device, (sizeof(std::remove_reference_t<Args>) + ...)});
   if (launch_error != cudaSuccess) return launch_error;
   gridDim = grid;
   blockDim = block;
@@ -71,6 +78,27 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 grid, dim3 block, voi
 
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = emulated::driver;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorLaunchFailure"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an emulated failure"; }
+
+constexpr unsigned cudaHostAllocPortable = 1;
+inline cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  *memory = std::malloc(bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFreeHost(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulated::is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
