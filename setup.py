@@ -119,7 +119,9 @@ def choose_backend() -> tuple[bool, str]:
 
 def nvcc_version() -> tuple[int, int]:
     nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
-    found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    found = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
     if found is None:
         stop(f"{nvcc} --version does not say which version it is. Set CUDA_HOME to another toolkit, or FORCE_CPU=1.")
     return int(found[1]), int(found[2])

@@ -69,8 +69,8 @@ MOMENTUM_EXT_INLINE float load(Float16 value) {
 #endif
 }
 
-// Storing rounds once, to nearest, ties to even. NaN stays NaN. GPUs have instructions for this that
-// give the same bits, but for which NaN it is.
+// Storing rounds once, to nearest, ties to even. NaN stays NaN. GPUs have instructions for this
+// that give the same bits, but for which NaN it is.
 MOMENTUM_EXT_INLINE void store(float& out, float value) { out = value; }
 MOMENTUM_EXT_INLINE void store(double& out, double value) { out = value; }
 MOMENTUM_EXT_INLINE void store(BFloat16& out, float value) {

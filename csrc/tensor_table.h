@@ -38,7 +38,8 @@ struct TensorEntry {
   Dtype buffer_dtype;
   bool is_first_step;
   int16_t device = kCpu;  // or the index of a CUDA device
-  uint32_t cohort;        // not 0: whether this tensor has had its first step is known on its device alone
+  uint32_t
+      cohort;  // not 0: whether this tensor has had its first step is known on its device alone
 };
 
 // What torch.amp.GradScaler hands to a step on a CUDA device; all nullptr without it.
@@ -55,8 +56,8 @@ struct Overflow {
   uint32_t newest_cohort = 0;           // among this step's tensors; 0: nothing to record
 };
 
-// Dimensions that a strided tensor on a CUDA device may have, after those that run on into each other
-// were joined.
+// Dimensions that a strided tensor on a CUDA device may have, after those that run on into each
+// other were joined.
 constexpr int kMaxStridedDimsCuda = 8;
 
 struct TensorTable {

@@ -28,7 +28,7 @@ class StepPlan:
     def run(self) -> None: ...
     def discard(self) -> None: ...
     def unstarted_buffers(self) -> list[Tensor]:
-        """CUDA buffers in the state whose tensor has not had its first step, because it overflowed. Waits for the GPU."""
+        """CUDA buffers in the state whose tensor has yet to have its first step: it overflowed. Waits for the GPU."""
 
 HAS_CUDA_KERNELS: bool
 

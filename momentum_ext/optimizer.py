@@ -108,7 +108,7 @@ class FusedMomentum(SGD):
 
     def __getstate__(self) -> dict[str, Any]:
         self._forget_unstarted_buffers()
-        return super().__getstate__()  # type: ignore[no-any-return]
+        return super().__getstate__()
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`torch.optim.SGD.state_dict`."""
@@ -162,9 +162,7 @@ class FusedMomentum(SGD):
         if "found_inf" in attributes or "grad_scale" in attributes:
             found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
             if _is_on_device(found_inf) and _is_on_device(grad_scale):  # no need to wait for their values
-                for_torch = self._plan.step(
-                    self.param_groups, self.state, 1.0, differentiable, found_inf, grad_scale
-                )
+                for_torch = self._plan.step(self.param_groups, self.state, 1.0, differentiable, found_inf, grad_scale)
             if for_torch is NotImplemented:
                 if found_inf is not None and float(found_inf) != 0:
                     return loss
@@ -237,8 +235,8 @@ def _is_on_device(value: Tensor | None) -> bool:
 def _warn_of_missing_kernels() -> None:
     """Once in a process."""
     warnings.warn(
-        "momentum_ext was built without CUDA kernels, so FusedMomentum updates CUDA tensors by torch's for-loop: right, "
-        "but slow. Build it again where nvcc is found (set CUDA_HOME) and torch has CUDA: "
+        "momentum_ext was built without CUDA kernels, so FusedMomentum updates CUDA tensors by torch's for-loop: "
+        "right, but slow. Build it again where nvcc is found (set CUDA_HOME) and torch has CUDA: "
         "FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .  (in its source tree)",
         stacklevel=2,
     )

@@ -107,7 +107,9 @@ def test_low_precision_gradients(grad_dtype):
     assert same(*results)
 
 
-@pytest.mark.parametrize("case", ["channels_last", "column", "transposed_grad", "unaligned", "expanded_grad", "complex"])
+@pytest.mark.parametrize(
+    "case", ["channels_last", "column", "transposed_grad", "unaligned", "expanded_grad", "complex"]
+)
 def test_layouts(case):
     def make(device):
         generator = torch.Generator().manual_seed(1)

@@ -4,8 +4,6 @@ The extension is built a second time, its kernels compiled for the host, and thi
 that imports that build. It needs a torch without CUDA. What only a GPU can show is in test_cuda.py.
 """
 
-import copy
-import io
 import os
 import subprocess
 import sys

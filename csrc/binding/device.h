@@ -85,7 +85,8 @@ class FirstSteps {
 
   uint32_t newest_ = 0;
   bool has_new_cohort_ = false;
-  std::unordered_map<const c10::TensorImpl*, Record> records_;  // weak references keep the addresses
+  std::unordered_map<const c10::TensorImpl*, Record>
+      records_;  // weak references keep the addresses
   std::unordered_map<int16_t, Words> words_;
 };
 

@@ -24,8 +24,9 @@ void check(cudaError_t error, int16_t device, const std::string& doing) {
 const float* value_on(int16_t device, at::Tensor& tensor) {
   if (!tensor.defined()) return nullptr;
   if (tensor.device().index() != device) {
-    tensor = tensor.to(tensor.options().device(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))),
-                       /*non_blocking=*/true);
+    tensor = tensor.to(
+        tensor.options().device(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))),
+        /*non_blocking=*/true);
   }
   return tensor.const_data_ptr<float>();
 }

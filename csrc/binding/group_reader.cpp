@@ -58,9 +58,9 @@ std::optional<double> as_number(PyObject* value, bool may_be_tensor, bool any_sh
   return tensor.item().toDouble();
 }
 
-// A number that the kernels read from the device's memory when they run, so that nobody waits for it
-// and a captured graph sees it change: a CUDA tensor of one element beside parameters that are all on
-// its device. std::nullopt for anything else.
+// A number that the kernels read from the device's memory when they run, so that nobody waits for
+// it and a captured graph sees it change: a CUDA tensor of one element beside parameters that are
+// all on its device. std::nullopt for anything else.
 std::optional<DeviceNumber> as_device_number(PyObject* value, PyObject* params, bool any_shape) {
   if (!THPVariable_Check(value)) return std::nullopt;
   const at::Tensor& tensor = THPVariable_Unpack(value);

@@ -17,8 +17,8 @@ c10::DispatchKeySet keys_of_new_tensor(bool inference_mode) {
 }
 
 // The keys that a plain CUDA tensor has, told without making one: there may be no GPU. Put together
-// as torch does it for a new tensor; should a later torch do it otherwise, which shows in the keys of
-// a CPU tensor, the set stays empty and no CUDA tensor counts as plain.
+// as torch does it for a new tensor; should a later torch do it otherwise, which shows in the keys
+// of a CPU tensor, the set stays empty and no CUDA tensor counts as plain.
 c10::DispatchKeySet cuda_keys_like(c10::DispatchKeySet cpu_keys, bool inference_mode) {
   const auto keys = [&](c10::DispatchKey dense, c10::BackendComponent backend) {
     const c10::DispatchKeySet all = c10::DispatchKeySet(dense) |

@@ -193,8 +193,8 @@ void StepPlan::update() {
 void StepPlan::update_cpu() {
   const bool release = first_element_[slots_.size()] >= kElementsToReleaseGil;
   if (release) keep_alive();
-  TensorTable table = {entries_.data(), first_element_.data(),
-                       static_cast<int64_t>(slots_.size()), hyperparams_.data()};
+  TensorTable table = {entries_.data(), first_element_.data(), static_cast<int64_t>(slots_.size()),
+                       hyperparams_.data()};
   if (!shares_.empty()) {
     cpu_entries_.clear();
     cpu_first_element_.assign(1, 0);

@@ -36,8 +36,8 @@ class StepPlan {
   // it writes nothing and returns a list of their (group, index in group): the caller treats those
   // and then calls run(), or discard() on an error.
   //
-  // `scaler` is for a step on CUDA devices alone, where the kernels read what it points to. When the
-  // host would have to know as well, step() returns NotImplemented and has written nothing.
+  // `scaler` is for a step on CUDA devices alone, where the kernels read what it points to. When
+  // the host would have to know as well, step() returns NotImplemented and has written nothing.
   py::object step(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
                   bool all_for_torch, ScalerTensors scaler = {});
   void run();
@@ -177,8 +177,8 @@ class StepPlan {
   bool all_for_torch_ = false;
   ScalerTensors scaler_;
   bool any_on_cpu_ = false;
-  std::vector<DeviceShare> shares_;         // one for each CUDA device that has tensors in this step
-  std::vector<TensorEntry> cpu_entries_;    // only where CPU and CUDA tensors are mixed
+  std::vector<DeviceShare> shares_;       // one for each CUDA device that has tensors in this step
+  std::vector<TensorEntry> cpu_entries_;  // only where CPU and CUDA tensors are mixed
   std::vector<int64_t> cpu_first_element_;
   bool is_prepared_ = false;
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop

@@ -101,7 +101,8 @@ void StepPlan::prepare_slot(size_t i) {
       if (is_capturing(slot.device)) {
         throw std::runtime_error(
             name_of(slot) +
-            ": it has no momentum_buffer yet, and step() is being captured into a CUDA graph, whose "
+            ": it has no momentum_buffer yet, and step() is being captured into a CUDA graph, "
+            "whose "
             "replays would each be its first step; run one step before the capture");
       }
       if (scaler_.any()) cohort = first_steps_.new_cohort(slot.device);

@@ -39,8 +39,8 @@ static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
 // ---- a tensor -----------------------------------------------------------------------------------
 
 // words 0 to 2: param, grad, momentum buffer.
-// word 3: number of its first chunk (32 bits), elements of its last chunk less one (16), group (16).
-// A strided record goes on with word 4: dtypes of param, grad and buffer and the number of
+// word 3: number of its first chunk (32 bits), elements of its last chunk less one (16), group
+// (16). A strided record goes on with word 4: dtypes of param, grad and buffer and the number of
 // dimensions (8 bits each); then size and three strides of each dimension.
 constexpr int kFlatRecord = 4;
 constexpr int kStridedRecord = 5 + 4 * kMaxStridedDimsCuda;
@@ -86,7 +86,7 @@ constexpr uint32_t kHasWeightDecay = 1;
 constexpr uint32_t kHasMomentum = 2;
 constexpr uint32_t kHasNesterov = 4;
 constexpr int kCohortShift = 3;
-constexpr uint32_t kNoCohort = 0;                        // has had its first step
+constexpr uint32_t kNoCohort = 0;                              // has had its first step
 constexpr uint32_t kFirstStep = ~uint32_t{0} >> kCohortShift;  // has it now, as the host knows
 
 template <typename T>

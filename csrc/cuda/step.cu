@@ -1,11 +1,12 @@
 // One step on a CUDA device: the whole list of tensors in one launch.
 //
 // Each tensor is cut into chunks, and each block updates one. A block learns from the launch table
-// which chunk it has and what to do with it, and then goes through it once: loads, the rule, stores.
+// which chunk it has and what to do with it, and then goes through it once: loads, the rule,
+// stores.
 //
 //   flat     parameter, gradient and buffer share one dense layout and a combination of dtypes from
-//            the list below: 128-bit accesses, wherever the three pointers let the same elements fall
-//            on 128-bit boundaries
+//            the list below: 128-bit accesses, wherever the three pointers let the same elements
+//            fall on 128-bit boundaries
 //   strided  everything else, one element at a time
 //
 // Compile with --fmad=false: every fma is written out, in update_rule.h.
@@ -41,16 +42,26 @@ __device__ __forceinline__ void with_rule(int rule, const Body& body) {
   constexpr WeightDecay kOff = WeightDecay::kNone;
   constexpr WeightDecay kOn = WeightDecay::kL2;
   switch (rule) {
-    case 0: return body(Rule<kOff, Momentum::kNone, false>());
-    case 1: return body(Rule<kOn, Momentum::kNone, false>());
-    case 2: return body(Rule<kOff, Momentum::kLaterStep, false>());
-    case 3: return body(Rule<kOn, Momentum::kLaterStep, false>());
-    case 4: return body(Rule<kOff, Momentum::kLaterStep, true>());
-    case 5: return body(Rule<kOn, Momentum::kLaterStep, true>());
-    case 6: return body(Rule<kOff, Momentum::kFirstStep, false>());
-    case 7: return body(Rule<kOn, Momentum::kFirstStep, false>());
-    case 8: return body(Rule<kOff, Momentum::kFirstStep, true>());
-    default: return body(Rule<kOn, Momentum::kFirstStep, true>());
+    case 0:
+      return body(Rule<kOff, Momentum::kNone, false>());
+    case 1:
+      return body(Rule<kOn, Momentum::kNone, false>());
+    case 2:
+      return body(Rule<kOff, Momentum::kLaterStep, false>());
+    case 3:
+      return body(Rule<kOn, Momentum::kLaterStep, false>());
+    case 4:
+      return body(Rule<kOff, Momentum::kLaterStep, true>());
+    case 5:
+      return body(Rule<kOn, Momentum::kLaterStep, true>());
+    case 6:
+      return body(Rule<kOff, Momentum::kFirstStep, false>());
+    case 7:
+      return body(Rule<kOn, Momentum::kFirstStep, false>());
+    case 8:
+      return body(Rule<kOff, Momentum::kFirstStep, true>());
+    default:
+      return body(Rule<kOn, Momentum::kFirstStep, true>());
   }
 }
 
@@ -65,10 +76,14 @@ struct Work {
 template <typename opmath_t>
 __device__ __forceinline__ opmath_t read_number(const DeviceNumber& number) {
   switch (number.dtype) {
-    case Dtype::kFloat64: return static_cast<opmath_t>(*static_cast<const double*>(number.data));
-    case Dtype::kBFloat16: return load(*static_cast<const BFloat16*>(number.data));
-    case Dtype::kFloat16: return load(*static_cast<const Float16*>(number.data));
-    default: return *static_cast<const float*>(number.data);
+    case Dtype::kFloat64:
+      return static_cast<opmath_t>(*static_cast<const double*>(number.data));
+    case Dtype::kBFloat16:
+      return load(*static_cast<const BFloat16*>(number.data));
+    case Dtype::kFloat16:
+      return load(*static_cast<const Float16*>(number.data));
+    default:
+      return *static_cast<const float*>(number.data);
   }
 }
 
@@ -98,8 +113,8 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
       decays = c.weight_decay != 0;
     }
   }
-  work.rule = (decays ? 1 : 0) + (has_momentum ? 2 : 0) + (nesterov ? 2 : 0) +
-              (is_first_step ? 4 : 0);
+  work.rule =
+      (decays ? 1 : 0) + (has_momentum ? 2 : 0) + (nesterov ? 2 : 0) + (is_first_step ? 4 : 0);
   work.reads_buffer = has_momentum && !is_first_step;
   work.writes_buffer = has_momentum;
   return work;
@@ -256,9 +271,12 @@ __global__ void __launch_bounds__(kThreads)
 template <typename opmath_t>
 __device__ __forceinline__ opmath_t load_as(int dtype, const void* base, int64_t i) {
   switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat32: return static_cast<opmath_t>(static_cast<const float*>(base)[i]);
-    case Dtype::kBFloat16: return load(static_cast<const BFloat16*>(base)[i]);
-    case Dtype::kFloat16: return load(static_cast<const Float16*>(base)[i]);
+    case Dtype::kFloat32:
+      return static_cast<opmath_t>(static_cast<const float*>(base)[i]);
+    case Dtype::kBFloat16:
+      return load(static_cast<const BFloat16*>(base)[i]);
+    case Dtype::kFloat16:
+      return load(static_cast<const Float16*>(base)[i]);
     default:
       if constexpr (sizeof(opmath_t) == 8) return static_cast<const double*>(base)[i];
       return 0;  // a float64 tensor is computed in double
@@ -269,9 +287,12 @@ template <typename opmath_t>
 __device__ __forceinline__ void store_as(int dtype, void* base, int64_t i, opmath_t value) {
   const auto single = static_cast<float>(value);
   switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat32: return store(static_cast<float*>(base)[i], single);
-    case Dtype::kBFloat16: return store(static_cast<BFloat16*>(base)[i], single);
-    case Dtype::kFloat16: return store(static_cast<Float16*>(base)[i], single);
+    case Dtype::kFloat32:
+      return store(static_cast<float*>(base)[i], single);
+    case Dtype::kBFloat16:
+      return store(static_cast<BFloat16*>(base)[i], single);
+    case Dtype::kFloat16:
+      return store(static_cast<Float16*>(base)[i], single);
     default:
       if constexpr (sizeof(opmath_t) == 8) static_cast<double*>(base)[i] = value;
   }
@@ -354,22 +375,43 @@ auto kernel_of() {
 
 // The combinations that training makes: one dtype; low-precision gradients; a buffer in fp32. The
 // others take the strided kernel.
-enum KindIndex : int8_t { kF32, kF64, kBf16, kF16, kF32Bf16, kF32F16, kBf16F32, kF16F32,
-                          kStrided32, kStrided64, kNumKinds };
+enum KindIndex : int8_t {
+  kF32,
+  kF64,
+  kBf16,
+  kF16,
+  kF32Bf16,
+  kF32F16,
+  kBf16F32,
+  kF16F32,
+  kStrided32,
+  kStrided64,
+  kNumKinds
+};
 
 template <typename Visitor>
 auto visit_kind(int index, const Visitor& visitor) {
   switch (index) {
-    case kF32: return visitor(Flat<float, float, float>());
-    case kF64: return visitor(Flat<double, double, double>());
-    case kBf16: return visitor(Flat<BFloat16, BFloat16, BFloat16>());
-    case kF16: return visitor(Flat<Float16, Float16, Float16>());
-    case kF32Bf16: return visitor(Flat<float, BFloat16, float>());
-    case kF32F16: return visitor(Flat<float, Float16, float>());
-    case kBf16F32: return visitor(Flat<BFloat16, BFloat16, float>());
-    case kF16F32: return visitor(Flat<Float16, Float16, float>());
-    case kStrided32: return visitor(Strided<float>());
-    default: return visitor(Strided<double>());
+    case kF32:
+      return visitor(Flat<float, float, float>());
+    case kF64:
+      return visitor(Flat<double, double, double>());
+    case kBf16:
+      return visitor(Flat<BFloat16, BFloat16, BFloat16>());
+    case kF16:
+      return visitor(Flat<Float16, Float16, Float16>());
+    case kF32Bf16:
+      return visitor(Flat<float, BFloat16, float>());
+    case kF32F16:
+      return visitor(Flat<float, Float16, float>());
+    case kBf16F32:
+      return visitor(Flat<BFloat16, BFloat16, float>());
+    case kF16F32:
+      return visitor(Flat<Float16, Float16, float>());
+    case kStrided32:
+      return visitor(Strided<float>());
+    default:
+      return visitor(Strided<double>());
   }
 }
 
@@ -420,7 +462,10 @@ class Packer {
   using Table = LaunchTable<kBytes>;
 
   Packer(const Overflow& overflow, bool has_device_numbers) {
-    table_.header = {overflow.found_inf, overflow.grad_scale, overflow.settled, 0,
+    table_.header = {overflow.found_inf,
+                     overflow.grad_scale,
+                     overflow.settled,
+                     0,
                      static_cast<uint16_t>(kWordsOf<PackedGroup<opmath_t>> +
                                            (has_device_numbers ? kWordsOf<DeviceHyperparams> : 0)),
                      has_device_numbers};
@@ -507,10 +552,9 @@ class Packer {
     const StridedDim flat = {entry.numel, 1, 1, 1};
     const StridedLayout one_dim = {&flat, 1};
     const StridedLayout& layout = entry.layout != nullptr ? *entry.layout : one_dim;
-    record[4] = static_cast<uint64_t>(entry.param_dtype) |
-                static_cast<uint64_t>(entry.grad_dtype) << 8 |
-                static_cast<uint64_t>(entry.buffer_dtype) << 16 |
-                static_cast<uint64_t>(layout.ndim) << 24;
+    record[4] =
+        static_cast<uint64_t>(entry.param_dtype) | static_cast<uint64_t>(entry.grad_dtype) << 8 |
+        static_cast<uint64_t>(entry.buffer_dtype) << 16 | static_cast<uint64_t>(layout.ndim) << 24;
     for (int d = 0; d < layout.ndim; ++d) {
       record[5 + 4 * d] = static_cast<uint64_t>(layout.dims[d].size);
       record[6 + 4 * d] = static_cast<uint64_t>(layout.dims[d].param_stride);
@@ -547,8 +591,8 @@ Census count_tensors(const TensorTable& table, int device) {
 }
 
 template <typename Kind, int kBytes>
-cudaError_t launch_all(const TensorTable& table, int device, KindIndex kind, const Overflow& overflow,
-                       bool has_device_numbers, cudaStream_t stream) {
+cudaError_t launch_all(const TensorTable& table, int device, KindIndex kind,
+                       const Overflow& overflow, bool has_device_numbers, cudaStream_t stream) {
   Packer<Kind, kBytes> packer(overflow, has_device_numbers);
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
@@ -567,8 +611,8 @@ template <typename Kind>
 cudaError_t launch_kind(const TensorTable& table, int device, KindIndex kind, int64_t count,
                         const Overflow& overflow, bool has_device_numbers, cudaStream_t stream) {
   constexpr int64_t kLikelyGroups = 2;
-  const int64_t words = count * Kind::kRecord +
-                        kLikelyGroups * kWordsOf<PackedGroup<typename Kind::opmath_t>>;
+  const int64_t words =
+      count * Kind::kRecord + kLikelyGroups * kWordsOf<PackedGroup<typename Kind::opmath_t>>;
   if (words > LaunchTable<kSmallTable>::kNumWords && has_large_parameters(device)) {
     return launch_all<Kind, kLargeTable>(table, device, kind, overflow, has_device_numbers, stream);
   }

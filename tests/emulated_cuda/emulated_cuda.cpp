@@ -1,7 +1,7 @@
-// CUDA devices that are not there, for a torch without CUDA: tensors that say they are on cuda:N and
-// lie in the host's memory, and the few operators on them that a step calls. With the kernels compiled
-// for the host (../native/cuda_on_host) the whole of the binding's CUDA path runs, from param_groups
-// to the last element. Built and used by tests/test_emulated_cuda.py.
+// CUDA devices that are not there, for a torch without CUDA: tensors that say they are on cuda:N
+// and lie in the host's memory, and the few operators on them that a step calls. With the kernels
+// compiled for the host (../native/cuda_on_host) the whole of the binding's CUDA path runs, from
+// param_groups to the last element. Built and used by tests/test_emulated_cuda.py.
 #include <ATen/ATen.h>
 #include <c10/core/impl/FakeGuardImpl.h>
 #include <torch/library.h>
@@ -15,13 +15,14 @@ at::Tensor tensor_over(const c10::Storage& storage, int64_t device, caffe2::Type
   const at::Device on(device < 0 ? at::kCPU : at::kCUDA,
                       static_cast<c10::DeviceIndex>(device < 0 ? -1 : device));
   void* const data = storage.unsafeGetStorageImpl()->mutable_data();
-  c10::Storage same_memory(
-      c10::Storage::use_byte_size_t(), storage.nbytes(),
-      at::DataPtr(data, new c10::Storage(storage),
-                  [](void* owner) { delete static_cast<c10::Storage*>(owner); }, on));
+  c10::Storage same_memory(c10::Storage::use_byte_size_t(), storage.nbytes(),
+                           at::DataPtr(
+                               data, new c10::Storage(storage),
+                               [](void* owner) { delete static_cast<c10::Storage*>(owner); }, on));
   at::Tensor made = at::detail::make_tensor<at::TensorImpl>(
-      std::move(same_memory), device < 0 ? c10::DispatchKeySet(c10::DispatchKey::CPU)
-                                         : c10::DispatchKeySet(c10::DispatchKey::CUDA),
+      std::move(same_memory),
+      device < 0 ? c10::DispatchKeySet(c10::DispatchKey::CPU)
+                 : c10::DispatchKeySet(c10::DispatchKey::CUDA),
       dtype);
   made.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, offset);
   return made;
@@ -35,15 +36,15 @@ at::Tensor on_device(const at::Tensor& tensor, int64_t device) {
 at::Tensor on_cpu(const at::Tensor& tensor) { return on_device(tensor, -1); }
 
 at::Tensor make_strided(at::IntArrayRef sizes, at::IntArrayRef strides,
-                         std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                         std::optional<at::Device> device, std::optional<bool>) {
+                        std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                        std::optional<at::Device> device, std::optional<bool>) {
   const at::Tensor memory = at::empty_strided(sizes, strides, at::dtype(dtype.value()));
   return on_device(memory, device->has_index() ? device->index() : emulated::current_device);
 }
 
 at::Tensor make_empty(at::IntArrayRef sizes, std::optional<at::ScalarType> dtype,
-                 std::optional<at::Layout> layout, std::optional<at::Device> device,
-                 std::optional<bool> pinned, std::optional<at::MemoryFormat>) {
+                      std::optional<at::Layout> layout, std::optional<at::Device> device,
+                      std::optional<bool> pinned, std::optional<at::MemoryFormat>) {
   const at::Tensor memory = at::empty(sizes, at::dtype(dtype.value()));
   return make_strided(sizes, memory.strides(), dtype, layout, device, pinned);
 }

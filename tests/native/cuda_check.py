@@ -94,7 +94,9 @@ def check_resources(arch: int, log: str) -> tuple[int, int]:
         assert frame and used, text
         expect(frame.groups() == ("0", "0", "0"), f"sm_{arch} {kernel}: stack or spills: {frame[0]}")
         registers = int(used[1])
-        expect(registers <= kernel.register_limit, f"sm_{arch} {kernel}: {registers} > {kernel.register_limit} registers")
+        expect(
+            registers <= kernel.register_limit, f"sm_{arch} {kernel}: {registers} > {kernel.register_limit} registers"
+        )
         if kernel.is_flat:
             flat_registers.append(registers)
     return min(flat_registers), max(flat_registers)
@@ -140,9 +142,7 @@ def main() -> int:
         print("cuda-check: nvcc was not found (set CUDA_HOME, or put it on the path): the kernels were not checked")
         return int("--require" in sys.argv)
     packages = sysconfig.get_path("purelib")
-    nvdisasm = find(
-        "nvdisasm", f"{packages}/nvidia/*/bin/nvdisasm", f"{packages}/triton/backends/nvidia/bin/nvdisasm"
-    )
+    nvdisasm = find("nvdisasm", f"{packages}/nvidia/*/bin/nvdisasm", f"{packages}/triton/backends/nvidia/bin/nvdisasm")
     expect(repr(FLAGS).replace("'", '"') in (ROOT / "setup.py").read_text(), "FLAGS are not setup.py's NVCC_FLAGS")
     print(re.search(r"release .*", run(nvcc, "--version"))[0])  # type: ignore[index]
     with tempfile.TemporaryDirectory() as directory:

@@ -1,8 +1,8 @@
 // The CUDA kernels without a GPU: csrc/cuda/step.cu as it stands, compiled as C++ with
-// cuda_on_host/cuda_runtime.h in place of CUDA's header, against the CPU backend, bit for bit. Built
-// and run by tests/test_native.py, with AddressSanitizer and UndefinedBehaviorSanitizer. Arrays are
-// allocated to the byte, so that a kernel that touches one more is caught. Exits 0 when everything
-// holds.
+// cuda_on_host/cuda_runtime.h in place of CUDA's header, against the CPU backend, bit for bit.
+// Built and run by tests/test_native.py, with AddressSanitizer and UndefinedBehaviorSanitizer.
+// Arrays are allocated to the byte, so that a kernel that touches one more is caught. Exits 0 when
+// everything holds.
 #include <sys/mman.h>
 
 #include <cmath>
@@ -69,8 +69,7 @@ struct Array {
       : dtype(dtype_), size(size_), offset(offset_), twin(bytes()) {
     block = static_cast<char*>(std::malloc(offset_bytes() + bytes()));
     for (int64_t i = 0; i < size; ++i) {
-      put(dtype, twin.data() + i * itemsize(dtype),
-          std::normal_distribution<double>()(generator));
+      put(dtype, twin.data() + i * itemsize(dtype), std::normal_distribution<double>()(generator));
     }
     restore();
   }
@@ -122,15 +121,27 @@ struct Tensors {
 
 Tensors flat(int64_t numel, Dtype p, Dtype g, Dtype b, const int64_t (&offsets)[3], uint32_t group,
              bool first) {
-  return {Array(p, numel, offsets[0]), Array(g, numel, offsets[1]), Array(b, numel, offsets[2]),
-          {}, {}, numel, group, first};
+  return {Array(p, numel, offsets[0]),
+          Array(g, numel, offsets[1]),
+          Array(b, numel, offsets[2]),
+          {},
+          {},
+          numel,
+          group,
+          first};
 }
 
 // rows x columns: the parameter a slice with gaps, the gradient transposed, the buffer contiguous.
 Tensors strided(int64_t rows, int64_t columns, Dtype p, Dtype g, Dtype b, uint32_t group,
                 bool first) {
-  Tensors made = {Array(p, rows * 3 * columns, 1), Array(g, rows * columns, 0),
-                  Array(b, rows * columns, 0), {}, {}, rows * columns, group, first};
+  Tensors made = {Array(p, rows * 3 * columns, 1),
+                  Array(g, rows * columns, 0),
+                  Array(b, rows * columns, 0),
+                  {},
+                  {},
+                  rows * columns,
+                  group,
+                  first};
   made.dims = {{rows, 3 * columns, 1, columns}, {columns, 3, rows, 1}};
   return made;
 }
@@ -151,9 +162,9 @@ void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups
   for (const TensorEntry& each : entries) {
     first_element.push_back(first_element.back() + each.numel);
   }
-  cpu::step({entries.data(), first_element.data(), static_cast<int64_t>(entries.size()),
-             groups.data()},
-            1);
+  cpu::step(
+      {entries.data(), first_element.data(), static_cast<int64_t>(entries.size()), groups.data()},
+      1);
 }
 
 cudaError_t cuda_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups,
@@ -168,8 +179,8 @@ void check_same(const std::vector<Tensors>& list, const std::string& name) {
   for (size_t k = 0; k < list.size(); ++k) {
     const Tensors& each = list[k];
     expect(each.param.same() && each.buffer.same() && each.grad.same(),
-           name + ", tensor " + std::to_string(k) + " of " + std::to_string(list.size()) + " with " +
-               std::to_string(each.numel) + " elements");
+           name + ", tensor " + std::to_string(k) + " of " + std::to_string(list.size()) +
+               " with " + std::to_string(each.numel) + " elements");
   }
 }
 
@@ -210,8 +221,8 @@ void test_sizes(const std::vector<Hyperparams>& groups) {
     const int64_t chunk = dtype == Dtype::kFloat64 ? 2048 : dtype == Dtype::kFloat32 ? 4096 : 8192;
     std::vector<Tensors> list;
     for (uint32_t group = 0; group < groups.size(); ++group) {
-      for (const int64_t numel : {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256,
-                                  257, 1023, 1024, 1025}) {
+      for (const int64_t numel : {0,  1,  2,  3,  7,  8,   9,   15,  16,   17,   31,
+                                  32, 33, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025}) {
         list.push_back(flat(numel, dtype, dtype, dtype, none, group, numel % 2 == 1));
       }
     }
@@ -281,8 +292,8 @@ void test_long_lists(const std::vector<Hyperparams>& groups) {
     std::vector<Tensors> list;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t offset = k % 3;
-      list.push_back(flat(1 + k * 37 % 90, dtype, dtype, dtype, {offset, offset, offset}, 9,
-                          k % 5 == 0));
+      list.push_back(
+          flat(1 + k * 37 % 90, dtype, dtype, dtype, {offset, offset, offset}, 9, k % 5 == 0));
       if (k % 7 == 0) list.push_back(flat(0, dtype, dtype, dtype, {0, 0, 0}, 0, false));
     }
     return list;
@@ -292,9 +303,18 @@ void test_long_lists(const std::vector<Hyperparams>& groups) {
     int16_t device;
     size_t launches;
   };
-  for (const Case& c : {Case{1, 0, 1}, {126, 0, 1}, {127, 0, 1}, {1020, 0, 1}, {1021, 0, 2},
-                        {1022, 0, 2}, {5000, 0, 5}, {125, 1, 1}, {126, 1, 2}, {1021, 1, 9}}) {
-    // First steps and later ones are two groups to the kernel, so one tensor less fits than with one.
+  for (const Case& c : {Case{1, 0, 1},
+                        {126, 0, 1},
+                        {127, 0, 1},
+                        {1020, 0, 1},
+                        {1021, 0, 2},
+                        {1022, 0, 2},
+                        {5000, 0, 5},
+                        {125, 1, 1},
+                        {126, 1, 2},
+                        {1021, 1, 9}}) {
+    // First steps and later ones are two groups to the kernel, so one tensor less fits than with
+    // one.
     std::vector<Tensors> list = list_of(c.count, Dtype::kFloat32);
     const std::string name = "a list of " + std::to_string(c.count);
     compare(list, groups, name, c.device);
@@ -347,7 +367,8 @@ void test_many_groups() {
 void test_one_by_one(const std::vector<Hyperparams>& groups) {
   std::vector<Tensors> list;
   for (int64_t k = 0; k < 5; ++k) {
-    list.push_back(flat(100, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {0, 0, 0}, 9, false));
+    list.push_back(
+        flat(100, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {0, 0, 0}, 9, false));
   }
   expect(cuda_step(list, groups, {}, 0, true) == cudaSuccess, "one by one: launched");
   expect(emulated::launches.size() == 5, "one by one: a launch for each tensor");
@@ -487,7 +508,8 @@ void test_huge(const std::vector<Hyperparams>& groups) {
       Tensors small = flat(tail, dtype, dtype, dtype, {0, 0, 0}, 9, false);
       const Array* arrays[] = {&small.param, &small.grad, &small.buffer};
       const auto at = static_cast<size_t>((numel - tail) * size);
-      for (int k = 0; k < 3; ++k) std::memcpy(memory[k] + at, arrays[k]->data(), arrays[k]->bytes());
+      for (int k = 0; k < 3; ++k)
+        std::memcpy(memory[k] + at, arrays[k]->data(), arrays[k]->bytes());
 
       std::vector<Tensors> list;
       list.push_back(std::move(small));
@@ -524,9 +546,9 @@ void test_huge(const std::vector<Hyperparams>& groups) {
       for (const int k : {0, 2}) {
         const Array& array = k == 0 ? list[0].param : list[0].buffer;
         expect(std::memcmp(memory[k] + at, array.data(), skip) == 0, "huge: other blocks");
-        expect(std::memcmp(memory[k] + at + skip, array.twin.data() + skip,
-                           array.bytes() - skip) == 0,
-               "huge: the last elements");
+        expect(
+            std::memcmp(memory[k] + at + skip, array.twin.data() + skip, array.bytes() - skip) == 0,
+            "huge: the last elements");
       }
       for (char* each : memory) munmap(each, bytes);
     }
@@ -541,14 +563,15 @@ void test_huge(const std::vector<Hyperparams>& groups) {
   for (char*& each : memory) each = reserve(bytes);
   std::vector<Tensors> list;
   for (int row = 0; row < 3; ++row) {
-    list.push_back(flat(50, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {0, 0, 0}, 9, false));
+    list.push_back(
+        flat(50, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {0, 0, 0}, 9, false));
   }
   const auto copy = [&](bool in, bool& same) {
     for (int64_t row = 0; row < 3; ++row) {
       Tensors& each = list[static_cast<size_t>(row)];
       Array* const arrays[] = {&each.param, &each.grad, &each.buffer};
       for (int k = 0; k < 3; ++k) {
-        const int64_t stride = k == 0 ? dims[1].param_stride
+        const int64_t stride = k == 0   ? dims[1].param_stride
                                : k == 1 ? dims[1].grad_stride
                                         : dims[1].buffer_stride;
         for (int64_t i = 0; i < 50; ++i) {
@@ -578,7 +601,8 @@ void test_huge(const std::vector<Hyperparams>& groups) {
 // A gradient that is its own parameter, and a launch that fails.
 void test_rest(const std::vector<Hyperparams>& groups) {
   std::vector<Tensors> list;
-  list.push_back(flat(1000, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {1, 1, 1}, 9, false));
+  list.push_back(
+      flat(1000, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {1, 1, 1}, 9, false));
   std::vector<TensorEntry> entries = entries_of(list, groups, false, 0);
   entries[0].grad = entries[0].param;
   cuda::step({entries.data(), nullptr, 1, groups.data()}, 0, {}, false, nullptr);

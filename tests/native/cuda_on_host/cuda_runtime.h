@@ -1,6 +1,7 @@
-// Stands in for CUDA's own header where the kernels are compiled as C++ and run on the host: threads
-// and blocks are loops, a launch is a call. The kernels synchronize nothing and share nothing, so the
-// order of their threads does not matter, and a sanitizer sees each of their accesses.
+// Stands in for CUDA's own header where the kernels are compiled as C++ and run on the host:
+// threads and blocks are loops, a launch is a call. The kernels synchronize nothing and share
+// nothing, so the order of their threads does not matter, and a sanitizer sees each of their
+// accesses.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +57,8 @@ inline int current_device = 0;
 template <typename... Args, size_t... kIndices>
 cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, void** arguments,
                    std::index_sequence<kIndices...>) {
-  launches.push_back({grid.x, block.x, current_device, (sizeof(std::remove_reference_t<Args>) + ...)});
+  launches.push_back(
+      {grid.x, block.x, current_device, (sizeof(std::remove_reference_t<Args>) + ...)});
   if (launch_error != cudaSuccess) return launch_error;
   gridDim = grid;
   blockDim = block;

@@ -1,9 +1,8 @@
 // Stands in for torch's header; see ../../emulated_cuda.cpp.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <c10/core/Device.h>
+#include <cuda_runtime.h>
 
 namespace c10::cuda {
 class CUDAGuard {
