@@ -1,4 +1,4 @@
-"""Builds momentum_ext with its CUDA path, for a torch without CUDA: python build.py DIRECTORY makes DIRECTORY/momentum_ext."""
+"""Builds momentum_ext with its CUDA path for a torch without CUDA: build.py DIRECTORY makes DIRECTORY/momentum_ext."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ import torch
 from torch.utils.cpp_extension import load
 
 ROOT = Path(__file__).resolve().parents[2]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-Wno-unknown-pragmas",
+    "-DMOMENTUM_EXT_WITH_CUDA",
+]
 
 
 def build(directory: Path) -> None:
@@ -27,8 +36,7 @@ def build(directory: Path) -> None:
     load(
         name="_C",
         sources=[str(path) for path in sources],
-        extra_cflags=["-O1", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing"]
-        + ["-DMOMENTUM_EXT_WITH_CUDA", "-Wno-unknown-pragmas"],
+        extra_cflags=FLAGS,
         # In front of torch's own: these stand in for some of its headers, and for CUDA's.
         extra_include_paths=[str(ROOT / "tests/emulated_cuda"), str(ROOT / "tests/native/cuda_on_host")],
         build_directory=str(package),
