@@ -344,3 +344,14 @@ def test_what_changes_between_steps():
     twins.optimizer.state.clear()
     twins.oracle.state.clear()
     twins.step()
+
+
+@emulated
+def test_a_build_without_kernels_says_so_once(monkeypatch):
+    monkeypatch.setattr(momentum_ext._C, "HAS_CUDA_KERNELS", False)
+    twins = Twins([(5,)], [0], differentiable=True, lr=0.1)  # takes torch's path, which has no CUDA here
+    twins.set_grads()
+    with pytest.warns(UserWarning, match="built without CUDA kernels.*FORCE_CUDA=1"), pytest.raises(AssertionError):
+        twins.optimizer.step()
+    with pytest.raises(AssertionError):  # no second warning, which would be an error
+        twins.optimizer.step()

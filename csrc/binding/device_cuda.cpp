@@ -1,3 +1,4 @@
+// The binding's CUDA side: the tensors' device, its current stream, the launch, and its error.
 #if defined(MOMENTUM_EXT_WITH_CUDA)
 
 #include <ATen/ops/zeros.h>
