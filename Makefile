@@ -9,21 +9,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+VENV_CUDA ?= .venv-cuda
+TORCH_CUDA ?= torch==2.11.0
 JOBS ?= 2
 TESTS ?= tests
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
-CPP := $(shell find csrc tests/native benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CPP := $(shell find csrc tests/native tests/emulated_cuda benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 NATIVE := $(filter csrc/%,$(CPP))
 PYTHON_CODE := momentum_ext benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench build lint format house clean
+.PHONY: help demo test bench build lint format house clean cuda-check cuda-build gpu-check
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build $(VENV)/.demo $(VENV)/.bench  ## train on handwritten digits with torch's SGD and with FusedMomentum, then the quick benchmark
 	$(BIN)/python examples/digits.py
@@ -51,8 +53,18 @@ format: $(VENV)/.dev  ## let clang-format and ruff rewrite the sources
 house: ## the rules of the house that a machine can check (CONTRIBUTING.md)
 	@.ci/house
 
+cuda-check: $(VENV)/.cuda $(VENV)/.test  ## the CUDA kernels without a GPU: what nvcc says, the machine code, and runs on the host
+	$(BIN)/python tests/native/cuda_check.py $(ARGS)
+	$(BIN)/python -m pytest --noconftest -q tests/test_native.py -k test_cuda_kernels
+
+cuda-build:  ## the whole extension for a torch with CUDA, in $(VENV_CUDA), which needs 5 GB: compiles, links, imports, passes tests
+	@.ci/cuda-build $(VENV_CUDA) $(TORCH_CUDA)
+
+gpu-check: build $(VENV)/.test $(VENV)/.bench  ## on a machine with a GPU: build, all tests, sanitizers, profiler, benchmark
+	@$(BIN)/python benchmarks/gpu_check.py
+
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist momentum_ext.egg-info momentum_ext/_C.*.so momentum_ext/_build_info.py
+	rm -rf $(VENV) $(VENV_CUDA) build dist momentum_ext.egg-info momentum_ext/_C.*.so momentum_ext/_build_info.py
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -87,7 +99,7 @@ with open("pyproject.toml", "rb") as file:
 endef
 export EXTRA
 
-$(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.dev $(VENV)/.cuda: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	@echo "[set-up] packages for $*"
 	@$(BIN)/python -c "$$EXTRA" $* > $@.txt
 	@$(PIP) install -r $@.txt

@@ -119,9 +119,8 @@ def choose_backend() -> tuple[bool, str]:
 
 def nvcc_version() -> tuple[int, int]:
     nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
-    found = re.search(
-        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
     if found is None:
         stop(f"{nvcc} --version does not say which version it is. Set CUDA_HOME to another toolkit, or FORCE_CPU=1.")
     return int(found[1]), int(found[2])
@@ -133,9 +132,8 @@ def check_cuda_version() -> None:
     of_torch = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
     if nvcc[0] != of_torch[0]:
         stop(
-            f"nvcc in {cpp_extension.CUDA_HOME} is of CUDA {nvcc[0]}.{nvcc[1]}, torch is built for CUDA "
-            f"{torch.version.cuda}: the major versions must be the same. Set CUDA_HOME to a CUDA {of_torch[0]} "
-            "toolkit, or FORCE_CPU=1."
+            f"nvcc in {cpp_extension.CUDA_HOME} is of CUDA {nvcc[0]}.{nvcc[1]}, torch of CUDA {torch.version.cuda}: "
+            f"the major versions must be the same. Set CUDA_HOME to a CUDA {of_torch[0]} toolkit, or FORCE_CPU=1."
         )
     if nvcc < (12, 1):
         stop(f"needs nvcc of CUDA 12.1 or newer, found {nvcc[0]}.{nvcc[1]} in {cpp_extension.CUDA_HOME}.")

@@ -34,11 +34,14 @@ from contenders import (
 )
 from memory_limit import MemoryLimitUnavailable
 from report import HostCost, Report, Row, WorkloadReport
-from timing import Clock, Samples, Step, cpu_clock, interleave, median_ratio
+from timing import Clock, Samples, Step, cpu_clock, cuda_clock, cuda_host_clock, interleave, median_ratio
 from tqdm import tqdm
 
-CLOCKS: dict[str, Clock] = {"cpu": cpu_clock}
+CLOCKS: dict[str, Clock] = {"cpu": cpu_clock, "cuda": cuda_clock}
 """How each device is timed."""
+
+HOST_CLOCKS: dict[str, Clock] = {"cpu": cpu_clock, "cuda": cuda_host_clock}
+"""How the host's part is timed."""
 
 MOST_BUSY_CORES = 0.1
 """Above this many cores' worth of other programs, a run starts with a warning."""
@@ -54,7 +57,14 @@ def device(name: str) -> str:
     """The --device argument; an error that says what can be measured."""
     if name not in CLOCKS:
         raise argparse.ArgumentTypeError(f"{name!r}: this benchmark measures {' and '.join(CLOCKS)} only so far")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda: torch finds no GPU")
     return name
+
+
+def default_workloads(device: str) -> list[str]:
+    """All that fit the device, and the host cost."""
+    return [name for name in workloads.NAMES if device == "cuda" or name not in workloads.FOR_GPUS] + ["host_cost"]
 
 
 def positive(text: str) -> int:
@@ -68,7 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line, with what depends on --quick and on the machine filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="about a minute in all: fewer rounds, nothing compiled")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu (default)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--threads", type=positive, nargs="+", metavar="N", help="numbers of threads to measure with (default: all)"
     )
@@ -98,7 +108,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures (needs matplotlib)")
     options = parser.parse_args(arguments)
     options.threads = options.threads or [environment.cores()]
-    options.workload = list(dict.fromkeys(options.workload or [*workloads.NAMES, "host_cost"]))
+    options.workload = list(dict.fromkeys(options.workload or default_workloads(options.device)))
     options.compiled = not options.quick if options.compiled is None else options.compiled
     options.seconds = options.seconds or (2.0 if options.quick else 15.0)
     if options.momentum <= 0:
@@ -114,24 +124,29 @@ def chosen(options: argparse.Namespace) -> list[Contender]:
     return [contender for contender in CONTENDERS if contender.key in wanted]
 
 
-def room_for_copies(elements: int) -> int:
+def room_for_copies(workload: workloads.Workload, device: str) -> int:
     """How many contenders' tensors (and the memory limit's arrays) fit in what memory is free, temporaries included."""
-    gb_each = elements * 4 * STEP.tensor_copies / 1e9
-    return int((environment.memory_gb("MemAvailable") * 0.9 - gb_each) / max(gb_each, 1e-9))
+    gb_each = workload.elements * workload.itemsize * STEP.tensor_copies / 1e9
+    free = torch.cuda.mem_get_info()[0] / 1e9 if device == "cuda" else environment.memory_gb("MemAvailable")
+    return int((free * 0.9 - gb_each) / max(gb_each, 1e-9))
 
 
-def fits_in_caches(elements: int) -> bool:
+def fits_in_caches(workload: workloads.Workload, device: str) -> bool:
     """Whether one contender's tensors fit in the largest cache: then memory is not what limits the step."""
-    return elements * 4 * STEP.tensor_copies <= environment.largest_cache_bytes()
+    if device == "cuda":
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    else:
+        cache = environment.largest_cache_bytes()
+    return workload.elements * workload.itemsize * STEP.tensor_copies <= cache
 
 
 def take_turns(
-    steps: dict[str, Step], options: argparse.Namespace, progress: Progress, warm: bool
+    steps: dict[str, Step], options: argparse.Namespace, progress: Progress, warm: bool, clocks: dict[str, Clock]
 ) -> dict[str, Samples]:
     """Times the steps in turn as the options say; `warm` where the tensors fit in the caches."""
     return interleave(
         steps,
-        clock=CLOCKS[options.device],
+        clock=clocks[options.device],
         seconds=options.seconds,
         repeats=options.repeats,
         warm=warm and not options.cold,
@@ -149,10 +164,10 @@ def prepare(
     """
     steps: dict[str, Step] = {}
     reasons: dict[str, str] = {}
-    room = room_for_copies(workload.elements)
-    if not fits_in_caches(workload.elements):
+    room = room_for_copies(workload, settings.device)
+    if not fits_in_caches(workload, settings.device):
         try:
-            steps[LIMIT] = memory_limit(workload.elements, settings)
+            steps[LIMIT] = memory_limit(workload, settings)
         except MemoryLimitUnavailable as error:
             reasons[LIMIT] = f"not measured: {error}"
     first = Model.random(workload, settings)
@@ -167,7 +182,7 @@ def prepare(
         except NotRun as error:
             reasons[contender.key] = str(error)
     difference = None
-    if "default" in steps:
+    if "default" in steps and workload.dtype == "float32":  # in 16 bits torch rounds more often than we do
         difference = largest_difference(models["ours"].params, models["default"].params)
     return steps, reasons, difference
 
@@ -180,7 +195,7 @@ def make_row(
         return Row(key, label, reason=reasons[key])
     mine = samples[key]
     first, third = mine.quartiles
-    bytes_per_step = workload.elements * STEP.bytes_per_element
+    bytes_per_step = workload.elements * workload.itemsize * STEP.accesses
     return Row(
         key,
         label,
@@ -200,8 +215,11 @@ def measure_workload(name: str, options: argparse.Namespace, settings: Settings,
     workload = workloads.build(name)
     contenders = chosen(options)
     steps, reasons, difference = prepare(workload, contenders, settings)
-    samples = take_turns(steps, options, progress, warm=fits_in_caches(workload.elements))
-    labels = {LIMIT: "memory limit", **{contender.key: contender.label for contender in contenders}}
+    samples = take_turns(steps, options, progress, warm=fits_in_caches(workload, options.device), clocks=CLOCKS)
+    labels = {
+        LIMIT: "memory limit" if options.device == "cpu" else "copy",
+        **{contender.key: contender.label for contender in contenders},
+    }
     rows = [
         make_row(key, label, samples, reasons, workload)
         for key, label in labels.items()
@@ -215,7 +233,8 @@ def measure_workload(name: str, options: argparse.Namespace, settings: Settings,
         tensors=workload.tensors,
         elements=workload.elements,
         groups=len(workload.groups),
-        bytes_per_step=workload.elements * STEP.bytes_per_element,
+        bytes_per_step=workload.elements * workload.itemsize * STEP.accesses,
+        device=settings.device,
         rows=tuple(rows),
         difference_from_default=difference,
     )
@@ -229,7 +248,7 @@ def measure_host_cost(options: argparse.Namespace, settings: Settings, progress:
         model = Model.random(workloads.same(length, 1), settings)
         for contender in contenders:
             steps[f"{contender.key} {length}"] = contender.build(model.copy(), settings)
-    samples = take_turns(steps, options, progress, warm=True)
+    samples = take_turns(steps, options, progress, warm=True, clocks=HOST_CLOCKS)
     curves = {
         contender.label: {length: samples[f"{contender.key} {length}"].median / 1e3 for length in HOST_COST_LENGTHS}
         for contender in contenders
@@ -250,7 +269,7 @@ def run(options: argparse.Namespace) -> Report:
             file=sys.stderr,
         )
     shown = {**vars(options), "warmup_steps": WARMUP_STEPS, "json": None, "plot": None}
-    result = Report(environment.describe(), shown)
+    result = Report(environment.describe(options.device), shown)
     print(reports.header_text(result), flush=True)
     jobs = [(threads, name) for threads in options.threads for name in options.workload]
     measured: list[WorkloadReport] = []
@@ -260,7 +279,9 @@ def run(options: argparse.Namespace) -> Report:
         for done, (threads, name) in enumerate(jobs):
             bar.set_description(name)
             torch.set_num_threads(threads)
-            settings = Settings(options.lr, options.momentum, options.weight_decay, options.nesterov, threads)
+            settings = Settings(
+                options.lr, options.momentum, options.weight_decay, options.nesterov, threads, options.device
+            )
             if name == "host_cost":
                 cost = measure_host_cost(options, settings, bar.update)
                 host_costs.append(cost)

@@ -30,6 +30,7 @@ class Settings:
     weight_decay: float = 1e-4
     nesterov: bool = False
     threads: int = 1
+    device: str = "cpu"
 
     @property
     def sgd(self) -> dict[str, Any]:
@@ -42,13 +43,13 @@ class Pass:
     """What is timed: here one optimizer step. A pipeline around the step, or another precision, is another Pass."""
 
     name: str
-    bytes_per_element: int
-    """Bytes that must move for each element: read p, g and m, write p and m, 4 bytes each."""
+    accesses: int
+    """How often an element's size must move for each element: read p, g and m, write p and m."""
     tensor_copies: int
     """Tensors of each parameter's size that a contender keeps: parameter, gradient, momentum buffer."""
 
 
-STEP = Pass("step", bytes_per_element=20, tensor_copies=3)
+STEP = Pass("step", accesses=5, tensor_copies=3)
 
 
 class Model:
@@ -65,13 +66,14 @@ class Model:
     @classmethod
     def random(cls, workload: Workload, settings: Settings) -> Model:
         """The workload's shapes with values uniform in [-1, 1) and gradients uniform in [1, 2) / 100."""
-        generator = torch.Generator().manual_seed(0)
+        kind = {"device": settings.device, "dtype": getattr(torch, workload.dtype)}
+        generator = torch.Generator(settings.device).manual_seed(0)
         groups: list[tuple[list[torch.nn.Parameter], float]] = []
         for group in workload.groups:
             params = []
             for shape in group.shapes:
-                param = torch.nn.Parameter(torch.empty(shape).uniform_(-1, 1, generator=generator))
-                param.grad = torch.empty(shape).uniform_(0.01, 0.02, generator=generator)
+                param = torch.nn.Parameter(torch.empty(shape, **kind).uniform_(-1, 1, generator=generator))
+                param.grad = torch.empty(shape, **kind).uniform_(0.01, 0.02, generator=generator)
                 params.append(param)
             groups.append((params, settings.lr * group.lr_factor))
         return cls(groups)
@@ -168,15 +170,24 @@ CONTENDERS: tuple[Contender, ...] = (
 KEYS: tuple[str, ...] = tuple(contender.key for contender in CONTENDERS)
 
 
-def memory_limit(elements: int, settings: Settings) -> Step:
-    """The plain native loop over the workload's elements. Raises MemoryLimitUnavailable."""
+def memory_limit(workload: Workload, settings: Settings) -> Step:
+    """What memory allows: the plain native loop over the workload's elements; on a GPU a copy that moves as many bytes.
+
+    Raises MemoryLimitUnavailable.
+    """
+    elements = workload.elements
+    if settings.device == "cuda":
+        source = torch.empty(elements * workload.itemsize * STEP.accesses // 2, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        return _warm(lambda: target.copy_(source))
     return _warm(MemoryLimit(elements, settings.threads, settings.momentum, settings.lr).step)
 
 
 def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """The largest absolute difference between two lists of fp32 tensors; 0.0 where every bit is the same."""
+    """The largest absolute difference between two lists of tensors; 0.0 where every bit is the same."""
     largest = 0.0
     for one, other in zip(first, second, strict=True):
-        if not torch.equal(one.detach().view(torch.int32), other.detach().view(torch.int32)):
-            largest = max(largest, float((one.detach() - other.detach()).abs().max()))
+        as_int = {2: torch.int16, 4: torch.int32}[one.element_size()]
+        if not torch.equal(one.detach().view(as_int), other.detach().view(as_int)):
+            largest = max(largest, float((one.detach().double() - other.detach().double()).abs().max()))
     return largest

@@ -76,14 +76,23 @@ def _idle_seconds() -> float:
     return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
 
-def describe() -> dict[str, str]:
+def describe(device: str = "cpu") -> dict[str, str]:
     """Everything a reader needs to judge the figures, in the order to show it."""
     import momentum_ext
     from momentum_ext import _C
 
+    gpu = {}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gpu = {
+            "gpu": f"{properties.name}, {properties.multi_processor_count} multiprocessors",
+            "gpu memory": f"{properties.total_memory / 1e9:.0f} GB, L2 {properties.L2_cache_size / 2**20:.0f} MB",
+            "cuda": f"{torch.version.cuda} (torch), {_C.build_info()['cuda']} (momentum_ext)",
+        }
     cache_text = ", ".join(f"{name} {size}" for name, size in caches().items()) or "unknown"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **gpu,
         "cpu": cpu_model(),
         "cores": f"{cores()}, {busy_cores():.1f} of them busy with something else",
         "caches": cache_text,

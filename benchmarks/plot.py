@@ -113,7 +113,7 @@ def draw_ratios(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
             if row is None or row.ours_times_faster is None:
                 continue
             value = row.ours_times_faster
-            target = targets.target_for(entry.workload, key, entry.threads)
+            target = targets.target_for(entry.workload, key, entry.threads, entry.device)
             smallest, largest = min(smallest, value), max(largest, value, target or 1.0)
             end = max(value, 1.0)
             if target is not None and end <= target < 1.6 * end:
@@ -145,7 +145,7 @@ def draw_ratios(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
         Patch(facecolor=LOOKS[key].color, hatch=LOOKS[key].hatch, edgecolor="white", label=f"than {LABELS[key]}")
         for key in ("default", "fused")
     ]
-    if any(targets.target_for(entry.workload, "default", entry.threads) for entry in entries):
+    if any(targets.target_for(entry.workload, "default", entry.threads, entry.device) for entry in entries):
         handles.append(
             Line2D([], [], color=INK, linewidth=1.6, marker="|", linestyle="none", markersize=11, label="goal")
         )

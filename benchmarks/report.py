@@ -56,6 +56,7 @@ class WorkloadReport:
     rows: tuple[Row, ...]
     difference_from_default: float | None = None
     """Largest absolute difference of a parameter between ours and torch's default after the warm-up steps."""
+    device: str = "cpu"
 
     def row(self, contender: str) -> Row | None:
         """The row of a contender, if it has one with figures."""
@@ -162,7 +163,7 @@ def number(value: float | None, pattern: str) -> str:
 
 def row_cells(report: WorkloadReport, row: Row) -> list[str]:
     """A row's cells, in the order of WORKLOAD_HEADER."""
-    target = targets.target_for(report.workload, row.contender, report.threads)
+    target = targets.target_for(report.workload, row.contender, report.threads, report.device)
     as_text = number(target, ".2f") if row.contender == "ours" else ratio_text(target)
     return [
         row.label,
@@ -223,7 +224,9 @@ def summary_text(reports: Sequence[WorkloadReport]) -> str:
         cells = [report.workload, str(report.threads), time_text(ours.median_ms), number(ours.gb_per_s, ".1f")]
         for key, row in (("default", default), ("fused", fused), ("ours", ours)):
             figure = row_figure(row) if row else None
-            target = targets.target_for(report.workload, key, report.threads) if figure is not None else None
+            target = (
+                targets.target_for(report.workload, key, report.threads, report.device) if figure is not None else None
+            )
             text = number if key == "ours" else None
             cells += [
                 text(figure, ".3f") if text else ratio_text(figure),

@@ -32,6 +32,16 @@ TARGETS: dict[str, Target] = {
     "groups_465": Target(100, 40),
 }
 
+CUDA_TARGETS: dict[str, Target] = {
+    "one_64m": Target(2, 1.0, 0.95),
+    "gpt2_xl": Target(2, 1.0, 0.95),
+    "resnet50": Target(3, 1.3, 0.75),
+    "small_5000x64": Target(15, 8),
+    "moe_6000": Target(20, 10),
+    "groups_465": Target(20, 10),
+}
+"""For one H100, fp32, by CUDA events; the memory limit is a copy's bandwidth in the same run."""
+
 HOST_NS_PER_TENSOR = 60.0
 """At most so many nanoseconds for each tensor more in the list."""
 
@@ -39,12 +49,12 @@ HOST_FIXED_US = 5.0
 """At most so many microseconds for a step whatever the list, with no profiler and no hook active."""
 
 
-def target_for(workload: str, contender: str, threads: int) -> float | None:
+def target_for(workload: str, contender: str, threads: int, device: str = "cpu") -> float | None:
     """What the figure in a contender's row of a workload's table is to reach; None where nothing was set.
 
     The row "ours" carries the share of the memory limit, the others how many times faster ours is than they.
     """
-    target = TARGETS.get(workload)
-    if target is None or threads != THREADS:
+    target = (CUDA_TARGETS if device == "cuda" else TARGETS).get(workload)
+    if target is None or (threads != THREADS and device == "cpu"):
         return None
     return {"ours": target.of_memory_limit, "default": target.times_default, "fused": target.times_fused}.get(contender)

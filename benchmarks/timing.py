@@ -47,6 +47,32 @@ def cpu_clock(step: Step, count: int) -> float:
     return float(time.perf_counter_ns() - start)
 
 
+def cuda_clock(step: Step, count: int) -> float:
+    """Nanoseconds that `count` steps take on the GPU, by its own events, each with nothing useful in the L2 cache."""
+    import torch
+
+    size = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    scrub = torch.empty(size, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        scrub.zero_()
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize()
+    return float(sum(start.elapsed_time(end) for start, end in events) * 1e6)
+
+
+def cuda_host_clock(step: Step, count: int) -> float:
+    """Nanoseconds that the host takes to launch `count` steps, which the GPU may still be working on then."""
+    import torch
+
+    torch.cuda.synchronize()
+    elapsed = cpu_clock(step, count)
+    torch.cuda.synchronize()
+    return elapsed
+
+
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Collects now, then keeps Python's collector off for the length of the block."""

@@ -30,6 +30,8 @@ class Workload:
     what: str
     source: str
     groups: tuple[Group, ...]
+    dtype: str = "float32"
+    """torch's name for the dtype of parameters, gradients and momentum buffers."""
 
     @property
     def shapes(self) -> list[Shape]:
@@ -40,6 +42,11 @@ class Workload:
     def tensors(self) -> int:
         """Number of tensors."""
         return len(self.shapes)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return {"float32": 4, "bfloat16": 2}[self.dtype]
 
     @property
     def elements(self) -> int:
@@ -62,9 +69,8 @@ def repeat(count: int, shapes: Iterable[Shape]) -> list[Shape]:
     return list(shapes) * count
 
 
-def gpt2_shapes() -> list[Shape]:
-    """GPT-2 small: 12 blocks of width 768; the output projection is tied to the token embedding."""
-    width = 768
+def gpt2_shapes(width: int = 768, blocks: int = 12) -> list[Shape]:
+    """GPT-2 (small by default); the output projection is tied to the token embedding."""
     # transformers' Conv1D keeps its weight as (inputs, outputs)
     block = [
         *norm(width),
@@ -72,7 +78,7 @@ def gpt2_shapes() -> list[Shape]:
         *norm(width),
         (width, 4 * width), (4 * width,), (4 * width, width), (width,),
     ]  # fmt: skip
-    return [(50257, width), (1024, width), *repeat(12, block), *norm(width)]
+    return [(50257, width), (1024, width), *repeat(blocks, block), *norm(width)]
 
 
 def resnet50_shapes() -> list[Shape]:
@@ -143,6 +149,22 @@ def detector_shapes() -> list[Shape]:
     return [*backbone, *projector, *decoder, *first_stage, *linear(width, classes), *box_head, *query]
 
 
+def llama3_8b_shapes() -> list[Shape]:
+    """Llama 3 8B: 32 layers of width 4096, 8 key and value heads of 32; the output projection is not tied."""
+    width, hidden, vocabulary, kv = 4096, 14336, 128256, 1024
+    layer: list[Shape] = [
+        (width, width), (kv, width), (kv, width), (width, width),
+        (hidden, width), (hidden, width), (width, hidden), (width,), (width,),
+    ]  # fmt: skip
+    return [(vocabulary, width), *repeat(32, layer), (width,), (vocabulary, width)]
+
+
+def moe_6000_shapes() -> list[Shape]:
+    """6,000 tensors of unequal size, as a mixture of many small experts has them: 1 to 65,536 elements."""
+    experts = [[(2 ** (i % 17),), (1 + i % 7, 64), (96,)] for i in range(2000)]
+    return [shape for expert in experts for shape in expert]
+
+
 def reduced(shape: Shape, divisor: int) -> Shape:
     """`shape` with every dimension divided by `divisor`, rounded up."""
     return tuple(-(-size // divisor) for size in shape)
@@ -192,7 +214,17 @@ _BUILDERS: dict[str, Callable[[], Workload]] = {
     "groups_465_full": lambda: Workload(
         "groups_465_full", "the same detector at full width, 465 groups", DETECTOR_SOURCE, group_each(detector_shapes())
     ),
-}
+    "gpt2_xl": lambda: Workload(
+        "gpt2_xl", "GPT-2 XL", "transformers.GPT2LMHeadModel, gpt2-xl, tied output", one_group(gpt2_shapes(1600, 48))
+    ),
+    "llama3_8b": lambda: Workload(
+        "llama3_8b", "Llama 3 8B in bf16", "transformers.LlamaForCausalLM, Meta-Llama-3-8B",
+        one_group(llama3_8b_shapes()), dtype="bfloat16",
+    ),
+    "moe_6000": lambda: Workload(
+        "moe_6000", "6,000 tensors of 1 to 65,536", "made up: many small experts", one_group(moe_6000_shapes())
+    ),
+}  # fmt: skip
 
 # name: (tensors, elements)
 EXPECTED: dict[str, tuple[int, int]] = {
@@ -205,9 +237,15 @@ EXPECTED: dict[str, tuple[int, int]] = {
     "small_200x16": (200, 3_200),
     "groups_465": (465, 121_402),
     "groups_465_full": (465, 30_467_298),
+    "gpt2_xl": (580, 1_557_611_200),
+    "llama3_8b": (291, 8_030_261_248),
+    "moe_6000": (6000, 16_041_034),
 }
 
 NAMES: tuple[str, ...] = tuple(_BUILDERS)
+
+FOR_GPUS = ("gpt2_xl", "llama3_8b", "moe_6000")
+"""Only chosen by default on a GPU."""
 
 
 def build(name: str) -> Workload:

@@ -38,7 +38,7 @@ class StepPlan:
         """Take the buffers to be in the formulation that their group names now."""
 
     def unstarted_buffers(self) -> list[Tensor]:
-        """CUDA buffers in the state whose tensor's first step overflowed and is yet to come. Waits for the GPU."""
+        """CUDA buffers in the state whose tensor has yet to have its first step: it overflowed. Waits for the GPU."""
 
 class GradNorm:
     """The norm of all gradients of an optimizer, and whether they are still the same ones later."""

@@ -73,11 +73,12 @@ class FusedMomentum(SGD):
 
     Args:
         params: tensors or dicts of parameter groups, of any shape and layout. fp32, fp64, bf16, fp16, complex64 and
-            complex128 tensors on the CPU are fused, in one pass over all groups. Everything else that torch.optim.SGD
-            can update (sparse gradients, other dtypes and devices, tensor subclasses with their own operators) takes
-            torch's own path from the same step.
-        lr: learning rate, a float or a tensor of one element (default: 1e-3).
-        momentum: momentum factor (default: 0).
+            complex128 tensors on the CPU and on CUDA devices are fused, in one pass over all groups. Everything else
+            that torch.optim.SGD can update (sparse gradients, other dtypes and devices, tensor subclasses
+            with their own operators) takes torch's own path from the same step.
+        lr: learning rate, a float or a tensor of one element (default: 1e-3). A CUDA tensor on its parameters'
+            device is read by the kernel, and so are weight_decay and momentum: a captured graph sees them change.
+        momentum: momentum factor (default: 0); a CUDA tensor counts as not zero.
         dampening: dampening of the gradient in the momentum buffer (default: 0).
         weight_decay: L2 penalty, a float or a tensor of one element (default: 0).
         nesterov: Nesterov momentum; needs momentum and no dampening (default: False).

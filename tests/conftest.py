@@ -22,6 +22,28 @@ hypothesis.settings.register_profile("explore", parent=hypothesis.settings.get_p
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: also what needs a GPU")
+
+
+def reason_without_cuda(config):
+    """Why the tests marked `cuda` cannot run; None when they can."""
+    if config.getoption("--device") != "cuda":
+        return "needs a GPU: pytest --device cuda"
+    if not _C.HAS_CUDA_KERNELS:
+        return "this build has no CUDA kernels (FORCE_CUDA=1 builds them)"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    if reason := reason_without_cuda(config):
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True)
 def clean_process():
     threads, isa = torch.get_num_threads(), _C.isa()

@@ -10,10 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 
 
+@pytest.mark.parametrize("program", ["test_kernels", "test_cuda_kernels"])
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_kernels_under_sanitizers(compiler, tmp_path):
-    sources = [ROOT / "tests/native/test_kernels.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    binary = tmp_path / "test_kernels"
+def test_kernels_under_sanitizers(compiler, program, tmp_path):
+    sources = [ROOT / f"tests/native/{program}.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    binary = tmp_path / program
     flags = [
         "-std=c++20",
         "-O1",
@@ -25,6 +26,8 @@ def test_kernels_under_sanitizers(compiler, tmp_path):
         "-Wextra",
         "-Werror",
     ]
+    if program == "test_cuda_kernels":  # the CUDA kernels as C++, which know #pragma unroll and move any type as uint4
+        flags += [f"-I{ROOT}/tests/native/cuda_on_host", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
     if compiler == "clang++":
         flags += ["-Wno-pass-failed"]  # it would say that -O1 does not vectorise
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -208,6 +208,38 @@ def test_force_cpu_and_force_cuda_contradict_each_other(tree):
     assert "FORCE_CPU=1 and FORCE_CUDA=1" in the_line(result)
 
 
+PRETEND = """
+import runpy, sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME = sys.argv[1:]
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "of_torch, archs, expected",
+    [
+        ("12.8", "9.0", "nvcc in {home} is of CUDA 13.1, torch of CUDA 12.8: the major versions must be the same"),
+        ("13.0", "6.0;9.0", "TORCH_CUDA_ARCH_LIST names 6.0, but the kernels need 7.0"),
+        ("13.0", "9.0", None),
+    ],
+)
+def test_versions_of_cuda(tree, tmp_path, of_torch, archs, expected):
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/step.cu").write_text("")
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin/nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.0'\n")
+    (home / "bin/nvcc").chmod(0o755)
+    pretend = run(sys.executable, "-W", "ignore", "-c", PRETEND, of_torch, home, cwd=tree, TORCH_CUDA_ARCH_LIST=archs)
+    if expected is None:
+        assert pretend.returncode == 0, pretend.stderr
+        assert "warning: nvcc is of CUDA 13.1, torch of CUDA 13.0" in pretend.stderr
+    else:
+        assert expected.format(home=home) in the_line(pretend)
+
+
 def test_no_compiler_is_one_line(tree):
     result = run(sys.executable, "-W", "ignore", "setup.py", "--version", cwd=tree, CXX="no-such-compiler")
     assert "no-such-compiler" in the_line(result)

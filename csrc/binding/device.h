@@ -79,7 +79,7 @@ class FirstSteps {
   };
   struct Words {
     at::Tensor on_device;
-    at::Tensor on_host;
+    std::shared_ptr<void> on_host;  // pinned
   };
   uint32_t still_open_slow(uint32_t cohort, int16_t device);
 

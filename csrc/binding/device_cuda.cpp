@@ -1,3 +1,4 @@
+// The binding's CUDA side: the tensors' device, its current stream, the launch, and its error.
 #if defined(MOMENTUM_EXT_WITH_CUDA)
 
 #include <ATen/ops/zeros.h>
@@ -43,8 +44,11 @@ uint32_t FirstSteps::new_cohort(int16_t device) {
   if (words_.find(device) == words_.end()) {
     const auto on_device =
         at::device(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))).dtype(at::kInt);
-    const auto on_host = at::device(at::kCPU).dtype(at::kInt).pinned_memory(true);
-    words_[device] = {at::zeros({1}, on_device), at::zeros({1}, on_host)};
+    void* pinned = nullptr;
+    check(cudaHostAlloc(&pinned, sizeof(uint32_t), cudaHostAllocPortable), device,
+          "allocating pinned memory");
+    *static_cast<uint32_t*>(pinned) = 0;
+    words_[device] = {at::zeros({1}, on_device), std::shared_ptr<void>(pinned, cudaFreeHost)};
   }
   return newest_;
 }
@@ -90,7 +94,7 @@ uint32_t* FirstSteps::settled(int16_t device) {
   return static_cast<uint32_t*>(words_.at(device).on_device.mutable_data_ptr());
 }
 uint32_t* FirstSteps::settled_on_host(int16_t device) {
-  return static_cast<uint32_t*>(words_.at(device).on_host.mutable_data_ptr());
+  return static_cast<uint32_t*>(words_.at(device).on_host.get());
 }
 
 // ---- launching ----------------------------------------------------------------------------------

@@ -38,10 +38,14 @@ static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
 
 // ---- a tensor -----------------------------------------------------------------------------------
 
-// words 0 to 2: param, grad, momentum buffer.
-// word 3: number of its first chunk (32 bits), elements of its last chunk less one (16), group
-// (16). A strided record goes on with word 4: dtypes of param, grad and buffer and the number of
-// dimensions (8 bits each); then size and three strides of each dimension.
+//   word 0 to 2   param, grad, momentum buffer
+//   word 3        its first chunk's number (32 bits), its last chunk's elements less one (16),
+//                 its group (16)
+//
+// and in a strided record
+//
+//   word 4        dtypes of param, grad and buffer, number of dimensions (8 bits each)
+//   then          size, param stride, grad stride and buffer stride of each dimension
 constexpr int kFlatRecord = 4;
 constexpr int kStridedRecord = 5 + 4 * kMaxStridedDimsCuda;
 
@@ -80,12 +84,13 @@ MOMENTUM_EXT_INLINE int locate_tensor(const LaunchTable<kBytes>& table, uint32_t
 template <typename opmath_t>
 struct PackedGroup {
   Coefficients<opmath_t> coefficients;
-  uint32_t flags;  // weight decay, momentum, Nesterov: a bit each; then the cohort
+  uint32_t flags;  // what follows, a bit each; then the cohort
 };
 constexpr uint32_t kHasWeightDecay = 1;
 constexpr uint32_t kHasMomentum = 2;
 constexpr uint32_t kHasNesterov = 4;
-constexpr int kCohortShift = 3;
+constexpr uint32_t kIsDecoupled = 8;  // the weight decay
+constexpr int kCohortShift = 4;
 constexpr uint32_t kNoCohort = 0;                              // has had its first step
 constexpr uint32_t kFirstStep = ~uint32_t{0} >> kCohortShift;  // has it now, as the host knows
 

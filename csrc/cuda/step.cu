@@ -39,29 +39,37 @@ struct Rule {
 // Calls body(Rule<...>()) for the rule with this number. All threads of a block have the same one.
 template <typename Body>
 __device__ __forceinline__ void with_rule(int rule, const Body& body) {
-  constexpr WeightDecay kOff = WeightDecay::kNone;
-  constexpr WeightDecay kOn = WeightDecay::kL2;
   switch (rule) {
     case 0:
-      return body(Rule<kOff, Momentum::kNone, false>());
+      return body(Rule<WeightDecay::kNone, Momentum::kNone, false>());
     case 1:
-      return body(Rule<kOn, Momentum::kNone, false>());
+      return body(Rule<WeightDecay::kL2, Momentum::kNone, false>());
     case 2:
-      return body(Rule<kOff, Momentum::kLaterStep, false>());
+      return body(Rule<WeightDecay::kDecoupled, Momentum::kNone, false>());
     case 3:
-      return body(Rule<kOn, Momentum::kLaterStep, false>());
+      return body(Rule<WeightDecay::kNone, Momentum::kLaterStep, false>());
     case 4:
-      return body(Rule<kOff, Momentum::kLaterStep, true>());
+      return body(Rule<WeightDecay::kL2, Momentum::kLaterStep, false>());
     case 5:
-      return body(Rule<kOn, Momentum::kLaterStep, true>());
+      return body(Rule<WeightDecay::kDecoupled, Momentum::kLaterStep, false>());
     case 6:
-      return body(Rule<kOff, Momentum::kFirstStep, false>());
+      return body(Rule<WeightDecay::kNone, Momentum::kLaterStep, true>());
     case 7:
-      return body(Rule<kOn, Momentum::kFirstStep, false>());
+      return body(Rule<WeightDecay::kL2, Momentum::kLaterStep, true>());
     case 8:
-      return body(Rule<kOff, Momentum::kFirstStep, true>());
+      return body(Rule<WeightDecay::kDecoupled, Momentum::kLaterStep, true>());
+    case 9:
+      return body(Rule<WeightDecay::kNone, Momentum::kFirstStep, false>());
+    case 10:
+      return body(Rule<WeightDecay::kL2, Momentum::kFirstStep, false>());
+    case 11:
+      return body(Rule<WeightDecay::kDecoupled, Momentum::kFirstStep, false>());
+    case 12:
+      return body(Rule<WeightDecay::kNone, Momentum::kFirstStep, true>());
+    case 13:
+      return body(Rule<WeightDecay::kL2, Momentum::kFirstStep, true>());
     default:
-      return body(Rule<kOn, Momentum::kFirstStep, true>());
+      return body(Rule<WeightDecay::kDecoupled, Momentum::kFirstStep, true>());
   }
 }
 
@@ -96,6 +104,7 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
   Coefficients<opmath_t>& c = work.coefficients;
   c = packed.coefficients;
   bool decays = (packed.flags & kHasWeightDecay) != 0;
+  const bool decoupled = (packed.flags & kIsDecoupled) != 0;
   const bool has_momentum = (packed.flags & kHasMomentum) != 0;
   const bool nesterov = (packed.flags & kHasNesterov) != 0;
   const uint32_t cohort = packed.flags >> kCohortShift;
@@ -113,8 +122,8 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
       decays = c.weight_decay != 0;
     }
   }
-  work.rule =
-      (decays ? 1 : 0) + (has_momentum ? 2 : 0) + (nesterov ? 2 : 0) + (is_first_step ? 4 : 0);
+  work.rule = (decays ? 1 : 0) + (decoupled ? 1 : 0) + (has_momentum ? 3 : 0) + (nesterov ? 3 : 0) +
+              (is_first_step ? 6 : 0);
   work.reads_buffer = has_momentum && !is_first_step;
   work.writes_buffer = has_momentum;
   return work;
@@ -239,7 +248,7 @@ struct Flat {
 
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    update_flat(const __grid_constant__ LaunchTable<kBytes> table) {
+    update_flat(const LaunchTable<kBytes> __grid_constant__ table) {
   if (overflowed(table)) return;
   const Chunk chunk = find_chunk<Kind::kRecord>(table, Kind::kChunk);
   const uint64_t* const record = table.words + chunk.tensor * Kind::kRecord;
@@ -307,7 +316,7 @@ struct Strided {
 
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    update_strided(const __grid_constant__ LaunchTable<kBytes> table) {
+    update_strided(const LaunchTable<kBytes> __grid_constant__ table) {
   using opmath_t = typename Kind::opmath_t;
   if (overflowed(table)) return;
   const Chunk chunk = find_chunk<Kind::kRecord>(table, Kind::kChunk);
@@ -365,7 +374,7 @@ __global__ void record_settled(const float* found_inf, uint32_t newest_cohort, u
 // ---- which kernel takes which tensors -----------------------------------------------------------
 
 template <typename Kind, int kBytes>
-auto kernel_of() -> void (*)(const LaunchTable<kBytes>) {
+auto kernel_of() {
   if constexpr (Kind::kRecord == kFlatRecord) {
     return update_flat<Kind, kBytes>;
   } else {
@@ -520,6 +529,7 @@ class Packer {
                             : entry.is_first_step ? kFirstStep
                                                   : kNoCohort;
     const uint32_t flags = (h.weight_decay != WeightDecay::kNone ? kHasWeightDecay : 0) |
+                           (h.weight_decay == WeightDecay::kDecoupled ? kIsDecoupled : 0) |
                            (h.has_momentum ? kHasMomentum | cohort << kCohortShift : 0) |
                            (h.has_momentum && h.nesterov ? kHasNesterov : 0);
     // Part by part, so that no byte between them is left unset: they are compared as words.

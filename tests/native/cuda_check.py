@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""What can be told about the CUDA kernels without a GPU: compiled by nvcc alone, with no torch in sight, and read.
+
+    python tests/native/cuda_check.py [--require]
+
+For each architecture: no spills, registers within their limits, parameters within theirs; in the machine code 128-bit
+loads and stores, no local memory, no generic addresses, no double arithmetic where there are no doubles. Exits 0 when
+everything holds, and where nvcc is missing (with --require: 1).
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "csrc/cuda/step.cu"
+ARCHS = (80, 90, 100)
+FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
+
+NUM_KERNELS = 21  # 8 flat and 2 strided, for two sizes of parameter, and record_settled
+FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
+FLAT_16_BIT_REGISTERS = 40
+STRIDED_REGISTERS = 48
+PARAMETER_BYTES = {4096: 4096, 32760: 32764}
+
+
+def find(name: str, *places: str) -> str | None:
+    """The path of a program: in CUDA_HOME, on the path, or where a package of PyPI puts it."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/{name}"] if home else []
+    candidates += [shutil.which(name) or ""]
+    candidates += [hit for place in places for hit in sorted(glob.glob(place))]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"cuda-check: {' '.join(command)}\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+class Kernel:
+    """One compiled kernel, by its mangled name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_flat = "update_flat" in name
+        self.is_strided = "update_strided" in name
+        self.is_double = "FlatIddd" in name or "StridedIdE" in name
+        self.is_16_bit = self.is_flat and re.search(r"FlatINS_\d+(BFloat16|Float16)ES\d?_S\d?_E", name) is not None
+        found = re.search(r"Li(\d+)EEEv", name)
+        self.table = int(found[1]) if found else 0
+
+    def __str__(self) -> str:
+        if not self.table:
+            return "record_settled"
+        kinds = re.search(r"(Flat|Strided)I(.*)EELi", self.name)
+        return f"{kinds[1].lower()}<{kinds[2]}>, {self.table} bytes" if kinds else self.name
+
+    @property
+    def register_limit(self) -> int:
+        if self.is_strided:
+            return STRIDED_REGISTERS
+        return FLAT_16_BIT_REGISTERS if self.is_16_bit else FLAT_REGISTERS
+
+
+failures: list[str] = []
+
+
+def expect(holds: bool, what: str) -> None:
+    if not holds:
+        failures.append(what)
+        print(f"  FAILED: {what}")
+
+
+def check_resources(arch: int, log: str) -> tuple[int, int]:
+    """What ptxas says; the smallest and the largest number of registers of the flat kernels."""
+    parts = re.split(r"Compiling entry function '(\S+)' for", log)[1:]
+    flat_registers = []
+    expect(len(parts) // 2 == NUM_KERNELS, f"sm_{arch}: {len(parts) // 2} kernels, expected {NUM_KERNELS}")
+    for name, text in zip(parts[::2], parts[1::2]):
+        kernel = Kernel(name)
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        used = re.search(r"Used (\d+) registers", text)
+        assert frame and used, text
+        expect(frame.groups() == ("0", "0", "0"), f"sm_{arch} {kernel}: stack or spills: {frame[0]}")
+        registers = int(used[1])
+        expect(
+            registers <= kernel.register_limit, f"sm_{arch} {kernel}: {registers} > {kernel.register_limit} registers"
+        )
+        if kernel.is_flat:
+            flat_registers.append(registers)
+    return min(flat_registers), max(flat_registers)
+
+
+def check_parameters(ptx: str) -> None:
+    """Sizes of the kernels' parameters."""
+    sizes = re.findall(r"\.param \.align \d+ \.b8 (\S+?)_param_0\[(\d+)\]", ptx)
+    expect(len(sizes) == NUM_KERNELS - 1, f"{len(sizes)} kernels with a launch table, expected {NUM_KERNELS - 1}")
+    for name, size in sizes:
+        kernel = Kernel(name)
+        limit = PARAMETER_BYTES.get(kernel.table, 0)
+        expect(int(size) <= limit, f"{kernel}: its parameter has {size} bytes, more than {limit}")
+    print(f"  parameters of {', '.join(sorted({size for _, size in sizes}, key=int))} bytes")
+
+
+def check_machine_code(arch: int, sass: str) -> None:
+    """The instructions of each kernel."""
+    parts = re.split(r"^\.text\.(\S+):$", sass, flags=re.MULTILINE)[1:]
+    expect(len(parts) // 2 == NUM_KERNELS, f"sm_{arch}: machine code of {len(parts) // 2} kernels")
+    for name, text in zip(parts[::2], parts[1::2]):
+        kernel = Kernel(name)
+        codes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
+        expect(len(codes) > 10, f"sm_{arch} {kernel}: its machine code was not understood")
+
+        def having(pattern: str, codes: list[str] = codes) -> list[str]:
+            return sorted({code for code in codes if re.fullmatch(pattern, code)})
+
+        for what, pattern in {
+            "local memory": r"(LDL|STL)(\..*)?",
+            "generic addresses": r"(LD|ST)(\..*)?",
+            "double arithmetic": r"$^" if kernel.is_double else r"D(FMA|ADD|MUL|SETP|MNMX)(\..*)?",
+        }.items():
+            expect(not (found := having(pattern)), f"sm_{arch} {kernel}: {what}: {' '.join(found)}")
+        if kernel.is_flat:
+            for access in ("LDG", "STG"):
+                expect(bool(having(rf"{access}\.E(\..*)?\.128(\..*)?")), f"sm_{arch} {kernel}: no 128-bit {access}")
+
+
+def main() -> int:
+    nvcc = find("nvcc", "/usr/local/cuda*/bin/nvcc")
+    if nvcc is None:
+        print("cuda-check: nvcc was not found (set CUDA_HOME, or put it on the path): the kernels were not checked")
+        return int("--require" in sys.argv)
+    packages = sysconfig.get_path("purelib")
+    nvdisasm = find("nvdisasm", f"{packages}/nvidia/*/bin/nvdisasm", f"{packages}/triton/backends/nvidia/bin/nvdisasm")
+    expect(repr(FLAGS).replace("'", '"') in (ROOT / "setup.py").read_text(), "FLAGS are not setup.py's NVCC_FLAGS")
+    print(re.search(r"release .*", run(nvcc, "--version"))[0])  # type: ignore[index]
+    with tempfile.TemporaryDirectory() as directory:
+        for arch in ARCHS:
+            cubin = f"{directory}/step.cubin"
+            log = run(nvcc, *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(SOURCE), "-o", cubin)
+            low, high = check_resources(arch, log)
+            print(f"  sm_{arch}: no spills; {low} to {high} registers in the flat kernels")
+            if nvdisasm is not None:
+                check_machine_code(arch, run(nvdisasm, "-c", cubin))
+        run(nvcc, *FLAGS, f"-arch=compute_{ARCHS[0]}", "-ptx", str(SOURCE), "-o", f"{directory}/step.ptx")
+        check_parameters(Path(f"{directory}/step.ptx").read_text())
+    if nvdisasm is None:
+        print("  nvdisasm was not found (pip install nvidia-cuda-nvdisasm): the machine code was not read")
+        failures.extend(["no nvdisasm"] if "--require" in sys.argv else [])
+    else:
+        print("  machine code: 128-bit loads and stores; no local memory, generic addresses or stray doubles")
+    print("cuda-check: everything holds" if not failures else f"cuda-check: {len(failures)} failures")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

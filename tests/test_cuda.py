@@ -1,0 +1,354 @@
+"""What only a GPU can show. Runs with `pytest --device cuda` (make gpu-check), where a GPU and CUDA kernels are there.
+
+The same promises without a GPU: test_emulated_cuda.py (the binding), test_native.py (the kernels), make cuda-check.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import bits
+from torch.optim.sgd import sgd
+
+from momentum_ext import FusedMomentum
+
+pytestmark = pytest.mark.cuda
+
+SHAPES = [(1,), (3, 0), (7,), (64, 33), (), (4095,), (4096,), (4097,), (300, 1001), (2, 3, 4, 5)]
+OPTIONS = [
+    {"lr": 0.1},
+    {"lr": 0.1, "weight_decay": 0.01, "maximize": True},
+    {"lr": 0.1, "momentum": 0.9},
+    {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+]
+FULL = OPTIONS[3]
+
+
+def make_params(shapes=SHAPES, dtype=torch.float32, device="cuda"):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
+
+
+def set_grads(params, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype) * scale
+        if param.grad is None:
+            param.grad = torch.empty_like(param)
+        param.grad.copy_(grad)
+
+
+def clones(params, device=None):
+    return [torch.nn.Parameter(p.detach().clone().to(device or p.device)) for p in params]
+
+
+def for_loop(params, **options):
+    return torch.optim.SGD(params, foreach=False, fused=False, **options)
+
+
+def same(a, b):
+    (nan_a, bits_a), (nan_b, bits_b) = bits(a.detach().cpu()), bits(b.detach().cpu())
+    return torch.equal(nan_a, nan_b) and torch.equal(bits_a, bits_b)
+
+
+def check(ours, theirs, ours_params, theirs_params):
+    for p, q in zip(ours_params, theirs_params):
+        assert same(p, q)
+        b, c = (o.state.get(x, {}).get("momentum_buffer") for o, x in ((ours, p), (theirs, q)))
+        assert (b is None) == (c is None)
+        assert b is None or same(b, c)
+
+
+# ----------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_bits_of_torch_and_of_the_cpu(options, dtype):
+    params = make_params(dtype=dtype)
+    on_cpu, torchs = clones(params, "cpu"), clones(params)
+    ours, cpus, loop = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options), for_loop(torchs, **options)
+    for step in range(4):
+        for each in (params, on_cpu, torchs):
+            set_grads(each, step)
+        for optimizer in (ours, cpus, loop):
+            optimizer.step()
+    check(ours, loop, params, torchs)
+    check(ours, cpus, params, on_cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_16_bit_is_the_cpus(options, dtype):
+    params = make_params(dtype=dtype)
+    on_cpu = clones(params, "cpu")
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step in range(4):
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        ours.step()
+        cpus.step()
+    check(ours, cpus, params, on_cpu)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradients(grad_dtype):
+    results = []
+    for device in ("cuda", "cpu"):
+        param = torch.nn.Parameter(torch.linspace(-2, 3, 5001).to(device))
+        param.grad_dtype = None  # any
+        param.grad = torch.linspace(-1, 1, 5001).to(grad_dtype).to(device)
+        optimizer = FusedMomentum([param], **FULL)
+        optimizer.step()
+        optimizer.step()
+        results.append(param)
+    assert same(*results)
+
+
+@pytest.mark.parametrize(
+    "case", ["channels_last", "column", "transposed_grad", "unaligned", "expanded_grad", "complex"]
+)
+def test_layouts(case):
+    def make(device):
+        generator = torch.Generator().manual_seed(1)
+        values = torch.randn(8, 6, 10, 10, generator=generator).to(device)
+        grads = torch.randn(8, 6, 10, 10, generator=generator).to(device)
+        if case == "channels_last":
+            return values.contiguous(memory_format=torch.channels_last), grads
+        if case == "column":
+            return values[:, 2], grads[:, 3]
+        if case == "transposed_grad":
+            return values[0, 0].clone(), grads[0, 0].t()
+        if case == "unaligned":
+            return values.flatten()[1:4000], grads.flatten()[2:4001]
+        if case == "expanded_grad":
+            return values[0].clone(), grads[0, 0].expand(6, 10, 10)
+        return torch.view_as_complex(values[..., :2].contiguous()), torch.view_as_complex(grads[..., :2].contiguous())
+
+    results = []
+    for device in ("cuda", "cpu"):
+        value, grad = make(device)
+        param = torch.nn.Parameter(value)
+        optimizer = FusedMomentum([param], **FULL)
+        for _ in range(3):
+            param.grad = grad
+            optimizer.step()
+        results.append((param, optimizer.state[param]["momentum_buffer"]))
+    assert all(same(a, b) for a, b in zip(*results))
+
+
+def test_groups_and_long_lists():
+    shapes = [(1 + i * 37 % 300,) for i in range(3000)]
+    params = make_params(shapes)
+    torchs = clones(params)
+
+    def split(tensors):
+        return [{"params": tensors[i::30], "lr": 0.1 * 0.9**i, "weight_decay": 0.1 * (i % 2)} for i in range(30)]
+
+    ours, loop = FusedMomentum(split(params), momentum=0.9), for_loop(split(torchs), momentum=0.9)
+    for step in range(3):
+        set_grads(params, step)
+        set_grads(torchs, step)
+        ours.step()
+        loop.step()
+    check(ours, loop, params, torchs)
+
+
+def test_more_than_2_to_the_31_elements():
+    numel = 2**31 + 5
+    if torch.cuda.mem_get_info()[0] < numel * 2 * 3 * 1.1:
+        pytest.skip("needs 14 GB of GPU memory")
+    param = torch.nn.Parameter(torch.ones(numel, dtype=torch.bfloat16, device="cuda"))
+    param.grad = torch.ones_like(param)
+    FusedMomentum([param], lr=0.5, momentum=0.9).step()
+    assert bool((param[-7:] == 0.5).all()) and bool((param[:7] == 0.5).all())
+    assert param.detach().min().item() == 0.5 == param.detach().max().item()
+
+
+# ------------------------------------------------------------------------------------- nothing waits, everything graphs
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_step_does_not_wait(on_device):
+    params = make_params()
+    optimizer = FusedMomentum(params, **FULL)
+    for name in ("lr", "momentum", "weight_decay") if on_device else ():
+        optimizer.param_groups[0][name] = torch.tensor(FULL[name], device="cuda")
+    set_grads(params, 0)
+    found_inf, grad_scale = torch.zeros((), device="cuda"), torch.full((), 8.0, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        optimizer.step()
+        optimizer.found_inf, optimizer.grad_scale = found_inf, grad_scale
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_step_replays_with_another_lr():
+    params, lr = make_params(), torch.tensor(0.1, device="cuda")
+    torchs = clones(params)
+    ours = FusedMomentum(params, **{**FULL, "lr": lr})
+    loop = for_loop(torchs, **FULL)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for each in (params, torchs):
+            set_grads(each, 0)
+        ours.step()
+        loop.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for step, value in enumerate([0.1, 0.05, 0.5]):
+        lr.fill_(value)
+        loop.param_groups[0]["lr"] = lr.item()
+        for each in (params, torchs):
+            set_grads(each, step)
+        graph.replay()
+        loop.step()
+    check(ours, loop, params, torchs)
+
+
+def test_a_capture_of_a_first_step_is_an_error():
+    params = make_params()
+    set_grads(params, 0)
+    optimizer = FusedMomentum(params, **FULL)
+    with pytest.raises(RuntimeError, match="run one step before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+def test_the_current_stream_is_used():
+    params = make_params([(1 << 22,)])
+    torchs = clones(params)
+    ours, loop = FusedMomentum(params, **FULL), for_loop(torchs, **FULL)
+    stream = torch.cuda.Stream()
+    for each in (params, torchs):
+        set_grads(each, 0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for param in params:
+            param.grad.mul_(2)  # the step must come after it
+        ours.step()
+        mine = [param.detach().clone() for param in params]
+    stream.synchronize()
+    for param in torchs:
+        param.grad.mul_(2)
+    loop.step()
+    assert all(same(a, b) for a, b in zip(mine, torchs))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_several_devices_and_the_cpu():
+    devices = ["cuda:1", "cuda:0", "cpu"]
+    values = make_params(device="cpu")
+    params = [torch.nn.Parameter(v.detach().to(devices[i % 3])) for i, v in enumerate(values)]
+    torchs = [torch.nn.Parameter(v.detach().clone()) for v in values]
+    ours, loop = FusedMomentum(params, **FULL), for_loop(torchs, **FULL)
+    for step in range(3):
+        set_grads(params, step)
+        set_grads(torchs, step)
+        ours.step()
+        loop.step()
+    assert torch.cuda.current_device() == 0
+    assert all(same(a, b) for a, b in zip(params, torchs))
+
+
+def test_the_cpu_and_one_device():
+    values = make_params(device="cpu")
+    params = [torch.nn.Parameter(v.detach().to("cuda" if i % 2 else "cpu")) for i, v in enumerate(values)]
+    torchs = [torch.nn.Parameter(v.detach().clone()) for v in values]
+    ours, loop = FusedMomentum(params, **FULL), for_loop(torchs, **FULL)
+    for step in range(3):
+        set_grads(params, step)
+        set_grads(torchs, step)
+        ours.step()
+        loop.step()
+    assert all(same(a, b) for a, b in zip(params, torchs))
+
+
+# --------------------------------------------------------------------------------------------------------- overflow
+
+
+def test_an_overflow_on_the_first_step_changes_nothing():
+    params = make_params()
+    torchs = clones(params)
+    ours, loop = FusedMomentum(params, **FULL), for_loop(torchs, **FULL)
+    scale = 1024.0
+    for step, overflow in enumerate([True, True, False, True, False, False]):
+        before = clones(params)
+        set_grads(params, step, scale)
+        set_grads(torchs, step)
+        ours.found_inf = torch.tensor(float(overflow), device="cuda")
+        ours.grad_scale = torch.tensor(scale, device="cuda")
+        ours.step()
+        if overflow:
+            assert all(same(a, b) for a, b in zip(params, before))
+        else:
+            loop.step()
+            check(ours, loop, params, torchs)
+
+
+def test_an_unstarted_buffer_does_not_leave():
+    params = make_params()
+    set_grads(params, 0)
+    optimizer = FusedMomentum(params, **FULL)
+    optimizer.found_inf = torch.ones((), device="cuda")
+    optimizer.step()
+    assert optimizer.state_dict()["state"] == {}
+    assert copy.deepcopy(optimizer).state_dict()["state"] == {}
+
+
+def test_grad_scaler():
+    model = torch.nn.Linear(64, 64).cuda()
+    other = copy.deepcopy(model)
+    ours, loop = FusedMomentum(model.parameters(), **FULL), for_loop(other.parameters(), **FULL)
+    ours_scaler, loop_scaler = (torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2) for _ in range(2))
+    for step in range(8):
+        data = torch.randn(8, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+        data = data * (float("inf") if step in (0, 3) else 1.0)
+        for net, optimizer, scaler in ((model, ours, ours_scaler), (other, loop, loop_scaler)):
+            optimizer.zero_grad()
+            scaler.scale(net(data).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert ours_scaler.get_scale() == loop_scaler.get_scale()
+    check(ours, loop, list(model.parameters()), list(other.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------- the other ways
+
+
+def test_sparse_gradients_take_torchs_path():
+    param = torch.nn.Parameter(torch.randn(10, 4, device="cuda"))
+    twin = torch.nn.Parameter(param.detach().clone())
+    grad = torch.sparse_coo_tensor([[1, 5]], torch.randn(2, 4), (10, 4)).cuda()
+    param.grad, twin.grad = grad, grad.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FusedMomentum([param], lr=0.1).step()
+    sgd([twin], [twin.grad], [None], foreach=False, fused=False, weight_decay=0, momentum=0, lr=0.1, dampening=0,
+        nesterov=False, maximize=False)  # fmt: skip
+    assert same(param, twin)
+
+
+def test_state_dicts_go_to_torch_and_back():
+    params = make_params()
+    torchs = clones(params)
+    ours, loop = FusedMomentum(params, **FULL), for_loop(torchs, **FULL)
+    for step in range(2):
+        for each, optimizer in ((params, ours), (torchs, loop)):
+            set_grads(each, step)
+            optimizer.step()
+    ours.load_state_dict(loop.state_dict())
+    loop.load_state_dict(ours.state_dict())
+    for each, optimizer in ((params, ours), (torchs, loop)):
+        set_grads(each, 9)
+        optimizer.step()
+    check(ours, loop, params, torchs)
