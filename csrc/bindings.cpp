@@ -2,11 +2,13 @@
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <cstdlib>
 #include <map>
 #include <string>
 
+#include "binding/lookahead.h"
 #include "binding/step_plan.h"
 #include "momentum.h"
 
@@ -58,7 +60,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("step", &StepPlan::step, py::arg("param_groups"), py::arg("state"),
            py::arg("inv_grad_scale") = 1.0, py::arg("all_for_torch") = false)
       .def("run", &StepPlan::run)
-      .def("discard", &StepPlan::discard);
+      .def("discard", &StepPlan::discard)
+      .def("convert", &StepPlan::convert, py::arg("param_groups"), py::arg("state"))
+      .def("convert_prepared", &StepPlan::convert_prepared)
+      .def("adopt_formulations", &StepPlan::adopt_formulations, py::arg("param_groups"));
+  m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
+        py::arg("lookaheads"), py::arg("distances"), py::arg("back"));
   m.def("isa", &cpu::isa);
   m.def("isas", &cpu::isas);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));

@@ -13,6 +13,13 @@ namespace momentum_ext::cpu {
 // must not overlap in memory, except that a gradient may be its own parameter.
 void step(const TensorTable& table, int max_threads);
 
+// Moves parameters that were trained with Nesterov from the look-ahead point to the iterate and
+// back. Entries have a momentum buffer; grad is a tensor that keeps the look-ahead point in
+// between, and a group's momentum the distance. The way back restores the very bits of what was not
+// changed.
+void move_to_iterate(const TensorTable& table, int max_threads);
+void move_to_lookahead(const TensorTable& table, int max_threads);
+
 // Calls body(begin, end) for consecutive parts of [0, n), on as many threads as there are parts of
 // at least `grain`, at most max_threads. The body must not throw.
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;

@@ -3,6 +3,7 @@
 //
 //   g = grad_coef * grad                       unscaled and negated where asked for; else exactly grad
 //   g = fma(weight_decay, p, g)                L2 weight decay
+//   p = weight_decay * p                       decoupled: weight_decay holds 1 - lr * weight_decay
 //   b = fma(alpha, g, round(momentum * b))     on a tensor's first step: b = first_alpha * g
 //   d = fma(momentum, b, nesterov_alpha * g)   Nesterov; else d = b, and without momentum d = g
 //   p = fma(-step, d, p)
@@ -28,14 +29,14 @@
 
 namespace momentum_ext {
 
-enum class WeightDecay : uint8_t { kNone, kL2 };
+enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
 enum class Momentum : uint8_t { kNone, kFirstStep, kLaterStep };
 
 // What the formulas need, rounded once from double to the type they are computed in.
 template <typename opmath_t>
 struct Coefficients {
-  opmath_t grad_coef;  // (maximize ? -1 : 1) / grad_scale
-  opmath_t weight_decay;
+  opmath_t grad_coef;     // (maximize ? -1 : 1) / grad_scale
+  opmath_t weight_decay;  // decoupled: 1 - lr * weight_decay
   opmath_t momentum;
   opmath_t alpha;
   opmath_t first_alpha;
@@ -66,6 +67,8 @@ MOMENTUM_EXT_INLINE void update_element(const Coefficients<opmath_t>& c, opmath_
   opmath_t g = c.grad_coef * grad;
   if constexpr (kWeightDecay == WeightDecay::kL2) {
     g = Fma::apply(c.weight_decay, param, g);
+  } else if constexpr (kWeightDecay == WeightDecay::kDecoupled) {
+    param = c.weight_decay * param;
   }
   opmath_t direction = g;
   if constexpr (kMomentum != Momentum::kNone) {
@@ -80,6 +83,18 @@ MOMENTUM_EXT_INLINE void update_element(const Coefficients<opmath_t>& c, opmath_
     }
   }
   param = Fma::apply(-c.step, direction, param);
+}
+
+// Nesterov's two points. With nesterov the parameters are trained at the look-ahead point
+// y = p - distance * b, where the gradient is taken; p is the iterate of the textbook. `distance`
+// is momentum * step, in the formulation's units.
+template <typename Fma, typename opmath_t>
+MOMENTUM_EXT_INLINE opmath_t iterate_of(opmath_t distance, opmath_t lookahead, opmath_t buffer) {
+  return Fma::apply(distance, buffer, lookahead);
+}
+template <typename Fma, typename opmath_t>
+MOMENTUM_EXT_INLINE opmath_t lookahead_of(opmath_t distance, opmath_t iterate, opmath_t buffer) {
+  return Fma::apply(-distance, buffer, iterate);
 }
 
 }  // namespace momentum_ext

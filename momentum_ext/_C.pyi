@@ -22,6 +22,22 @@ class StepPlan:
 
     def run(self) -> None: ...
     def discard(self) -> None: ...
+    def convert(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+        """Bring momentum buffers into the formulation that their group names; raises where that is not exact."""
+
+    def convert_prepared(self) -> None:
+        """Do those conversions now that the prepared step would do."""
+
+    def adopt_formulations(self, param_groups: list[dict[str, Any]]) -> None:
+        """Take the buffers to be in the formulation that their group names now."""
+
+def move_lookahead(
+    params: list[Tensor], momentum_buffers: list[Tensor], lookaheads: list[Tensor], distances: list[float], back: bool
+) -> None:
+    """``params[i] += distances[i] * momentum_buffers[i]``, keeping in ``lookaheads[i]`` what was there; or the reverse.
+
+    On the way back, elements that were not changed in between get the very bits that they had.
+    """
 
 def isa() -> str:
     """The instruction set in use."""

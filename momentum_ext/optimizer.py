@@ -14,9 +14,10 @@ from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
-from torch.optim.sgd import sgd
 
 from momentum_ext import _C
+from momentum_ext.formulation import check_group, torch_step
+from momentum_ext.lookahead import TRAIN_MODE, hold_iterate, hold_lookahead
 
 __all__ = ["FusedMomentum"]
 
@@ -37,7 +38,32 @@ class FusedMomentum(SGD):
         p &\leftarrow p - \gamma d                      &&\text{lr } \gamma
 
     This is the formula of :class:`torch.optim.SGD`; Nesterov's form is that of Sutskever et al., "On the importance of
-    initialization and momentum in deep learning" (ICML 2013), seen from the look-ahead point.
+    initialization and momentum in deep learning" (ICML 2013), seen from the look-ahead point (see :meth:`eval`).
+
+    The field writes momentum in other ways too; ``formulation`` chooses, for each group:
+
+    ===============  ================================  ====================  =================================
+    ``formulation``  momentum                          parameter             known from
+    ===============  ================================  ====================  =================================
+    ``"torch"``      :math:`b = \mu b + (1 - \tau) g`  :math:`p - \gamma b`  torch.optim.SGD
+    ``"classical"``  :math:`v = \mu v + \gamma g`      :math:`p - v`         Polyak, Sutskever; Keras, Caffe
+    ``"ema"``        :math:`v = \mu v + (1 - \mu) g`   :math:`p - \gamma v`  moving average, zero at the start
+    ===============  ================================  ====================  =================================
+
+    With a constant learning rate ``"torch"`` and ``"classical"`` take the same steps, :math:`v = \gamma b`. Under a
+    schedule they do not: the classical velocity is a sum of gradients each times the learning rate of its own step,
+    :math:`v_t = \sum_s \mu^{t-s} \gamma_s g_s`, torch's step multiplies the whole history by the present one,
+    :math:`\gamma_t b_t = \sum_s \mu^{t-s} \gamma_t g_s`. So when the rate falls, the classical form goes on with its
+    old speed for about :math:`1 / (1 - \mu)` steps. ``"ema"`` takes the steps of ``"torch"`` with a learning rate
+    :math:`1 - \mu` times as large; there is no bias correction, so its first steps are small. With Nesterov the
+    direction is :math:`\mu v + \gamma g` (classical) or :math:`\mu v + (1 - \mu) g` (ema). Without momentum all are
+    :math:`p - \gamma g`. A formulation that is edited in ``param_groups`` between two steps takes effect in the next
+    one: the buffers are converted between torch's and the classical form at the current learning rate, anything else
+    raises.
+
+    ``decoupled_weight_decay`` shrinks the parameter, :math:`p \leftarrow (1 - \gamma \lambda) p`, before the step,
+    and leaves the gradient as it is (SGDW: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR
+    2019).
 
     16-bit tensors are computed in fp32 and rounded once for each stored value. A momentum buffer is made with its
     parameter's dtype and layout; one that is found in another dtype or layout is used as it is.
@@ -45,8 +71,8 @@ class FusedMomentum(SGD):
     Args:
         params: tensors or dicts of parameter groups, of any shape and layout. fp32, fp64, bf16, fp16, complex64 and
             complex128 tensors on the CPU are fused, in one pass over all groups. Everything else that torch.optim.SGD
-            can update (sparse gradients, other dtypes and devices, tensor subclasses) takes torch's own path from the
-            same step.
+            can update (sparse gradients, other dtypes and devices, tensor subclasses with their own operators) takes
+            torch's own path from the same step.
         lr: learning rate, a float or a tensor of one element (default: 1e-3).
         momentum: momentum factor (default: 0).
         dampening: dampening of the gradient in the momentum buffer (default: 0).
@@ -56,6 +82,9 @@ class FusedMomentum(SGD):
         foreach: accepted so that one line is enough to change; has no effect.
         differentiable: step through autograd; takes torch's path (default: False).
         fused: accepted so that one line is enough to change; has no effect.
+        formulation: ``"torch"``, ``"classical"`` or ``"ema"``, see above; the last two have no dampening
+            (default: ``"torch"``).
+        decoupled_weight_decay: decay the parameter instead of adding to the gradient (default: False).
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that
@@ -85,7 +114,10 @@ class FusedMomentum(SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        formulation: str = "torch",
+        decoupled_weight_decay: bool = False,
     ) -> None:
+        self._own_defaults = {"formulation": formulation, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(
             params,
             lr,
@@ -98,11 +130,85 @@ class FusedMomentum(SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        self.defaults.update(self._own_defaults)
         self._plan = _C.StepPlan()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: also for a formulation that the group's other hyperparameters do not go with.
+        """
+        num_groups = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, value in self._own_defaults.items():
+            group.setdefault(name, value)
+        try:
+            check_group(group)
+        except ValueError:
+            del self.param_groups[num_groups:]
+            raise
+        if num_groups and not self.param_groups[0].get(TRAIN_MODE, True):
+            hold_iterate([group], self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`torch.optim.Optimizer.state_dict`, with the momentum buffers in their group's formulation."""
+        self._plan.convert(self.param_groups, self.state)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` of this class or of torch.optim.SGD has returned.
+
+        The formulation stays that of this optimizer: momentum buffers of another one are converted where that is
+        exact, at the loaded learning rate.
+
+        Raises:
+            ValueError: where it is not; the optimizer is then as it was.
+        """
+        groups, state, plan = self.param_groups, self.state, self._plan
+        super().load_state_dict(state_dict)
+        try:
+            for group, old in zip(self.param_groups, groups):
+                group["formulation"] = old.get("formulation", "torch")
+                group.setdefault("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
+            self._plan.convert(self.param_groups, self.state)
+        except BaseException:
+            self.param_groups, self.state, self._plan = groups, state, plan
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._plan.convert(self.param_groups, self.state)
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("formulation", "torch")
+        self._own_defaults = {
+            "formulation": self.defaults.get("formulation", "torch"),
+            "decoupled_weight_decay": self.defaults.get("decoupled_weight_decay", False),
+        }
         self._plan = _C.StepPlan()
+        self._plan.adopt_formulations(self.param_groups)
+
+    def eval(self) -> None:
+        r"""Move parameters that are trained with Nesterov to the textbook's iterate, in one pass.
+
+        With ``nesterov=True`` the gradient is taken at the look-ahead point, and that is where the model's parameters
+        are between steps. The iterate is :math:`p + \gamma \mu b` (classical: :math:`p + \mu v`): evaluate and save the
+        model there, then call :meth:`train`. Until then :meth:`step` raises. Needs memory for one copy of the
+        parameters. Has no effect on groups without Nesterov, or when called again.
+        """
+        self._plan.convert(self.param_groups, self.state)
+        hold_iterate(self.param_groups, self.state)
+
+    def train(self) -> None:
+        """Undo :meth:`eval`: back to the very bits that the parameters had.
+
+        Elements that were changed in between (a loaded model, say) move by the same distance instead.
+        """
+        hold_lookahead(self.param_groups, self.state)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -157,6 +263,7 @@ class FusedMomentum(SGD):
         if for_torch is not None:
             try:
                 self._check_torch_step(for_torch)
+                self._plan.convert_prepared()
                 self._torch_step(for_torch, inv_grad_scale, differentiable)
             except BaseException:
                 self._plan.discard()
@@ -172,24 +279,20 @@ class FusedMomentum(SGD):
                 param = group["params"][i]
                 grad = param.grad if inv_grad_scale == 1.0 else param.grad * inv_grad_scale
                 has_momentum = group["momentum"] != 0
-                buffers = [self.state[param].get("momentum_buffer") if has_momentum else None]
-                _torch_sgd(group, [param], [grad], buffers)
+                buffer = self.state[param].get("momentum_buffer") if has_momentum else None
+                buffer = torch_step(group, param, grad, buffer)
                 if has_momentum:
-                    self.state[param]["momentum_buffer"] = buffers[0]
+                    self.state[param]["momentum_buffer"] = buffer
 
     def _check_torch_step(self, positions: Iterable[tuple[int, int]]) -> None:
         """Let torch raise on one-element stand-ins what it would raise for these tensors, while nothing is written."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
             for g, i in positions:
                 group = self.param_groups[g]
                 param = group["params"][i]
                 buffer = self.state[param].get("momentum_buffer") if param in self.state else None
-                _torch_sgd(
-                    group,
-                    [_stand_in(param)],
-                    [_stand_in(param.grad)],
-                    [_stand_in(buffer) if isinstance(buffer, Tensor) else None],
-                )
+                stand_in = _stand_in(buffer) if isinstance(buffer, Tensor) else None
+                torch_step(group, _stand_in(param), _stand_in(param.grad), stand_in)
 
 
 def _is_wrapped_by_torch(step: Callable[..., Any]) -> bool:
@@ -198,33 +301,18 @@ def _is_wrapped_by_torch(step: Callable[..., Any]) -> bool:
     return inner is not None and not getattr(inner, "hooked", False)
 
 
-def _torch_sgd(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:
-    if isinstance(group["weight_decay"], Tensor) and group["weight_decay"].requires_grad:
-        grads = [grad.clone() for grad in grads]  # torch would write into it
-    sgd(
-        params,
-        grads,
-        buffers,
-        foreach=False,
-        fused=False,
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        lr=group["lr"],
-        dampening=group["dampening"],
-        nesterov=group["nesterov"],
-        maximize=group["maximize"],
-    )
-
-
 def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor of the same kind and of size 1 everywhere: torch refuses it where it would refuse the original."""
-    shape = (1,) * tensor.dim()
-    if tensor.layout == torch.strided:
-        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    dense = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    stand_in = torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
     if tensor.layout == torch.sparse_coo:
-        return dense.to_sparse(tensor.sparse_dim())
-    return dense.to_sparse(layout=tensor.layout)
+        stand_in = stand_in.to_sparse(tensor.sparse_dim())
+    elif tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+        stand_in = stand_in.to_mkldnn()
+    elif tensor.layout not in (torch.strided, torch.jagged):
+        stand_in = stand_in.to_sparse(layout=tensor.layout)
+    if tensor.requires_grad:
+        stand_in.requires_grad_()
+    return stand_in if tensor.is_leaf else stand_in.clone()
 
 
 def _reciprocal(grad_scale: Tensor | float | None) -> float:

@@ -247,3 +247,52 @@ def test_dtensor():
     """FSDP2's parameters, on a group of one process; buffers are DTensors as the parameters are."""
     with one_process_group():
         dtensor_training()
+
+
+# ------------------------------------------------------------------------------------------------- refused by torch
+
+
+def test_differentiable_step_of_a_leaf_writes_nothing():
+    """torch refuses the leaf, but only after it has updated what comes before it."""
+    first, leaf = torch.ones(33), torch.nn.Parameter(torch.ones(9))
+    first.grad, leaf.grad = torch.ones(33), torch.ones(9)
+    opt = FusedMomentum([first, leaf], **HYPER, differentiable=True)
+    before = Snapshot(opt)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        opt.step()
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+def test_integer_that_no_number_of_torch_holds(name):
+    param = torch.nn.Parameter(torch.ones(9))
+    errors = []
+    for kind in KINDS:
+        opt = kind([param], **{**HYPER, name: 2**70})
+        param.grad = torch.ones(9)
+        opt.step() if name == "momentum" else None  # there is no buffer to multiply on the first step
+        with pytest.raises(Exception) as error:
+            opt.step()
+        errors.append(error.type)
+    assert errors[0] is errors[1]
+
+
+# ------------------------------------------------------------------------------------------------- unusual layouts
+
+
+def jagged(values):
+    return torch.nested.nested_tensor([values[:2], values[2:]], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("make", [jagged, torch.Tensor.to_mkldnn], ids=["jagged", "mkldnn"])
+def test_layouts_that_only_torch_knows(make):
+    values, ends = torch.randn(5), []
+    for kind in KINDS:
+        param = make(values.clone()).requires_grad_()
+        opt = kind([param], lr=0.1, foreach=False)
+        for _ in range(3):
+            param.grad = param.detach() * 0.5
+            opt.step()
+        ends.append((param.values() if param.is_nested else param.to_dense()).detach())
+    assert_same(*ends)
+    assert not torch.equal(ends[0], values)

@@ -97,7 +97,8 @@ def test_gradients_and_buffers_replaced_while_another_thread_steps():
 
     def replace():
         for _ in range(40):
-            # Not to None: torch lets go of the GIL while .grad still names the tensor that it is destroying.
+            # Not to None: torch lets go of the GIL while .grad still names the tensor that it is destroying, so that
+            # merely reading p.grad in another thread crashes, with no optimizer at all.
             param.grad = torch.full(param.shape, 0.25)
             opt.state[param]["momentum_buffer"] = torch.zeros(param.shape)
 

@@ -11,9 +11,23 @@
 namespace momentum_ext::binding {
 namespace {
 
-enum Key { kParams, kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kNumKeys };
-constexpr const char* kNames[kNumKeys] = {"params",       "lr",       "momentum", "dampening",
-                                          "weight_decay", "nesterov", "maximize"};
+enum Key {
+  kParams,
+  kLr,
+  kMomentum,
+  kDampening,
+  kWeightDecay,
+  kNesterov,
+  kMaximize,
+  kDecoupledWeightDecay,
+  kFormulation,
+  kTrainMode,
+  kNumKeys
+};
+constexpr const char* kNames[kNumKeys] = {
+    "params",       "lr",        "momentum", "dampening",
+    "weight_decay", "nesterov",  "maximize", "decoupled_weight_decay",
+    "formulation",  "train_mode"};
 
 PyObject* interned(Key key) {
   static PyObject* const* const strings = [] {
@@ -28,10 +42,16 @@ std::string where(size_t group, Key key) {
   return "param_groups[" + std::to_string(group) + "]['" + kNames[key] + "']";
 }
 
-PyObject* get(PyObject* group, size_t index, Key key) {
+// nullptr when the key is missing.
+PyObject* find(PyObject* group, Key key) {
   PyObject* value = PyDict_GetItemWithError(group, interned(key));
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+PyObject* get(PyObject* group, size_t index, Key key) {
+  PyObject* value = find(group, key);
   if (value == nullptr) {
-    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     throw py::key_error(where(index, key) + " is missing; every group needs it");
   }
   return value;
@@ -43,12 +63,10 @@ PyObject* get(PyObject* group, size_t index, Key key) {
 std::optional<double> as_number(PyObject* value, bool may_be_tensor, bool any_shape) {
   if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
   if (PyLong_CheckExact(value)) {
-    const double number = PyLong_AsDouble(value);
-    if (number == -1.0 && PyErr_Occurred() != nullptr) {  // too large for a double
-      PyErr_Clear();
-      return std::nullopt;
-    }
-    return number;
+    int overflow = 0;
+    const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow != 0) return std::nullopt;  // torch has no number for it either, and says so
+    return static_cast<double>(number);
   }
   if (!may_be_tensor || !THPVariable_Check(value)) return std::nullopt;
   const at::Tensor& tensor = THPVariable_Unpack(value);
@@ -64,8 +82,15 @@ bool as_bool(PyObject* value) {
   return truth != 0;
 }
 
-bool is_immutable_number(PyObject* value) {
-  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value);
+// False when the key is missing.
+bool find_bool(PyObject* group, Key key) {
+  PyObject* const value = find(group, key);
+  return value != nullptr && as_bool(value);
+}
+
+bool is_immutable(PyObject* value) {
+  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
+         PyUnicode_CheckExact(value);
 }
 
 // Which of ours a dict's key is; kNumKeys when it is none. Keys of a loaded state_dict need not be
@@ -83,22 +108,37 @@ Key identify(PyObject* key) {
 
 }  // namespace
 
-PyObject* GroupReader::read(PyObject* group, size_t index, double inv_grad_scale,
-                            Hyperparams& hyperparams) {
-  PyObject* params = immutable_ ? compare(group) : nullptr;
-  const bool unchanged = params != nullptr;
-  if (!unchanged) params = parse(group, index, hyperparams);
-  if (!unchanged || inv_grad_scale != inv_grad_scale_) {
-    inv_grad_scale_ = inv_grad_scale;
-    hyperparams.f64.grad_coef = maximize_ ? -inv_grad_scale : inv_grad_scale;
-    round_to_float(hyperparams);
+// Groups that torch.optim.SGD has made have no such key.
+Formulation read_formulation(PyObject* group, size_t index) {
+  PyObject* const value = find(group, kFormulation);
+  if (value == nullptr) return Formulation::kTorch;
+  const char* const name = PyUnicode_Check(value) ? PyUnicode_AsUTF8(value) : nullptr;
+  PyErr_Clear();  // of a string that has no UTF-8
+  const std::optional<Formulation> found = name == nullptr ? std::nullopt : formulation_named(name);
+  if (!found.has_value()) {
+    throw py::value_error(where(index, kFormulation) +
+                          ": expected 'torch', 'classical' or 'ema', got " +
+                          std::string(py::repr(value)));
   }
-  return params;
+  return *found;
 }
 
-// The "params" of a dict whose keys and numbers are those that were read last; nullptr when
-// anything differs.
-PyObject* GroupReader::compare(PyObject* group) const {
+double read_lr(PyObject* group, size_t index) {
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(get(group, index, kLr)));
+  if (!number) throw py::error_already_set();
+  return PyFloat_AS_DOUBLE(number.ptr());
+}
+
+void GroupReader::scale(double inv_grad_scale, Hyperparams& hyperparams) {
+  if (scaled_ && inv_grad_scale == inv_grad_scale_) return;
+  scaled_ = true;
+  inv_grad_scale_ = inv_grad_scale;
+  hyperparams.f64.grad_coef = maximize_ ? -inv_grad_scale : inv_grad_scale;
+  round_to_float(hyperparams);
+}
+
+PyObject* GroupReader::compare(PyObject* group) const noexcept {
+  if (!immutable_) return nullptr;
   PyObject* params = nullptr;
   PyObject* key;
   PyObject* value;
@@ -119,6 +159,7 @@ PyObject* GroupReader::compare(PyObject* group) const {
 PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperparams) {
   PyObject* const params = get(group, index, kParams);
   immutable_ = false;
+  scaled_ = false;
   needs_torch_ = false;
   const auto number = [&](Key key, bool may_be_tensor, bool any_shape) {
     const std::optional<double> found = as_number(get(group, index, key), may_be_tensor, any_shape);
@@ -129,18 +170,29 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
   const double momentum = number(kMomentum, false, false);
   const double dampening = number(kDampening, false, false);
   const double weight_decay = number(kWeightDecay, true, false);
+  formulation_ = read_formulation(group, index);
+  if (formulation_ != Formulation::kTorch && dampening != 0 && !needs_torch_) {
+    throw py::value_error(where(index, kDampening) + ": formulation '" + to_string(formulation_) +
+                          "' has no dampening, got " + std::to_string(dampening) +
+                          "; set it to 0 or use formulation 'torch'");
+  }
+  PyObject* const train_mode = find(group, kTrainMode);
+  in_train_mode_ = train_mode == nullptr || as_bool(train_mode);
   Hyperparams h;
   h.nesterov = as_bool(get(group, index, kNesterov));
   maximize_ = as_bool(get(group, index, kMaximize));
   h.has_momentum = momentum != 0;
-  h.weight_decay = weight_decay != 0 ? WeightDecay::kL2 : WeightDecay::kNone;
-  h.f64 = {/*grad_coef=*/1.0,
-           weight_decay,
-           momentum,
-           /*alpha=*/1 - dampening,
-           /*first_alpha=*/1.0,
-           /*nesterov_alpha=*/1.0,
-           /*step=*/lr};
+  h.f64.momentum = momentum;
+  choose_coefficients(formulation_, lr, dampening, h.f64);
+  h.f64.weight_decay = weight_decay;
+  if (weight_decay == 0) {
+    h.weight_decay = WeightDecay::kNone;
+  } else if (find_bool(group, kDecoupledWeightDecay)) {
+    h.weight_decay = WeightDecay::kDecoupled;
+    h.f64.weight_decay = 1 - lr * weight_decay;
+  } else {
+    h.weight_decay = WeightDecay::kL2;
+  }
   hyperparams = h;
 
   items_.clear();
@@ -153,7 +205,7 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
     Item item{py::reinterpret_borrow<py::object>(key), py::object(), which == kParams};
     if (which != kParams && which != kNumKeys) {
       item.value = py::reinterpret_borrow<py::object>(value);
-      immutable_ = immutable_ && is_immutable_number(value);
+      immutable_ = immutable_ && is_immutable(value);
     }
     items_.push_back(std::move(item));
   }

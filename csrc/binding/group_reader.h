@@ -7,20 +7,41 @@
 #include <vector>
 
 #include "../hyperparams.h"
+#include "formulation.h"
 
 namespace momentum_ext::binding {
 
 namespace py = pybind11;
 
+// A group's formulation; groups that torch.optim.SGD has made have none, which is torch's.
+Formulation read_formulation(PyObject* group, size_t index);
+
+// A group's lr, of whatever kind it is.
+double read_lr(PyObject* group, size_t index);
+
 class GroupReader {
  public:
-  // Brings `hyperparams`, which must be what the last call left there, up to date with the dict;
-  // returns the dict's "params", borrowed. `index` names the group in errors.
-  PyObject* read(PyObject* group, size_t index, double inv_grad_scale, Hyperparams& hyperparams);
+  // The "params", borrowed, of a dict whose keys and numbers are those that were read last; nullptr
+  // when anything differs. Only reads, so that several threads can compare while one of them holds
+  // the GIL for all.
+  PyObject* compare(PyObject* group) const noexcept;
+
+  // Reads everything anew; returns the dict's "params", borrowed. `index` names the group in
+  // errors.
+  PyObject* parse(PyObject* group, size_t index, Hyperparams& hyperparams);
+
+  // Brings the coefficients up to date with what was parsed.
+  void scale(double inv_grad_scale, Hyperparams& hyperparams);
 
   // True when a hyperparameter is of a kind that only torch can read, such as an lr that requires
   // grad.
   bool needs_torch() const { return needs_torch_; }
+
+  // False while optimizer.eval() holds the parameters elsewhere.
+  bool in_train_mode() const { return in_train_mode_; }
+
+  // How the group wants its momentum written.
+  Formulation formulation() const { return formulation_; }
 
  private:
   // One item of the dict as it was last read. The value of a hyperparameter is kept alive: as long
@@ -31,12 +52,12 @@ class GroupReader {
     bool is_params;
   };
 
-  PyObject* compare(PyObject* group) const;
-  PyObject* parse(PyObject* group, size_t index, Hyperparams& hyperparams);
-
   std::vector<Item> items_;
   bool immutable_ = false;  // all values are numbers; a tensor's value may change in place
   bool needs_torch_ = false;
+  bool in_train_mode_ = true;
+  Formulation formulation_ = Formulation::kTorch;
+  bool scaled_ = false;  // the coefficients are those of inv_grad_scale_
   double inv_grad_scale_ = 1.0;
   bool maximize_ = false;
 };

@@ -5,62 +5,31 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <unordered_map>
 
 #include "../momentum.h"
+#include "step_plan_turn.h"
 
 namespace momentum_ext::binding {
 namespace {
 
 // Fewer tensors than this for each thread are looked at faster than another thread wakes up.
 constexpr int64_t kSlotsPerThread = 96;
+constexpr int64_t kGroupsPerThread = 96;
 
 // From this many elements on the GIL is released while the kernel runs. Fewer take a small part of
 // the interpreter's own switch interval of 5 ms, and releasing means holding references to all
 // tensors.
 constexpr int64_t kElementsToReleaseGil = 1 << 21;
 
-class GilReleased {
- public:
-  explicit GilReleased(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
-  ~GilReleased() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
-  }
-  GilReleased(const GilReleased&) = delete;
-  GilReleased& operator=(const GilReleased&) = delete;
-
- private:
-  PyThreadState* state_;
-};
+void check_is_list(PyObject* params, size_t group) {
+  if (PyList_Check(params) || PyTuple_Check(params)) return;
+  throw py::type_error("param_groups[" + std::to_string(group) +
+                       "]['params']: expected a list of tensors, got " + Py_TYPE(params)->tp_name);
+}
 
 int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 }  // namespace
-
-// One thread at a time works on a plan. A second one waits, without the GIL; Python code that is
-// called from inside a step and steps the same optimizer again gets an error instead of a deadlock.
-class StepPlan::Turn {
- public:
-  explicit Turn(StepPlan& plan) : plan_(plan) {
-    if (plan.owner_.load() == std::this_thread::get_id()) {
-      throw std::runtime_error("step() was called from inside a step() of the same optimizer");
-    }
-    if (!plan.mutex_.try_lock()) {
-      const GilReleased released(true);
-      plan.mutex_.lock();
-    }
-    plan.owner_ = std::this_thread::get_id();
-  }
-  ~Turn() {
-    plan_.owner_ = std::thread::id();
-    plan_.mutex_.unlock();
-  }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  StepPlan& plan_;
-};
 
 // ---- the two halves of a step -------------------------------------------------------------------
 
@@ -111,6 +80,7 @@ void StepPlan::clear_step() {
   is_prepared_ = false;
   state_ = py::object();
   new_buffers_.clear();
+  conversions_.clear();
   resolved_grads_.clear();
   for_torch_.clear();
   kept_alive_.clear();
@@ -122,6 +92,13 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
   state_ = state;
   all_for_torch_ = all_for_torch;
   const bool same_groups = read_groups(param_groups, inv_grad_scale);
+  for (const GroupReader& reader : readers_) {
+    if (!reader.in_train_mode()) {
+      throw std::runtime_error(
+          "step(): the parameters are where optimizer.eval() has moved them, not where the "
+          "gradients belong; call optimizer.train() before the backward pass");
+    }
+  }
   if (!same_groups || !read_state(state_.ptr())) rebuild(state_.ptr());
   check_slots();
   bool any_shared_grad = false;
@@ -139,6 +116,7 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
 void StepPlan::update() {
   if (!new_buffers_.empty()) keep_alive();  // inserting calls Python code
   insert_new_buffers();
+  convert_prepared();
   const int threads = max_threads();
   const auto num_slots = static_cast<int64_t>(slots_.size());
   cpu::parallel_for(num_slots, kSlotsPerThread, threads,
@@ -224,35 +202,48 @@ void StepPlan::keep_alive() {
 // Reads hyperparameters and parameter lists; false when the lists are not those of the plan.
 bool StepPlan::read_groups(const py::list& param_groups, double inv_grad_scale) {
   const size_t num_groups = param_groups.size();
-  bool same = readers_.size() == num_groups && first_slot_.size() == num_groups + 1;
   if (readers_.size() != num_groups) {
     readers_.clear();
     readers_.resize(num_groups);
     hyperparams_.resize(num_groups);
   }
-  params_.clear();
+  // Most groups are as they were, which several threads can see; what has changed is read in order.
+  groups_.resize(num_groups);
+  params_.resize(num_groups);
+  cpu::parallel_for(static_cast<int64_t>(num_groups), kGroupsPerThread, max_threads(),
+                    [&](int64_t begin, int64_t end) {
+                      for (int64_t g = begin; g < end; ++g) {
+                        groups_[g] = PyList_GET_ITEM(param_groups.ptr(), g);
+                        params_[g] =
+                            PyDict_Check(groups_[g]) ? readers_[g].compare(groups_[g]) : nullptr;
+                      }
+                    });
+  bool same = first_slot_.size() == num_groups + 1;
   for (size_t g = 0; g < num_groups; ++g) {
-    PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
-    if (!PyDict_Check(group)) {
-      throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
-                           Py_TYPE(group)->tp_name);
-    }
-    PyObject* const params = readers_[g].read(group, g, inv_grad_scale, hyperparams_[g]);
-    if (!PyList_Check(params) && !PyTuple_Check(params)) {
-      throw py::type_error("param_groups[" + std::to_string(g) +
-                           "]['params']: expected a list of tensors, got " +
-                           Py_TYPE(params)->tp_name);
-    }
-    params_.push_back(params);
-    if (!same) continue;
-    const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(params));
-    PyObject** const items = PySequence_Fast_ITEMS(params);
-    same = count == first_slot_[g + 1] - first_slot_[g];
-    for (size_t i = 0; same && i < count; ++i) {
-      same = items[i] == slots_[first_slot_[g] + i].param_object;
-    }
+    if (params_[g] == nullptr) params_[g] = parse_group(g);
+    check_is_list(params_[g], g);
+    readers_[g].scale(inv_grad_scale, hyperparams_[g]);
+    same = same && is_same_list(g);
   }
   return same;
+}
+
+PyObject* StepPlan::parse_group(size_t g) {
+  PyObject* const group = groups_[g];
+  if (!PyDict_Check(group)) {
+    throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
+                         Py_TYPE(group)->tp_name);
+  }
+  return readers_[g].parse(group, g, hyperparams_[g]);
+}
+
+// True when a group's list has the plan's parameters.
+bool StepPlan::is_same_list(size_t g) const {
+  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(params_[g]));
+  return count == first_slot_[g + 1] - first_slot_[g] &&
+         std::equal(param_objects_.begin() + static_cast<ptrdiff_t>(first_slot_[g]),
+                    param_objects_.begin() + static_cast<ptrdiff_t>(first_slot_[g + 1]),
+                    PySequence_Fast_ITEMS(params_[g]));
 }
 
 // Finds each parameter's state dict; false when the state's keys are not those of the plan, in the
@@ -272,7 +263,11 @@ bool StepPlan::read_state(PyObject* state) {
 }
 
 void StepPlan::rebuild(PyObject* state) {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    formulations_[param_objects_[i]] = slots_[i].formulation;
+  }
   slots_.clear();
+  param_objects_.clear();
   first_slot_.assign(1, 0);
   repeated_.clear();
   ranges_changed_ = true;
@@ -280,16 +275,20 @@ void StepPlan::rebuild(PyObject* state) {
   for (size_t g = 0; g < params_.size(); ++g) {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(params_[g]);
     for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* const param = PySequence_Fast_GET_ITEM(params_[g], i);
       Slot slot;
-      slot.param_object = PySequence_Fast_GET_ITEM(params_[g], i);
       slot.group = static_cast<uint32_t>(g);
       slot.index = static_cast<uint32_t>(i);
-      const auto [first, is_new] = slot_of.try_emplace(slot.param_object, slots_.size());
+      const auto known = formulations_.find(param);
+      slot.formulation = known != formulations_.end() ? known->second : readers_[g].formulation();
+      const auto [first, is_new] = slot_of.try_emplace(param, slots_.size());
       if (!is_new) repeated_.emplace_back(slots_.size(), first->second);
       slots_.push_back(std::move(slot));
+      param_objects_.push_back(param);
     }
     first_slot_.push_back(slots_.size());
   }
+  formulations_.clear();
   status_.assign(slots_.size(), Status::kNeedsCare);
   tensors_.assign(slots_.size(), {});
   entries_.assign(slots_.size(), {});
@@ -317,10 +316,12 @@ void StepPlan::check_slots() {
                                      first_slot_.begin() - 1);
         for (; i < static_cast<size_t>(end); ++g) {
           const bool has_momentum = hyperparams_[g].has_momentum;
+          const Formulation formulation = readers_[g].formulation();
           const bool needs_torch = all_for_torch_ || readers_[g].needs_torch();
           const size_t stop = std::min(first_slot_[g + 1], static_cast<size_t>(end));
           for (; i < stop; ++i) {
-            status_[i] = needs_torch ? Status::kNeedsCare : check_slot(i, has_momentum);
+            status_[i] =
+                needs_torch ? Status::kNeedsCare : check_slot(i, has_momentum, formulation);
           }
         }
       });

@@ -20,6 +20,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -38,6 +39,15 @@ class StepPlan {
                   bool all_for_torch);
   void run();
   void discard();
+
+  // Momentum buffers are in the formulation that their group named when they were last used. When a
+  // group names another one, they are converted at the group's lr: in the next step, before torch's
+  // path by convert_prepared(), or at once by convert().
+  void convert(const py::list& param_groups, const py::dict& state);
+  void convert_prepared();
+
+  // Takes the buffers to be in the formulation that their group names now.
+  void adopt_formulations(const py::list& param_groups);
 
  private:
   class Turn;
@@ -67,9 +77,7 @@ class StepPlan {
 
   // One position in one parameter list, with what was true of its tensors when its path was chosen.
   struct Slot {
-    PyObject* param_object = nullptr;
-    PyObject* state_dict =
-        nullptr;  // opt.state[p], borrowed, read in each step; nullptr when there is none
+    PyObject* state_dict = nullptr;  // opt.state[p], borrowed, read in each step; nullptr: none
     void* param_data = nullptr;
     void* buffer_data = nullptr;
     int64_t numel = 0;
@@ -77,6 +85,7 @@ class StepPlan {
     uint32_t group = 0;
     uint32_t index = 0;  // in the group's list
     Path path = Path::kUnknown;
+    Formulation formulation{};  // of the buffer
     bool has_buffer = false;
     caffe2::TypeMeta param_dtype;
     caffe2::TypeMeta grad_dtype;
@@ -97,13 +106,23 @@ class StepPlan {
     py::object replaced;    // what the state had in its place; null: nothing
   };
 
+  // A momentum buffer in another formulation than its group's.
+  struct Conversion {
+    at::Tensor buffer;  // undefined: a slot before this one has it too
+    double lr;
+    size_t slot;
+  };
+
   bool read_groups(const py::list& param_groups, double inv_grad_scale);
+  PyObject* parse_group(size_t g);
+  bool is_same_list(size_t g) const;
   bool read_state(PyObject* state);
   void rebuild(PyObject* state);
   void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
                bool all_for_torch);
   void check_slots();
-  Status check_slot(size_t i, bool has_momentum) noexcept;
+  Status check_slot(size_t i, bool has_momentum, Formulation formulation) noexcept;
+  void plan_conversion(size_t i);
   void prepare_slot(size_t i);
   const at::Tensor* find_buffer(const Slot& slot) const;
   bool is_unchanged(const Slot& slot, const c10::TensorImpl& param, const c10::TensorImpl& grad,
@@ -132,11 +151,13 @@ class StepPlan {
   std::vector<GroupReader> readers_;
   std::vector<Hyperparams> hyperparams_;  // one for each reader
   std::vector<Slot> slots_;
-  std::vector<size_t> first_slot_;  // of each group, and the end
+  std::vector<PyObject*> param_objects_;  // of each slot; only compared
+  std::vector<size_t> first_slot_;        // of each group, and the end
   std::vector<std::pair<PyObject*, ptrdiff_t>>
       state_keys_;  // the state's keys in order; their slot, or -1
   std::vector<std::pair<size_t, size_t>>
       repeated_;  // a slot, and the earlier one of the same parameter
+  std::unordered_map<PyObject*, Formulation> formulations_;  // of parameters, for the next rebuild
   // The memory of all parameters and buffers, by address; where two of them meet, order matters.
   struct Range {
     ByteRange bytes;
@@ -158,12 +179,14 @@ class StepPlan {
   std::vector<Tensors> tensors_;
   std::vector<TensorEntry> entries_;
   std::vector<int64_t> first_element_;
-  std::vector<PyObject*> params_;  // the groups' lists, borrowed
+  std::vector<PyObject*> groups_;  // the dicts, borrowed
+  std::vector<PyObject*> params_;  // and their lists, borrowed
   py::object state_;               // opt.state
   bool all_for_torch_ = false;
   bool is_prepared_ = false;
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
   std::vector<NewBuffer> new_buffers_;
+  std::vector<Conversion> conversions_;
   std::vector<at::Tensor> resolved_grads_;
   std::vector<size_t> for_torch_;
   std::vector<std::pair<c10::intrusive_ptr<c10::TensorImpl>, c10::Storage>> kept_alive_;

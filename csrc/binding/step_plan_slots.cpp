@@ -23,10 +23,12 @@ std::string to_string(const T& value) {
 
 // Runs on other threads too, while the calling thread holds the GIL: calls nothing of Python's but
 // PyDict_Next, which only reads.
-StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum) noexcept {
+StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
+                                      Formulation formulation) noexcept {
   Slot& slot = slots_[i];
-  if (!THPVariable_CheckTypeExact(Py_TYPE(slot.param_object))) return Status::kNeedsCare;
-  const c10::TensorImpl& param = *THPVariable_Unpack(slot.param_object).unsafeGetTensorImpl();
+  if (slot.formulation != formulation) return Status::kNeedsCare;
+  if (!THPVariable_CheckTypeExact(Py_TYPE(param_objects_[i]))) return Status::kNeedsCare;
+  const c10::TensorImpl& param = *THPVariable_Unpack(param_objects_[i]).unsafeGetTensorImpl();
   const at::Tensor& grad_tensor = grad_of(param);
   if (!grad_tensor.defined()) {
     tensors_[i] = {};
@@ -55,8 +57,8 @@ StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum) noexcept {
                                ? is_unchanged_layout(slot, param, grad, buffer)
                                : false;
     if (!unchanged) return Status::kNeedsCare;
-  } catch (...) {  // a lazily copied tensor may fail to get memory: on the calling thread it can be
-                   // raised
+  } catch (
+      ...) {  // torch may refuse to tell a tensor's sizes or memory: the calling thread can raise
     return Status::kNeedsCare;
   }
   tensors_[i] = {const_cast<c10::TensorImpl*>(&param), const_cast<c10::TensorImpl*>(&grad),
@@ -74,11 +76,12 @@ void StepPlan::prepare_slot(size_t i) {
   slot.path = Path::kUnknown;  // whatever happens below, the next step examines it again
   tensors_[i] = {};
   entries_[i] = {};
-  if (!THPVariable_Check(slot.param_object)) {
+  if (!THPVariable_Check(param_objects_[i])) {
     throw py::type_error(name_of(slot) + ": expected a tensor, got " +
-                         Py_TYPE(slot.param_object)->tp_name);
+                         Py_TYPE(param_objects_[i])->tp_name);
   }
-  const at::Tensor& param = THPVariable_Unpack(slot.param_object);
+  plan_conversion(i);
+  const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
   const at::Tensor& grad_field = param.unsafeGetTensorImpl()->grad();
   if (!grad_field.defined()) return;
   // Torch negates and conjugates lazily, by a bit; the kernels need the values. A rare case, and
@@ -99,7 +102,7 @@ void StepPlan::prepare_slot(size_t i) {
       return py::reinterpret_borrow<py::object>(borrowed);
     };
     new_buffers_.push_back({at::empty_like(param, {}, at::MemoryFormat::Preserve),
-                            object(slot.param_object), object(slot.state_dict), py::object()});
+                            object(param_objects_[i]), object(slot.state_dict), py::object()});
     buffer = &new_buffers_.back().tensor;
     examine(slot, param, grad, *buffer);
     if (slot.path == Path::kTorch) new_buffers_.pop_back();  // torch makes its own
@@ -232,6 +235,13 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
                                "; " + remedy);
     }
   };
+  // Nested tensors have no sizes to ask for; what is wrong with one, torch will say.
+  const bool all_have_sizes =
+      !param.is_nested() && !grad.is_nested() && !(buffer.defined() && buffer.is_nested());
+  if (!all_have_sizes) {
+    slot.path = Path::kTorch;
+    return;
+  }
   check_written(param, name_of(slot));
   check_sizes(grad, "gradient of " + name_of(slot), "set it to None or recompute it");
   if (buffer.defined()) {

@@ -7,13 +7,20 @@
 
 namespace momentum_ext::cpu {
 
+// Each works on elements [begin, end) of the table's concatenated range.
 using RunFn = void (*)(const TensorTable& table, int64_t begin, int64_t end);
 
+struct Loops {
+  RunFn step;
+  RunFn to_iterate;
+  RunFn to_lookahead;
+};
+
 // nullptr where the build's target cannot have this instruction set.
-extern const RunFn kRunAvx512;
-extern const RunFn kRunAvx2;
-extern const RunFn kRunNeon;
-extern const RunFn kRunBaseline;
+extern const Loops* const kAvx512;
+extern const Loops* const kAvx2;
+extern const Loops* const kNeon;
+extern const Loops* const kBaseline;
 
 }  // namespace momentum_ext::cpu
 

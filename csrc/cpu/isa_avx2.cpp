@@ -21,7 +21,7 @@ using FmaPolicy = FusedMultiplyAdd;
 }  // namespace
 }  // namespace avx2
 
-const RunFn kRunAvx2 = avx2::run;
+const Loops* const kAvx2 = &avx2::kLoops;
 }  // namespace momentum_ext::cpu
 
 #if defined(__clang__)
@@ -31,5 +31,5 @@ const RunFn kRunAvx2 = avx2::run;
 #endif
 
 #else
-const momentum_ext::cpu::RunFn momentum_ext::cpu::kRunAvx2 = nullptr;
+const momentum_ext::cpu::Loops* const momentum_ext::cpu::kAvx2 = nullptr;
 #endif

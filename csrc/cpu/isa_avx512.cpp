@@ -23,7 +23,7 @@ using FmaPolicy = FusedMultiplyAdd;
 }  // namespace
 }  // namespace avx512
 
-const RunFn kRunAvx512 = avx512::run;
+const Loops* const kAvx512 = &avx512::kLoops;
 }  // namespace momentum_ext::cpu
 
 #if defined(__clang__)
@@ -33,5 +33,5 @@ const RunFn kRunAvx512 = avx512::run;
 #endif
 
 #else
-const momentum_ext::cpu::RunFn momentum_ext::cpu::kRunAvx512 = nullptr;
+const momentum_ext::cpu::Loops* const momentum_ext::cpu::kAvx512 = nullptr;
 #endif

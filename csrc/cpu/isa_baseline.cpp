@@ -20,9 +20,9 @@ void float_to_half(const float* tile, int64_t n, Float16* target) {
 }  // namespace
 }  // namespace baseline
 
-const RunFn kRunBaseline = baseline::run;
+const Loops* const kBaseline = &baseline::kLoops;
 }  // namespace momentum_ext::cpu
 
 #else
-const momentum_ext::cpu::RunFn momentum_ext::cpu::kRunBaseline = nullptr;
+const momentum_ext::cpu::Loops* const momentum_ext::cpu::kBaseline = nullptr;
 #endif

@@ -30,9 +30,9 @@ void float_to_half(const float* tile, int64_t n, Float16* target) {
 }  // namespace
 }  // namespace neon
 
-const RunFn kRunNeon = neon::run;
+const Loops* const kNeon = &neon::kLoops;
 }  // namespace momentum_ext::cpu
 
 #else
-const momentum_ext::cpu::RunFn momentum_ext::cpu::kRunNeon = nullptr;
+const momentum_ext::cpu::Loops* const momentum_ext::cpu::kNeon = nullptr;
 #endif

@@ -250,10 +250,12 @@ void update_tensor(const TensorEntry& entry, int64_t begin, int64_t end, const H
 // has two writers.
 constexpr int64_t kSplitAlignment = 64;
 
-// Updates elements [begin, end) of the table's concatenated range, with both ends moved down to a
-// multiple of kSplitAlignment inside the tensor they fall into; neighbouring ranges therefore still
-// cover everything once.
-void run(const TensorTable& table, int64_t begin, int64_t end) {
+// Calls update(entry, first element, past the last, its group) for what lies in elements
+// [begin, end) of the table's concatenated range, with both ends moved down to a multiple of
+// kSplitAlignment inside the tensor they fall into; neighbouring ranges therefore still cover
+// everything once.
+template <typename Update>
+void for_each_part(const TensorTable& table, int64_t begin, int64_t end, const Update& update) {
   if (begin >= end) return;
   const int64_t first = locate_entry(table, begin);
   for (int64_t i = first; i < table.num_entries && table.first_element[i] < end; ++i) {
@@ -263,12 +265,89 @@ void run(const TensorTable& table, int64_t begin, int64_t end) {
     const int64_t first_index = from <= 0 ? 0 : from / kSplitAlignment * kSplitAlignment;
     const int64_t last_index =
         to >= entry.numel ? entry.numel : to / kSplitAlignment * kSplitAlignment;
-    if (first_index >= last_index) continue;
-    const Hyperparams& h = table.groups[entry.group];
-    if (h.weight_decay == WeightDecay::kNone) {
-      update_tensor<WeightDecay::kNone>(entry, first_index, last_index, h);
-    } else {
-      update_tensor<WeightDecay::kL2>(entry, first_index, last_index, h);
-    }
+    if (first_index < last_index) update(entry, first_index, last_index, table.groups[entry.group]);
   }
 }
+
+void run_step(const TensorTable& table, int64_t begin, int64_t end) {
+  for_each_part(table, begin, end,
+                [](const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams& h) {
+                  switch (h.weight_decay) {
+                    case WeightDecay::kNone:
+                      return update_tensor<WeightDecay::kNone>(entry, from, to, h);
+                    case WeightDecay::kL2:
+                      return update_tensor<WeightDecay::kL2>(entry, from, to, h);
+                    case WeightDecay::kDecoupled:
+                      return update_tensor<WeightDecay::kDecoupled>(entry, from, to, h);
+                  }
+                });
+}
+
+// ---- between Nesterov's two points --------------------------------------------------------------
+
+// The entry's grad is a tensor that keeps the look-ahead point while the parameter is the iterate;
+// the group's momentum is the distance.
+template <typename opmath_t, bool kBack>
+void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams& h) {
+  alignas(64) opmath_t param[kTile];
+  alignas(64) opmath_t lookahead[kTile];
+  alignas(64) opmath_t buffer[kTile];
+  alignas(64) opmath_t iterate[kTile];
+  alignas(64) char rounded[kTile * sizeof(double)];
+  int64_t offsets[3][kTile];
+  const bool strided = entry.layout != nullptr;
+  const StridedLayout no_layout = {nullptr, 0};
+  TileWalker walker(strided ? *entry.layout : no_layout, begin);
+  const opmath_t distance = coefficients<opmath_t>(h).momentum;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t n = end - at < kTile ? end - at : kTile;
+    if (strided) walker.next_tile(n, offsets[0], offsets[1], offsets[2]);
+    const auto tile_base = [&](const void* tensor, Dtype dtype) {
+      return static_cast<char*>(const_cast<void*>(tensor)) + (strided ? 0 : at * itemsize(dtype));
+    };
+    char* const p = tile_base(entry.param, entry.param_dtype);
+    char* const y = tile_base(entry.grad, entry.grad_dtype);
+    const int64_t* const p_offsets = strided ? offsets[0] : nullptr;
+    const int64_t* const y_offsets = strided ? offsets[1] : nullptr;
+    gather(entry.param_dtype, p, p_offsets, n, param);
+    gather(entry.buffer_dtype, tile_base(entry.momentum_buffer, entry.buffer_dtype),
+           strided ? offsets[2] : nullptr, n, buffer);
+    if constexpr (kBack) {
+      gather(entry.grad_dtype, y, y_offsets, n, lookahead);
+      for (int64_t i = 0; i < n; ++i) {
+        iterate[i] = iterate_of<FmaPolicy>(distance, lookahead[i], buffer[i]);
+      }
+      scatter(entry.param_dtype, iterate, nullptr, n, rounded);
+      gather(entry.param_dtype, rounded, nullptr, n, iterate);
+      // Where the parameter is still what it was moved to, back to the very bits that it came from;
+      // what was changed in between moves by the same distance.
+      for (int64_t i = 0; i < n; ++i) {
+        const bool untouched =
+            iterate[i] == param[i] || (iterate[i] != iterate[i] && param[i] != param[i]);
+        param[i] =
+            untouched ? lookahead[i] : lookahead_of<FmaPolicy>(distance, param[i], buffer[i]);
+      }
+    } else {
+      scatter(entry.grad_dtype, param, y_offsets, n, y);
+      for (int64_t i = 0; i < n; ++i) {
+        param[i] = iterate_of<FmaPolicy>(distance, param[i], buffer[i]);
+      }
+    }
+    scatter(entry.param_dtype, param, p_offsets, n, p);
+  }
+}
+
+template <bool kBack>
+void run_move(const TensorTable& table, int64_t begin, int64_t end) {
+  for_each_part(
+      table, begin, end,
+      [](const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams& h) {
+        if (entry.param_dtype == Dtype::kFloat64 || entry.buffer_dtype == Dtype::kFloat64) {
+          move_tiled<double, kBack>(entry, from, to, h);
+        } else {
+          move_tiled<float, kBack>(entry, from, to, h);
+        }
+      });
+}
+
+constexpr Loops kLoops = {run_step, run_move<false>, run_move<true>};

@@ -19,7 +19,7 @@ constexpr int64_t kElementsPerThread = 32768;
 
 struct Implementation {
   const char* name;
-  RunFn run;
+  const Loops* loops;
 };
 
 #if defined(__x86_64__)
@@ -51,10 +51,10 @@ bool has_avx512() {
 const std::vector<Implementation>& implementations() {
   static const std::vector<Implementation> list = [] {
     std::vector<Implementation> usable;
-    if (kRunAvx512 != nullptr && has_avx512()) usable.push_back({"avx512", kRunAvx512});
-    if (kRunAvx2 != nullptr && has_avx2()) usable.push_back({"avx2", kRunAvx2});
-    if (kRunNeon != nullptr) usable.push_back({"neon", kRunNeon});
-    if (kRunBaseline != nullptr) usable.push_back({"baseline", kRunBaseline});
+    if (kAvx512 != nullptr && has_avx512()) usable.push_back({"avx512", kAvx512});
+    if (kAvx2 != nullptr && has_avx2()) usable.push_back({"avx2", kAvx2});
+    if (kNeon != nullptr) usable.push_back({"neon", kNeon});
+    if (kBaseline != nullptr) usable.push_back({"baseline", kBaseline});
     return usable;
   }();
   return list;
@@ -100,12 +100,27 @@ void parallel_for(int64_t n, int64_t grain, int max_threads, const RangeBody& bo
               [&](int64_t i) { body(n * i / num_tasks, n * (i + 1) / num_tasks); });
 }
 
-void step(const TensorTable& table, int max_threads) {
-  const RunFn run = current().load(std::memory_order_relaxed)->run;
+namespace {
+
+void run_loop(RunFn run, const TensorTable& table, int max_threads) {
   const int64_t first = table.first_element[0];
   const int64_t numel = table.first_element[table.num_entries] - first;
   parallel_for(numel, kElementsPerThread, max_threads,
                [&](int64_t begin, int64_t end) { run(table, first + begin, first + end); });
+}
+
+const Loops& loops() { return *current().load(std::memory_order_relaxed)->loops; }
+
+}  // namespace
+
+void step(const TensorTable& table, int max_threads) { run_loop(loops().step, table, max_threads); }
+
+void move_to_iterate(const TensorTable& table, int max_threads) {
+  run_loop(loops().to_iterate, table, max_threads);
+}
+
+void move_to_lookahead(const TensorTable& table, int max_threads) {
+  run_loop(loops().to_lookahead, table, max_threads);
 }
 
 }  // namespace momentum_ext::cpu

@@ -340,10 +340,11 @@ void test_instruction_set(const std::string& isa) {
   }
 
   // Any division of the range among threads covers every element exactly once.
-  const cpu::RunFn run = isa == "avx512" ? cpu::kRunAvx512
-                         : isa == "avx2" ? cpu::kRunAvx2
-                         : isa == "neon" ? cpu::kRunNeon
-                                         : cpu::kRunBaseline;
+  const cpu::RunFn run = (isa == "avx512" ? cpu::kAvx512
+                          : isa == "avx2" ? cpu::kAvx2
+                          : isa == "neon" ? cpu::kNeon
+                                          : cpu::kBaseline)
+                             ->step;
   for (int trial = 0; trial < 50; ++trial) {
     std::vector<Case> cases;
     for (const int64_t numel : {130, 0, 64, 1, 500, 63}) {

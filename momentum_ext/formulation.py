@@ -1,0 +1,61 @@
+"""The ways in which the field writes momentum, outside the kernels: checks, checkpoints and torch's own path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+__all__ = ["FORMULATIONS", "check_group", "torch_step"]
+
+FORMULATIONS = ("torch", "classical", "ema")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse what no step could do, when a group is made.
+
+    Raises:
+        ValueError: for an unknown formulation, or dampening beside one that has none.
+    """
+    formulation = group["formulation"]
+    if formulation not in FORMULATIONS:
+        raise ValueError(f"Invalid formulation: {formulation!r}; expected 'torch', 'classical' or 'ema'")
+    if formulation != "torch" and group["dampening"] != 0:
+        raise ValueError(
+            f"dampening belongs to formulation 'torch', got dampening={group['dampening']} with {formulation!r}"
+        )
+
+
+def torch_step(group: dict[str, Any], param: Tensor, grad: Tensor, buffer: Tensor | None) -> Tensor | None:
+    """The group's update of one tensor by torch's functional sgd; returns the momentum buffer.
+
+    torch's rule is every formulation's, given another gradient and lr: with ``lr * grad`` and an lr of 1 it is the
+    classical form, with ``(1 - momentum) * grad`` the exponential moving average.
+    """
+    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+    formulation = group.get("formulation", "torch")
+    if weight_decay != 0 and group.get("decoupled_weight_decay", False):
+        param.mul_(1 - lr * weight_decay)
+        weight_decay = 0
+    if isinstance(weight_decay, Tensor) and weight_decay.requires_grad:
+        grad = grad.clone()  # torch would write into it
+    if formulation != "torch" and momentum != 0:
+        factor = lr if formulation == "classical" else 1 - momentum
+        grad, weight_decay = grad * factor, weight_decay * factor
+        lr = 1.0 if formulation == "classical" else lr
+    buffers = [buffer]
+    sgd(
+        [param],
+        [grad],
+        buffers,
+        foreach=False,
+        fused=False,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=group["dampening"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+    )
+    return buffers[0]

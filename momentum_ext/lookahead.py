@@ -1,0 +1,69 @@
+"""Nesterov's two points: where the gradient is taken, and where the textbook's iterate is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momentum_ext import _C
+
+__all__ = ["hold_iterate", "hold_lookahead"]
+
+# A group has these keys while the iterate is held, and only then; a parameter's state has LOOKAHEAD.
+TRAIN_MODE = "train_mode"
+DISTANCE = "lookahead_distance"
+LOOKAHEAD = "lookahead"
+
+
+def hold_iterate(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+    """Move parameters that are trained with Nesterov from the look-ahead point to the iterate.
+
+    ``param += distance * momentum_buffer`` with distance ``momentum * lr``, or ``momentum`` in the classical form,
+    whose buffer has the learning rate in it.
+    """
+    moves = []
+    for group in param_groups:
+        if not group.get(TRAIN_MODE, True):
+            continue
+        group_distance = _distance(group)
+        for param in group["params"] if group_distance != 0 else ():
+            buffer = state[param].get("momentum_buffer") if param in state else None
+            if buffer is not None:
+                moves.append((param, buffer, torch.empty_like(param).detach(), group_distance))
+    _move(moves, back=False)
+    for param, _, lookahead, _ in moves:
+        state[param][LOOKAHEAD] = lookahead
+    for group in param_groups:
+        if group.get(TRAIN_MODE, True):
+            group[TRAIN_MODE], group[DISTANCE] = False, _distance(group)
+
+
+def hold_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+    """Move them back: to the very bits that they had, except where they have been changed in between."""
+    moves = [
+        (param, state[param]["momentum_buffer"], state[param][LOOKAHEAD], group[DISTANCE])
+        for group in param_groups
+        for param in group["params"]
+        if param in state and LOOKAHEAD in state[param]
+    ]
+    _move(moves, back=True)
+    for param, *_ in moves:
+        state[param].pop(LOOKAHEAD, None)
+    for group in param_groups:
+        group.pop(TRAIN_MODE, None)
+        group.pop(DISTANCE, None)
+
+
+def _distance(group: dict[str, Any]) -> float:
+    """From the look-ahead point to the iterate, in momentum buffers."""
+    if not group["nesterov"]:
+        return 0.0
+    return float(group["momentum"]) * (1.0 if group["formulation"] == "classical" else float(group["lr"]))
+
+
+def _move(moves: list[tuple[Tensor, Tensor, Tensor, float]], back: bool) -> None:
+    once = {id(param): (param, *rest) for param, *rest in reversed(moves)}  # a parameter may be in two groups
+    params, buffers, lookaheads, distances = zip(*once.values()) if once else ([], [], [], [])
+    _C.move_lookahead(list(params), list(buffers), list(lookaheads), list(distances), back)
