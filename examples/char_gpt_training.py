@@ -26,25 +26,29 @@ VALIDATION_SEED = 1
 """Validation sees the same pieces of text in every run and at every step."""
 
 
+class OtherRun(ValueError):
+    """A checkpoint is that of other settings or another text; says what differs."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what a run computes; two runs with equal settings have equal bits."""
 
     formulation: str = "torch"
     nesterov: bool = False
-    lr: float = 0.5
+    lr: float = 0.3
     """Peak learning rate, in the units of torch.optim.SGD."""
     momentum: float = 0.9
-    steps: int = 1000
+    steps: int = 2000
     batch: int = 32
     context: int = 64
-    width: int = 128
+    width: int = 96
     heads: int = 4
-    layers: int = 3
+    layers: int = 2
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
     """Sums over several threads round differently from sums over one."""
-    validate_every: int = 50
+    validate_every: int = 100
     validation_batches: int = 8
 
     @property
@@ -155,7 +159,7 @@ class Run:
         """The run as the checkpoint holds it.
 
         Raises:
-            ValueError: where the checkpoint is that of other settings or another text, with what differs.
+            OtherRun: where the checkpoint is that of other settings or another text.
         """
         state: dict[str, Any] = torch.load(path, weights_only=True)
         wanted = {**asdict(settings), "text": corpus.fingerprint}
@@ -166,7 +170,7 @@ class Run:
             if found.get(key) != value
         ]
         if different:
-            raise ValueError(f"{path} is of another run ({'; '.join(different)}). Start over with --restart")
+            raise OtherRun(f"{path} is of another run ({'; '.join(different)}). Start over with --restart")
         run = cls.start(settings, corpus)
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])

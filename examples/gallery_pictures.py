@@ -99,7 +99,12 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> N
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     to_points = 72 / figure.dpi
     placed: list[tuple[float, Bbox]] = []
-    for x, y, text, color in sorted(labels, key=lambda label: (label[1], -label[0])):
+
+    def from_below(label: tuple[float, float, str, str]) -> tuple[float, float]:
+        at_x, at_y = axes.transData.transform(label[:2])
+        return round(at_y / 8), -at_x
+
+    for x, y, text, color in sorted(labels, key=from_below):
         at_x = axes.transData.transform((x, y))[0] * to_points
         label = axes.annotate(
             text, (x, y), xytext=(9, 0), va="center", textcoords="offset points", fontsize=9.5, fontweight="bold",
@@ -163,7 +168,7 @@ def draw_losses(axes: Axes, paths: Sequence[Path], lowest: float, card: Card) ->
         count = f"not in {len(shown) - 1:,} steps" if arrived is None else f"{arrived:,} steps"
         labels.append((float(len(shown) - 1), float(shown[-1]), f"{path.method.name}: {count}", look.color))
     logarithmic_heights(axes)
-    over_steps(axes, longest, card.along, room=1.3)
+    over_steps(axes, longest, card.along, room=1.36)
     label_ends(axes, labels)
 
 
@@ -408,6 +413,6 @@ def draw_limits(panels: Sequence[Panel], words: tuple[str, str], path: FilePath)
         if panel.logarithmic:
             logarithmic_heights(axes)
         steps = max(len(curve.values) for curve in panel.curves) - 1
-        over_steps(axes, steps, "linear", room=1.65)
+        over_steps(axes, steps, "linear", room=1.75)
         label_ends(axes, labels)
     save(figure, path)
