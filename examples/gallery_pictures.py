@@ -5,6 +5,7 @@ Methods differ in dash and marker as well as in colour, and are labelled where t
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
@@ -24,6 +25,7 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
+from PIL import Image
 from picture_style import BLUE, GREEN, GRID, HALO, INK, ORANGE, QUIET, headline, style
 
 
@@ -43,6 +45,8 @@ LOOKS = {
 }
 TERRAIN = LinearSegmentedColormap.from_list("terrain", ["#ffffff", "#eef1f4", "#dde2e7", "#c9cfd6"])
 BANDS = 22
+COLORS = 192
+"""Of a file: contours, lines and the shades of their edges."""
 
 
 class Card(NamedTuple):
@@ -100,9 +104,9 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> N
     to_points = 72 / figure.dpi
     placed: list[tuple[float, Bbox]] = []
 
-    def from_below(label: tuple[float, float, str, str]) -> tuple[float, float]:
+    def from_below(label: tuple[float, float, str, str]) -> tuple[float, float, float]:
         at_x, at_y = axes.transData.transform(label[:2])
-        return round(at_y / 8), -at_x
+        return round(at_y / 8), -at_x, at_y
 
     for x, y, text, color in sorted(labels, key=from_below):
         at_x = axes.transData.transform((x, y))[0] * to_points
@@ -120,6 +124,23 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> N
                 up += (other.y1 - box.y0) * to_points + 1
                 label.set_position((9 + right - at_x, up))
         placed.append((right, label.get_window_extent(renderer)))
+
+
+def label_arrivals(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Labels below the points (x, y, text, colour), where nothing is drawn; one that would cover another moves down."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    placed: list[Bbox] = []
+    for x, y, text, color in sorted(labels, reverse=True):
+        label = axes.annotate(
+            text, (x, y), xytext=(-4, -9), va="top", textcoords="offset points", fontsize=9.5, fontweight="bold",
+            color=color, annotation_clip=False, path_effects=HALO, zorder=8,
+        )  # fmt: skip
+        while any(label.get_window_extent(renderer).padded(2).overlaps(other) for other in placed):
+            left, up = label.get_position()
+            label.set_position((left, up - 1))
+        placed.append(label.get_window_extent(renderer))
 
 
 def over_steps(axes: Axes, steps: int, along: str, room: float) -> None:
@@ -153,23 +174,31 @@ def power(value: float, _: object = None) -> str:
 
 def draw_losses(axes: Axes, paths: Sequence[Path], lowest: float, card: Card) -> None:
     """The height above the deepest minimum against steps, one line for each method, labelled at its end."""
-    labels = []
+    arrivals: list[tuple[float, float, str, str]] = []
+    ends: list[tuple[float, float, str, str]] = []
     longest = max(len(path.losses) for path in paths) - 1
     for path in paths:
         look = LOOKS[path.method.name]
         heights = (path.losses - lowest).numpy()
         arrived = path.arrives(lowest + card.floor)
         shown = np.maximum(heights if arrived is None else heights[: arrived + 1], card.floor)
-        axes.plot(np.arange(len(shown)), shown, color=look.color, linestyle=look.dash, linewidth=1.8)
+        steps = len(shown) - 1
+        axes.plot(np.arange(steps + 1), shown, color=look.color, linestyle=look.dash, linewidth=1.8)
         axes.plot(
-            len(shown) - 1, shown[-1], marker=look.marker, color=look.color, markeredgecolor="white", markersize=8,
+            steps, shown[-1], marker=look.marker, color=look.color, markeredgecolor="white", markersize=8,
             clip_on=False, zorder=6,
         )  # fmt: skip
-        count = f"not in {len(shown) - 1:,} steps" if arrived is None else f"{arrived:,} steps"
-        labels.append((float(len(shown) - 1), float(shown[-1]), f"{path.method.name}: {count}", look.color))
+        count = f"{steps:,} steps" if arrived is not None else f"not in {steps:,} steps"
+        labels = ends if arrived is None else arrivals
+        labels.append((float(steps), float(shown[-1]), f"{path.method.name}: {count}", look.color))
     logarithmic_heights(axes)
     over_steps(axes, longest, card.along, room=1.36)
-    label_ends(axes, labels)
+    # Below the floor there is room for the labels.
+    low, high = math.log10(card.floor), math.log10(axes.get_ylim()[1])
+    axes.set_ylim(10 ** (low - 0.25 * (high - low)), 10**high)
+    axes.set_yticks(10.0 ** np.arange(low, high, 2))
+    label_arrivals(axes, arrivals)
+    label_ends(axes, ends)
 
 
 def method_title(axes: Axes, path: Path, steps: int, lowest: float) -> None:
@@ -188,9 +217,12 @@ def power_text(value: float) -> str:
 
 
 def save(figure: Figure, path: FilePath) -> None:
-    """Writes the picture; nothing in the file depends on the day or the machine."""
-    figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})
+    """Writes the picture in few colours, so that it stays small; nothing in the file depends on the day."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, facecolor="white", format="png")
     plt.close(figure)
+    with Image.open(buffer) as picture:
+        picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
