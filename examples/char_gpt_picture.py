@@ -19,7 +19,7 @@ import torch
 from char_gpt_training import Run, Settings
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from picture_style import BLUE, GREEN, GRID, HALO, INK, ORANGE, QUIET, headline, style
+from picture_style import BLUE, GREEN, GRID, INK, ORANGE, QUIET, headline, style
 
 import momentum_ext
 
@@ -51,6 +51,16 @@ def look(settings: Settings) -> Look:
 def label(settings: Settings) -> str:
     """ "torch", "torch, Nesterov"."""
     return settings.formulation + ", Nesterov" * settings.nesterov
+
+
+def reason(settings: Settings) -> str:
+    """Why a run is not the same as that of torch's form."""
+    reasons = {
+        "torch": [],
+        "classical": ["each gradient keeps its own step's learning rate"],
+        "ema": [] if settings.nesterov else ["the same steps, rounded otherwise"],
+    }[settings.formulation]
+    return f"{label(settings)}: {'; '.join(reasons + ['the gradient is taken ahead'] * settings.nesterov)}"
 
 
 def smooth(losses: Sequence[float]) -> np.ndarray:
@@ -99,9 +109,9 @@ def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
     held_out = [run.validation[-1][1] for run in runs]
     style(
         axes,
-        f"All learn alike: {min(held_out):.3f} to {max(held_out):.3f} on text that they never saw"
+        f"In the end {min(held_out):.3f} to {max(held_out):.3f} on text that they never saw"
         if len(runs) > 1
-        else f"{held_out[0]:.3f} on text that it never saw",
+        else f"In the end {held_out[0]:.3f} on text that it never saw",
         f"cross-entropy in nats per character; lines: training, mean of {SMOOTHED} steps; circles: held-out modules",
     )
     for run in runs:
@@ -126,25 +136,24 @@ def draw_differences(axes: Axes, base: Run, others: Sequence[Run]) -> None:
     """How far each run's loss is from that of torch's form in the same step, logarithmic."""
     style(
         axes,
-        "How far apart: by rounding, by the schedule, by the look-ahead",
-        f"distance of a batch's loss from torch's form in the same step, mean of {SMOOTHED} steps, logarithmic",
+        "How far each is from torch's form",
+        f"difference of the losses in the same step, mean of {SMOOTHED} steps, logarithmic",
     )
     steps = np.arange(1, len(base.losses) + 1)
-    for place, run in enumerate(others):
+    for run in others:
         mine = look(run.settings)
         apart = smooth(np.abs(np.array(run.losses) - np.array(base.losses)).tolist())
         shown = apart > 0
-        axes.plot(steps[shown], apart[shown], color=mine.color, linestyle=mine.dash, linewidth=1.6)
-        axes.annotate(
-            label(run.settings), (steps[-1], apart[-1]), xytext=(-6, (34, 19, -26)[place % 3]),
-            textcoords="offset points", ha="right", fontsize=9.5, fontweight="bold", color=mine.color,
-            path_effects=HALO, zorder=6,
+        axes.plot(
+            steps[shown], apart[shown], color=mine.color, linestyle=mine.dash, linewidth=1.6,
+            label=reason(run.settings),
         )  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=9))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
     over_steps(axes, len(base.losses))
+    axes.legend(frameon=False, fontsize=10, handlelength=4.5, loc="lower right", labelcolor=INK)
 
 
 def over_steps(axes: Axes, steps: int) -> None:

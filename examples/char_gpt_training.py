@@ -122,7 +122,7 @@ class Run:
         self.training()
         return total / settings.validation_batches
 
-    def sample(self, prompt: str, length: int, temperature: float = 0.7) -> str:
+    def sample(self, prompt: str, length: int, temperature: float = 0.8) -> str:
         """`length` characters that the model writes on after the prompt."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         self.evaluating()

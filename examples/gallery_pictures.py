@@ -25,8 +25,8 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
-from PIL import Image
 from picture_style import BLUE, GREEN, GRID, HALO, INK, ORANGE, QUIET, headline, style
+from PIL import Image
 
 
 class Look(NamedTuple):

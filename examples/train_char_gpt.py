@@ -40,7 +40,7 @@ QUICK: dict[str, Any] = {
     "layers": 1,
     "validate_every": 10,
 }
-PROMPT = "def "
+PROMPT = "class Reader:\n    def "
 SAMPLE = 320
 """Characters that each model writes."""
 
@@ -50,7 +50,8 @@ def train(settings: Settings, corpus: Corpus, directory: Path, checkpoint_every:
     checkpoint = directory / f"{settings.name}.pt"
     run = Run.resume(settings, corpus, checkpoint) if checkpoint.exists() else Run.start(settings, corpus)
     if run.losses:
-        tqdm.write(f"{settings.name}: goes on from step {len(run.losses):,}")
+        finished = len(run.losses) == settings.steps
+        tqdm.write(f"{settings.name}: {'finished before' if finished else f'goes on from step {len(run.losses):,}'}")
     bar.set_description(settings.name)
     bar.update(len(run.losses))
     while len(run.losses) < settings.steps:
