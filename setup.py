@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -116,7 +117,59 @@ def choose_backend() -> tuple[bool, str]:
     return True, f"CUDA build for CUDA {torch.version.cuda}."
 
 
+def nvcc_version() -> tuple[int, int]:
+    nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
+    found = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
+    if found is None:
+        stop(f"{nvcc} --version does not say which version it is. Set CUDA_HOME to another toolkit, or FORCE_CPU=1.")
+    return int(found[1]), int(found[2])
+
+
+def check_cuda_version() -> None:
+    """A minor difference between nvcc and torch works, by CUDA's own rules; a major one does not."""
+    nvcc = nvcc_version()
+    of_torch = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
+    if nvcc[0] != of_torch[0]:
+        stop(
+            f"nvcc in {cpp_extension.CUDA_HOME} is of CUDA {nvcc[0]}.{nvcc[1]}, torch is built for CUDA "
+            f"{torch.version.cuda}: the major versions must be the same. Set CUDA_HOME to a CUDA {of_torch[0]} toolkit, or FORCE_CPU=1."
+        )
+    if nvcc < (12, 1):
+        stop(f"needs nvcc of CUDA 12.1 or newer, found {nvcc[0]}.{nvcc[1]} in {cpp_extension.CUDA_HOME}.")
+    if nvcc != of_torch:
+        print(
+            f"momentum_ext: warning: nvcc is of CUDA {nvcc[0]}.{nvcc[1]}, torch of CUDA {torch.version.cuda}; "
+            "a difference in the minor version alone should do no harm.",
+            file=sys.stderr,
+        )
+
+
+def cuda_archs() -> str:
+    """TORCH_CUDA_ARCH_LIST, or the architectures that torch was built for, with PTX of the newest for newer ones."""
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if chosen:
+        for arch in re.findall(r"\d+\.\d+", chosen):
+            if float(arch) < 7.0:
+                stop(f"TORCH_CUDA_ARCH_LIST names {arch}, but the kernels need 7.0 (Volta) or newer.")
+        return chosen
+    flags = torch._C._cuda_getArchFlags() or ""
+    nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    numbers = {int(n) for n in re.findall(r"sm_(\d+)\b", flags)}
+    usable = sorted(n for n in numbers if n >= 70 and f"compute_{n}" in known)
+    if not usable:
+        stop(f"none of torch's architectures ({flags}) is known to {nvcc}. Set TORCH_CUDA_ARCH_LIST.")
+    names = [f"{n // 10}.{n % 10}" for n in usable]
+    return ";".join([*names[:-1], f"{names[-1]}+PTX"])
+
+
 WITH_CUDA, BACKEND_LINE = choose_backend()
+CUDA_ARCHS = None
+if WITH_CUDA:
+    check_cuda_version()
+    CUDA_ARCHS = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
 
 # Contraction is off everywhere: every fma is written out, so that results do not depend on the compiler.
 # No -march: each instruction set has a target region of its own. No -fopenmp: torch's own OpenMP runtime is called.
@@ -141,7 +194,7 @@ def extension() -> setuptools.Extension:
     # The version is part of every command line, so that no object of another torch is ever reused from build/.
     recorded = [f"-DMOMENTUM_EXT_TORCH_VERSION={torch.__version__}"]
     cuda = ["-DMOMENTUM_EXT_WITH_CUDA"] if WITH_CUDA else []
-    cuda_libraries = ["cudart", "c10_cuda", "torch_cuda"] if WITH_CUDA else []
+    cuda_libraries = ["cudart", "c10_cuda"] if WITH_CUDA else []
     return setuptools.Extension(
         "momentum_ext._C",
         sources=[
@@ -175,6 +228,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             f'"""Written by setup.py when momentum_ext._C was compiled. Not under version control."""\n\n'
             f"TORCH_VERSION = {str(torch.__version__)!r}\n"
             f"CUDA_VERSION = {torch.version.cuda if WITH_CUDA else None!r}\n"
+            f"CUDA_ARCHS = {CUDA_ARCHS!r}\n"
             f"CXX_FLAGS = {' '.join(CXX_FLAGS)!r}\n"
         )
         for path in self.build_info_paths():

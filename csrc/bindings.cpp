@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "binding/lookahead.h"
@@ -23,7 +24,7 @@ std::map<std::string, std::string> build_info() {
 #endif
   return {
       {"compiler", compiler},
-      {"cuda", "none"},
+      {"cuda", cuda_build_info()},
       {"threads",
        cpu::has_threads() ? "torch's OpenMP" : "none (no OpenMP runtime found in this process)"},
   };
@@ -57,13 +58,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<StepPlan>(m, "StepPlan")
       .def(py::init<>())
-      .def("step", &StepPlan::step, py::arg("param_groups"), py::arg("state"),
-           py::arg("inv_grad_scale") = 1.0, py::arg("all_for_torch") = false)
+      .def(
+          "step",
+          [](StepPlan& plan, const py::list& param_groups, const py::dict& state,
+             double inv_grad_scale, bool all_for_torch, const std::optional<at::Tensor>& found_inf,
+             const std::optional<at::Tensor>& grad_scale) {
+            return plan.step(param_groups, state, inv_grad_scale, all_for_torch,
+                             {found_inf.value_or(at::Tensor()), grad_scale.value_or(at::Tensor())});
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("inv_grad_scale") = 1.0,
+          py::arg("all_for_torch") = false, py::arg("found_inf") = py::none(),
+          py::arg("grad_scale") = py::none())
       .def("run", &StepPlan::run)
       .def("discard", &StepPlan::discard)
       .def("convert", &StepPlan::convert, py::arg("param_groups"), py::arg("state"))
       .def("convert_prepared", &StepPlan::convert_prepared)
-      .def("adopt_formulations", &StepPlan::adopt_formulations, py::arg("param_groups"));
+      .def("adopt_formulations", &StepPlan::adopt_formulations, py::arg("param_groups"))
+      .def("unstarted_buffers", &StepPlan::unstarted_buffers);
+  m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;
   m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lookaheads"), py::arg("distances"), py::arg("back"));
   m.def("isa", &cpu::isa);

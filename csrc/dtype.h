@@ -52,6 +52,11 @@ MOMENTUM_EXT_INLINE float load(BFloat16 value) {
   return detail::float_from_bits(static_cast<uint32_t>(value.bits) << 16);
 }
 MOMENTUM_EXT_INLINE float load(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  float widened;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(widened) : "h"(value.bits));
+  return widened;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // Inf, NaN
@@ -61,17 +66,26 @@ MOMENTUM_EXT_INLINE float load(Float16 value) {
                              ? static_cast<float>(magnitude) * 0x1p-24f
                              : detail::float_from_bits((magnitude << 13) + 0x38000000u);
   return detail::float_from_bits(sign | detail::bits_of(absolute));
+#endif
 }
 
-// Storing rounds once, to nearest, ties to even. NaN stays NaN.
+// Storing rounds once, to nearest, ties to even. NaN stays NaN. GPUs have instructions for this
+// that give the same bits, but for which NaN it is.
 MOMENTUM_EXT_INLINE void store(float& out, float value) { out = value; }
 MOMENTUM_EXT_INLINE void store(double& out, double value) { out = value; }
 MOMENTUM_EXT_INLINE void store(BFloat16& out, float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = detail::bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 MOMENTUM_EXT_INLINE void store(Float16& out, float value) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = detail::bits_of(value);
   const uint32_t sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -87,6 +101,7 @@ MOMENTUM_EXT_INLINE void store(Float16& out, float value) {
     result = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   }
   out.bits = static_cast<uint16_t>(sign | result);
+#endif
 }
 
 }  // namespace momentum_ext

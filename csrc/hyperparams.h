@@ -2,9 +2,24 @@
 // and its coefficients.
 #pragma once
 
-#include "update_rule.h"
+#include "dtype.h"
 
 namespace momentum_ext {
+
+// A number in a device's memory, which the kernel reads when it runs.
+struct DeviceNumber {
+  const void* data = nullptr;  // nullptr: the number is known on the host
+  Dtype dtype = Dtype::kFloat32;
+};
+
+// Those of a group's hyperparameters that are such numbers. Each replaces a coefficient; a momentum
+// there counts as not zero.
+struct DeviceHyperparams {
+  DeviceNumber lr;
+  DeviceNumber weight_decay;
+  DeviceNumber momentum;
+  bool any() const { return lr.data || weight_decay.data || momentum.data; }
+};
 
 struct Hyperparams {
   WeightDecay weight_decay = WeightDecay::kNone;
@@ -12,6 +27,7 @@ struct Hyperparams {
   bool nesterov = false;
   Coefficients<double> f64{};
   Coefficients<float> f32{};
+  DeviceHyperparams on_device;
 };
 
 template <typename opmath_t>

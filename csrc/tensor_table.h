@@ -24,6 +24,8 @@ struct StridedLayout {
   int ndim;
 };
 
+constexpr int16_t kCpu = -1;
+
 struct TensorEntry {
   void* param;
   const void* grad;
@@ -35,7 +37,28 @@ struct TensorEntry {
   Dtype grad_dtype;
   Dtype buffer_dtype;
   bool is_first_step;
+  int16_t device = kCpu;  // or the index of a CUDA device
+  uint32_t
+      cohort;  // not 0: whether this tensor has had its first step is known on its device alone
 };
+
+// What torch.amp.GradScaler hands to a step on a CUDA device; all nullptr without it.
+//
+// The host does not know whether a step that it launches will overflow and so be left out. A tensor
+// whose first step is launched like this therefore belongs to a cohort: cohorts are numbered from 1
+// in the order of their first launches, and the device keeps the number of the newest one that has
+// truly been updated. A tensor of a later cohort has yet to have its first step.
+struct Overflow {
+  const float* found_inf = nullptr;     // not 0: the launch changes nothing
+  const float* grad_scale = nullptr;    // gradients have been multiplied by it
+  uint32_t* settled = nullptr;          // the newest cohort that has been updated
+  uint32_t* settled_on_host = nullptr;  // a copy in pinned memory that the host may look at
+  uint32_t newest_cohort = 0;           // among this step's tensors; 0: nothing to record
+};
+
+// Dimensions that a strided tensor on a CUDA device may have, after those that run on into each
+// other were joined.
+constexpr int kMaxStridedDimsCuda = 8;
 
 struct TensorTable {
   const TensorEntry* entries;

@@ -14,10 +14,15 @@ class StepPlan:
         state: dict[Tensor, Any],
         inv_grad_scale: float = 1.0,
         all_for_torch: bool = False,
-    ) -> list[tuple[int, int]] | None:
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Any:
         """Update everything and return None; or write nothing and return the (group, index) that need torch's path.
 
         After those have been treated, call :meth:`run`, or :meth:`discard` on an error.
+
+        found_inf and grad_scale are CUDA tensors that the kernels read. When anything but a CUDA kernel would have to
+        know them, nothing is written and NotImplemented is returned: read them, and call again without them.
         """
 
     def run(self) -> None: ...
@@ -30,6 +35,11 @@ class StepPlan:
 
     def adopt_formulations(self, param_groups: list[dict[str, Any]]) -> None:
         """Take the buffers to be in the formulation that their group names now."""
+
+    def unstarted_buffers(self) -> list[Tensor]:
+        """CUDA buffers in the state whose tensor's first step overflowed, so that it is yet to come. Waits for the GPU."""
+
+HAS_CUDA_KERNELS: bool
 
 def move_lookahead(
     params: list[Tensor], momentum_buffers: list[Tensor], lookaheads: list[Tensor], distances: list[float], back: bool

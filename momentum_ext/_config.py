@@ -45,6 +45,15 @@ def _remedy() -> str:
     return "Build it again, in its source tree: pip install --no-build-isolation ."
 
 
+def _cuda_row() -> str:
+    from momentum_ext import _build_info
+
+    if _build_info.CUDA_VERSION is None:
+        return "none (CPU build)"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{_build_info.CUDA_VERSION} for {_build_info.CUDA_ARCHS}; devices: {', '.join(devices) or 'none'}"
+
+
 def show_config() -> None:
     """Print what was built, for which torch, and which instruction set is in use."""
     from momentum_ext import _C, __version__, _build_info
@@ -56,7 +65,7 @@ def show_config() -> None:
         "running torch": torch.__version__,
         "compiler": build["compiler"].strip(),
         "compiler flags": _build_info.CXX_FLAGS,
-        "CUDA": _build_info.CUDA_VERSION or "none (CPU build)",
+        "CUDA": _cuda_row(),
         "instruction set": f"{_C.isa()} (this machine can run: {', '.join(_C.isas())})",
         "threads": f"{torch.get_num_threads()} ({build['threads']})",
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -154,7 +156,7 @@ class FusedMomentum(SGD):
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`torch.optim.Optimizer.state_dict`, with the momentum buffers in their group's formulation."""
-        self._plan.convert(self.param_groups, self.state)
+        self._settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -178,8 +180,8 @@ class FusedMomentum(SGD):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        self._plan.convert(self.param_groups, self.state)
-        return super().__getstate__()
+        self._settle()
+        return super().__getstate__()  # type: ignore[no-any-return]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -200,7 +202,7 @@ class FusedMomentum(SGD):
         model there, then call :meth:`train`. Until then :meth:`step` raises. Needs memory for one copy of the
         parameters. Has no effect on groups without Nesterov, or when called again.
         """
-        self._plan.convert(self.param_groups, self.state)
+        self._settle()
         hold_iterate(self.param_groups, self.state)
 
     def train(self) -> None:
@@ -251,15 +253,19 @@ class FusedMomentum(SGD):
                 loss = closure()
 
         inv_grad_scale = 1.0
-        attributes = self.__dict__
-        if "found_inf" in attributes or "grad_scale" in attributes:
-            found_inf = attributes.get("found_inf")
-            if found_inf is not None and float(found_inf) != 0:
-                return loss
-            inv_grad_scale = _reciprocal(attributes.get("grad_scale"))
-
         differentiable = self.defaults["differentiable"]
-        for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
+        attributes = self.__dict__
+        for_torch = NotImplemented
+        if "found_inf" in attributes or "grad_scale" in attributes:
+            found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
+            if _is_on_device(found_inf) and _is_on_device(grad_scale):  # no need to wait for their values
+                for_torch = self._plan.step(self.param_groups, self.state, 1.0, differentiable, found_inf, grad_scale)
+            if for_torch is NotImplemented:
+                if found_inf is not None and float(found_inf) != 0:
+                    return loss
+                inv_grad_scale = _reciprocal(grad_scale)
+        if for_torch is NotImplemented:
+            for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         if for_torch is not None:
             try:
                 self._check_torch_step(for_torch)
@@ -270,6 +276,16 @@ class FusedMomentum(SGD):
                 raise
             self._plan.run()
         return loss
+
+    def _settle(self) -> None:
+        """Before the state leaves: buffers in their group's formulation, and none that was never computed."""
+        self._plan.convert(self.param_groups, self.state)
+        unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU
+        for param, state in list(self.state.items()) if unstarted else []:
+            if any(state.get("momentum_buffer") is buffer for buffer in unstarted):
+                del state["momentum_buffer"]
+                if not state:
+                    del self.state[param]
 
     def _torch_step(self, positions: Iterable[tuple[int, int]], inv_grad_scale: float, differentiable: bool) -> None:
         """Torch's own update of the tensors at these (group, index in group)."""
@@ -290,6 +306,8 @@ class FusedMomentum(SGD):
             for g, i in positions:
                 group = self.param_groups[g]
                 param = group["params"][i]
+                if param.is_cuda and not _C.HAS_CUDA_KERNELS:
+                    _warn_of_missing_kernels()
                 buffer = self.state[param].get("momentum_buffer") if param in self.state else None
                 stand_in = _stand_in(buffer) if isinstance(buffer, Tensor) else None
                 torch_step(group, _stand_in(param), _stand_in(param.grad), stand_in)
@@ -299,6 +317,24 @@ def _is_wrapped_by_torch(step: Callable[..., Any]) -> bool:
     """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
     inner = getattr(step, "__wrapped__", None)
     return inner is not None and not getattr(inner, "hooked", False)
+
+
+def _is_on_device(value: Tensor | None) -> bool:
+    """True where the CUDA kernels can read a GradScaler's value by themselves, or where there is none."""
+    return value is None or (
+        isinstance(value, Tensor) and value.is_cuda and value.dtype == torch.float32 and value.numel() == 1
+    )
+
+
+@functools.cache
+def _warn_of_missing_kernels() -> None:
+    """Once in a process."""
+    warnings.warn(
+        "momentum_ext was built without CUDA kernels, so FusedMomentum updates CUDA tensors by torch's for-loop: "
+        "right, but slow. Build it again where nvcc is found (set CUDA_HOME) and torch has CUDA: "
+        "FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .  (in its source tree)",
+        stacklevel=2,
+    )
 
 
 def _stand_in(tensor: Tensor) -> Tensor:

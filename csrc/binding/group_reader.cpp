@@ -76,6 +76,26 @@ std::optional<double> as_number(PyObject* value, bool may_be_tensor, bool any_sh
   return tensor.item().toDouble();
 }
 
+// A number that the kernels read from the device's memory when they run, so that nobody waits for
+// it and a captured graph sees it change: a CUDA tensor of one element beside parameters that are
+// all on its device. std::nullopt for anything else.
+std::optional<DeviceNumber> as_device_number(PyObject* value, PyObject* params, bool any_shape) {
+  if (!THPVariable_Check(value)) return std::nullopt;
+  const at::Tensor& tensor = THPVariable_Unpack(value);
+  if (!tensor.is_cuda() || tensor.requires_grad() || tensor.numel() != 1 || tensor.is_complex() ||
+      (tensor.dim() != 0 && !any_shape) || !kernel_dtype(tensor.scalar_type()) ||
+      kernel_device(tensor) != tensor.device().index() || !PyList_Check(params)) {
+    return std::nullopt;
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+    PyObject* const param = PyList_GET_ITEM(params, i);
+    if (!THPVariable_Check(param) || THPVariable_Unpack(param).device() != tensor.device()) {
+      return std::nullopt;
+    }
+  }
+  return DeviceNumber{tensor.const_data_ptr(), *kernel_dtype(tensor.scalar_type())};
+}
+
 bool as_bool(PyObject* value) {
   const int truth = PyObject_IsTrue(value);
   if (truth < 0) throw py::error_already_set();
@@ -161,24 +181,36 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
   immutable_ = false;
   scaled_ = false;
   needs_torch_ = false;
-  const auto number = [&](Key key, bool may_be_tensor, bool any_shape) {
-    const std::optional<double> found = as_number(get(group, index, key), may_be_tensor, any_shape);
+  const auto number = [&](Key key, bool may_be_tensor, bool any_shape,
+                          DeviceNumber* on_device = nullptr) {
+    PyObject* const value = get(group, index, key);
+    if (on_device != nullptr) {
+      if (const auto found = as_device_number(value, params, any_shape)) {
+        *on_device = *found;
+        return 1.0;  // stands for what the host does not know
+      }
+    }
+    const std::optional<double> found = as_number(value, may_be_tensor, any_shape);
     needs_torch_ = needs_torch_ || !found.has_value();
     return found.value_or(1.0);
   };
-  const double lr = number(kLr, true, true);
-  const double momentum = number(kMomentum, false, false);
-  const double dampening = number(kDampening, false, false);
-  const double weight_decay = number(kWeightDecay, true, false);
   formulation_ = read_formulation(group, index);
+  const bool decoupled = find_bool(group, kDecoupledWeightDecay);
+  PyObject* const train_mode = find(group, kTrainMode);
+  in_train_mode_ = train_mode == nullptr || as_bool(train_mode);
+  Hyperparams h;
+  // The kernels read torch's numbers by themselves; others are made of several, on the host.
+  const bool as_torch = formulation_ == Formulation::kTorch && !decoupled;
+  const auto device = [&](DeviceNumber& slot) { return as_torch ? &slot : nullptr; };
+  const double lr = number(kLr, true, true, device(h.on_device.lr));
+  const double momentum = number(kMomentum, false, false, device(h.on_device.momentum));
+  const double dampening = number(kDampening, false, false);
+  const double weight_decay = number(kWeightDecay, true, false, device(h.on_device.weight_decay));
   if (formulation_ != Formulation::kTorch && dampening != 0 && !needs_torch_) {
     throw py::value_error(where(index, kDampening) + ": formulation '" + to_string(formulation_) +
                           "' has no dampening, got " + std::to_string(dampening) +
                           "; set it to 0 or use formulation 'torch'");
   }
-  PyObject* const train_mode = find(group, kTrainMode);
-  in_train_mode_ = train_mode == nullptr || as_bool(train_mode);
-  Hyperparams h;
   h.nesterov = as_bool(get(group, index, kNesterov));
   maximize_ = as_bool(get(group, index, kMaximize));
   h.has_momentum = momentum != 0;
@@ -187,7 +219,7 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
   h.f64.weight_decay = weight_decay;
   if (weight_decay == 0) {
     h.weight_decay = WeightDecay::kNone;
-  } else if (find_bool(group, kDecoupledWeightDecay)) {
+  } else if (decoupled) {
     h.weight_decay = WeightDecay::kDecoupled;
     h.f64.weight_decay = 1 - lr * weight_decay;
   } else {

@@ -6,12 +6,28 @@
 
 #include <algorithm>
 
+#include "device.h"
+
 namespace momentum_ext::binding {
 namespace {
 
 c10::DispatchKeySet keys_of_new_tensor(bool inference_mode) {
   const c10::InferenceMode guard(inference_mode);
   return at::empty({0}, at::device(at::kCPU).dtype(at::kFloat)).key_set();
+}
+
+// The keys that a plain CUDA tensor has, told without making one: there may be no GPU. Put together
+// as torch does it for a new tensor; should a later torch do it otherwise, which shows in the keys
+// of a CPU tensor, the set stays empty and no CUDA tensor counts as plain.
+c10::DispatchKeySet cuda_keys_like(c10::DispatchKeySet cpu_keys, bool inference_mode) {
+  const auto keys = [&](c10::DispatchKey dense, c10::BackendComponent backend) {
+    const c10::DispatchKeySet all = c10::DispatchKeySet(dense) |
+                                    c10::getAutocastRelatedKeySetFromBackend(backend) |
+                                    c10::getAutogradRelatedKeySetFromBackend(backend);
+    return inference_mode ? all - c10::autograd_dispatch_keyset_with_ADInplaceOrView : all;
+  };
+  if (keys(c10::DispatchKey::CPU, c10::BackendComponent::CPUBit) != cpu_keys) return {};
+  return keys(c10::DispatchKey::CUDA, c10::BackendComponent::CUDABit);
 }
 
 // Outermost first, by the parameter's strides, so that the walk goes through the parameter's memory
@@ -71,14 +87,27 @@ std::optional<Dtype> kernel_dtype(at::ScalarType dtype) {
   }
 }
 
-c10::DispatchKeySet plain_cpu_keys() {
-  static const c10::DispatchKeySet keys = keys_of_new_tensor(/*inference_mode=*/false);
-  return keys;
+c10::DispatchKeySet plain_keys(int16_t device) {
+  static const c10::DispatchKeySet cpu_keys = keys_of_new_tensor(/*inference_mode=*/false);
+  static const c10::DispatchKeySet cuda_keys = cuda_keys_like(cpu_keys, /*inference_mode=*/false);
+  return device == kCpu ? cpu_keys : cuda_keys;
 }
 
 bool is_plain_cpu(const at::Tensor& tensor) {
   static const c10::DispatchKeySet inference_keys = keys_of_new_tensor(/*inference_mode=*/true);
-  return tensor.key_set() == plain_cpu_keys() || tensor.key_set() == inference_keys;
+  return tensor.key_set() == plain_keys(kCpu) || tensor.key_set() == inference_keys;
+}
+
+std::optional<int16_t> kernel_device(const at::Tensor& tensor) {
+  static const c10::DispatchKeySet inference_keys =
+      cuda_keys_like(keys_of_new_tensor(/*inference_mode=*/true), /*inference_mode=*/true);
+  if (is_plain_cpu(tensor)) return kCpu;
+  if (!kHasCudaKernels) return std::nullopt;
+  const c10::DispatchKeySet keys = tensor.key_set();
+  if (keys.empty() || (keys != plain_keys(/*device=*/0) && keys != inference_keys)) {
+    return std::nullopt;
+  }
+  return tensor.device().index();
 }
 
 std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,

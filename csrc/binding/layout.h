@@ -25,8 +25,12 @@ std::optional<Dtype> kernel_dtype(at::ScalarType dtype);
 // pending negation or conjugation, not wrapped by a function transform.
 bool is_plain_cpu(const at::Tensor& tensor);
 
-// The dispatch keys of such a tensor, unless it was made in inference mode.
-c10::DispatchKeySet plain_cpu_keys();
+// The same for tensors that this build has kernels for: kCpu, or the index of the CUDA device;
+// std::nullopt for any other tensor.
+std::optional<int16_t> kernel_device(const at::Tensor& tensor);
+
+// The dispatch keys of such a tensor on this device, unless it was made in inference mode.
+c10::DispatchKeySet plain_keys(int16_t device);
 
 // How to walk the three tensors (which have the same sizes) in step, in the parameter's order in
 // memory; nullptr when they share one dense layout and can be walked as flat arrays. `buffer` may

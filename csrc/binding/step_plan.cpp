@@ -34,14 +34,19 @@ int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads();
 // ---- the two halves of a step -------------------------------------------------------------------
 
 py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
-                          double inv_grad_scale, bool all_for_torch) {
+                          double inv_grad_scale, bool all_for_torch, ScalerTensors scaler) {
   const Turn turn(*this);
   if (is_prepared_ && half_done_by_ != std::this_thread::get_id()) {
     throw std::runtime_error(
         "another thread is in the middle of a step() of the same optimizer; let it finish first");
   }
   try {
+    scaler_ = std::move(scaler);
     prepare(param_groups, state, inv_grad_scale, all_for_torch);
+    if (scaler_.any() && (any_on_cpu_ || !for_torch_.empty())) {
+      clear_step();
+      return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+    }
     if (for_torch_.empty()) {
       update();
       return py::none();
@@ -76,8 +81,18 @@ void StepPlan::discard() {
   if (half_done_by_ == std::this_thread::get_id()) clear_step();
 }
 
+py::list StepPlan::unstarted_buffers() {
+  const Turn turn(*this);
+  py::list buffers;
+  for (const at::Tensor& buffer : first_steps_.unstarted()) {
+    buffers.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer)));
+  }
+  return buffers;
+}
+
 void StepPlan::clear_step() {
   is_prepared_ = false;
+  scaler_ = {};
   state_ = py::object();
   new_buffers_.clear();
   conversions_.clear();
@@ -88,7 +103,9 @@ void StepPlan::clear_step() {
 
 void StepPlan::prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
                        bool all_for_torch) {
+  ScalerTensors scaler = std::move(scaler_);
   clear_step();
+  scaler_ = std::move(scaler);
   state_ = state;
   all_for_torch_ = all_for_torch;
   const bool same_groups = read_groups(param_groups, inv_grad_scale);
@@ -102,10 +119,23 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
   if (!same_groups || !read_state(state_.ptr())) rebuild(state_.ptr());
   check_slots();
   bool any_shared_grad = false;
+  any_on_cpu_ = false;
+  shares_.clear();
+  first_steps_.begin_step();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (status_[i] == Status::kNeedsCare) prepare_slot(i);
     any_shared_grad = any_shared_grad || status_[i] == Status::kSharedGrad;
-    first_element_[i + 1] = first_element_[i] + entries_[i].numel;
+    int64_t numel_on_cpu = entries_[i].numel;
+    if (tensors_[i].param != nullptr) {
+      if (slots_[i].device == kCpu) {
+        any_on_cpu_ = true;
+      } else {
+        numel_on_cpu = 0;
+        entries_[i].cohort = first_steps_.still_open(entries_[i].cohort, slots_[i].device);
+        share_of(shares_, slots_[i].device).add(entries_[i]);
+      }
+    }
+    first_element_[i + 1] = first_element_[i] + numel_on_cpu;
   }
   if (ranges_changed_) find_shared_memory();
   in_order_ = ranges_meet_ || (any_shared_grad && some_grad_meets_another_slot());
@@ -122,14 +152,41 @@ void StepPlan::update() {
   cpu::parallel_for(num_slots, kSlotsPerThread, threads,
                     [this](int64_t begin, int64_t end) { bump_versions(begin, end); });
 
+  try {
+    for (const DeviceShare& share : shares_) {
+      launch({entries_.data(), nullptr, num_slots, hyperparams_.data()}, share, scaler_,
+             first_steps_, in_order_);
+    }
+  } catch (...) {
+    take_back_new_buffers(new_buffers_.size());
+    throw;
+  }
+  for (const NewBuffer& made : new_buffers_) {
+    if (made.cohort != 0) first_steps_.add(made.tensor, made.cohort, made.device);
+  }
+  if (any_on_cpu_) update_cpu();
+  clear_step();
+}
+
+void StepPlan::update_cpu() {
   const bool release = first_element_[slots_.size()] >= kElementsToReleaseGil;
   if (release) keep_alive();
-  {
-    const GilReleased released(release);
-    cpu::step({entries_.data(), first_element_.data(), num_slots, hyperparams_.data()},
-              in_order_ ? 1 : threads);
+  TensorTable table = {entries_.data(), first_element_.data(), static_cast<int64_t>(slots_.size()),
+                       hyperparams_.data()};
+  if (!shares_.empty()) {
+    cpu_entries_.clear();
+    cpu_first_element_.assign(1, 0);
+    for (size_t i = 0; i < slots_.size(); ++i) {
+      if (tensors_[i].param == nullptr || slots_[i].device != kCpu) continue;
+      cpu_entries_.push_back(entries_[i]);
+      cpu_first_element_.push_back(cpu_first_element_.back() + entries_[i].numel);
+    }
+    table.entries = cpu_entries_.data();
+    table.first_element = cpu_first_element_.data();
+    table.num_entries = static_cast<int64_t>(cpu_entries_.size());
   }
-  clear_step();
+  const GilReleased released(release);
+  cpu::step(table, in_order_ ? 1 : max_threads());
 }
 
 // Through the dict's own __setitem__ (an OrderedDict keeps more than its items), which may run

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "../tensor_table.h"
+#include "device.h"
 #include "group_reader.h"
 #include "layout.h"
 
@@ -35,8 +36,11 @@ class StepPlan {
   // Updates all tensors that have a gradient and returns None. When some of them need torch's path
   // it writes nothing and returns a list of their (group, index in group): the caller treats those
   // and then calls run(), or discard() on an error.
+  //
+  // `scaler` is for a step on CUDA devices alone, where the kernels read what it points to. When
+  // the host would have to know as well, step() returns NotImplemented and has written nothing.
   py::object step(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
-                  bool all_for_torch);
+                  bool all_for_torch, ScalerTensors scaler = {});
   void run();
   void discard();
 
@@ -48,6 +52,10 @@ class StepPlan {
 
   // Takes the buffers to be in the formulation that their group names now.
   void adopt_formulations(const py::list& param_groups);
+
+  // Buffers in the state whose tensor has yet to have its first step, because it overflowed. Waits
+  // for the devices.
+  py::list unstarted_buffers();
 
  private:
   class Turn;
@@ -87,6 +95,8 @@ class StepPlan {
     Path path = Path::kUnknown;
     Formulation formulation{};  // of the buffer
     bool has_buffer = false;
+    int16_t device = kCpu;
+    c10::DispatchKeySet keys;  // of all its tensors
     caffe2::TypeMeta param_dtype;
     caffe2::TypeMeta grad_dtype;
     caffe2::TypeMeta buffer_dtype;
@@ -104,6 +114,8 @@ class StepPlan {
     py::object param;
     py::object state_dict;  // null: to be made
     py::object replaced;    // what the state had in its place; null: nothing
+    uint32_t cohort = 0;
+    int16_t device = kCpu;
   };
 
   // A momentum buffer in another formulation than its group's.
@@ -136,13 +148,13 @@ class StepPlan {
   void clear_step();
   void keep_alive();
   void update();
+  void update_cpu();
   void insert_new_buffers();
   void take_back_new_buffers(size_t count) noexcept;
   void bump_versions(int64_t begin, int64_t end);
   std::string name_of(const Slot& slot) const;
 
   PyObject* const buffer_key_ = PyUnicode_InternFromString("momentum_buffer");
-  const c10::DispatchKeySet plain_keys_ = plain_cpu_keys();
   std::mutex mutex_;  // a second thread that steps the same optimizer waits its turn
   std::atomic<std::thread::id> owner_{};  // who holds the mutex
   std::thread::id half_done_by_{};        // who has prepared a step and not yet run it
@@ -167,6 +179,8 @@ class StepPlan {
   bool ranges_changed_ = false;
   bool ranges_meet_ = false;
 
+  FirstSteps first_steps_;  // on CUDA devices, of tensors that began under a GradScaler
+
   // This step. The vectors keep their capacity, so that a step allocates nothing once warm. The
   // first four have one element for each slot; a slot without a gradient has an entry of no
   // elements.
@@ -183,6 +197,11 @@ class StepPlan {
   std::vector<PyObject*> params_;  // and their lists, borrowed
   py::object state_;               // opt.state
   bool all_for_torch_ = false;
+  ScalerTensors scaler_;
+  bool any_on_cpu_ = false;
+  std::vector<DeviceShare> shares_;       // one for each CUDA device that has tensors in this step
+  std::vector<TensorEntry> cpu_entries_;  // only where CPU and CUDA tensors are mixed
+  std::vector<int64_t> cpu_first_element_;
   bool is_prepared_ = false;
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
   std::vector<NewBuffer> new_buffers_;

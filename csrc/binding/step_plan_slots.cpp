@@ -1,5 +1,6 @@
 // One tensor of the plan: the quick look, the examination, and the errors.
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
@@ -96,13 +97,27 @@ void StepPlan::prepare_slot(size_t i) {
   const at::Tensor* buffer = has_momentum ? find_buffer(slot) : nullptr;
   const bool is_first_step = has_momentum && buffer == nullptr;
   examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
+  uint32_t cohort = 0;
   if (slot.path != Path::kTorch && is_first_step) {
     slot.path = Path::kUnknown;
+    if (slot.device != kCpu) {
+      if (is_capturing(slot.device)) {
+        throw std::runtime_error(
+            name_of(slot) +
+            ": it has no momentum_buffer yet, and step() is being captured into a CUDA graph, "
+            "whose "
+            "replays would each be its first step; run one step before the capture");
+      }
+      if (scaler_.any()) cohort = first_steps_.new_cohort(slot.device);
+    }
     const auto object = [](PyObject* borrowed) {
       return py::reinterpret_borrow<py::object>(borrowed);
     };
-    new_buffers_.push_back({at::empty_like(param, {}, at::MemoryFormat::Preserve),
-                            object(param_objects_[i]), object(slot.state_dict), py::object()});
+    // A step that overflows leaves the new buffer as it is.
+    const auto format = at::MemoryFormat::Preserve;
+    new_buffers_.push_back(
+        {cohort != 0 ? at::zeros_like(param, {}, format) : at::empty_like(param, {}, format),
+         object(param_objects_[i]), object(slot.state_dict), py::object(), cohort, slot.device});
     buffer = &new_buffers_.back().tensor;
     examine(slot, param, grad, *buffer);
     if (slot.path == Path::kTorch) new_buffers_.pop_back();  // torch makes its own
@@ -126,6 +141,8 @@ void StepPlan::prepare_slot(size_t i) {
   entry.grad_dtype = slot.grad_kernel_dtype;
   entry.buffer_dtype = slot.buffer_kernel_dtype;
   entry.is_first_step = is_first_step;
+  entry.device = slot.device;
+  entry.cohort = is_first_step || buffer == nullptr ? cohort : first_steps_.cohort_of(*buffer);
   if (has_shared_storage(*grad.unsafeGetTensorImpl())) status_[i] = Status::kSharedGrad;
 }
 
@@ -159,7 +176,8 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
                                              const c10::TensorImpl& grad,
                                              const c10::TensorImpl* buffer) const {
   if (slot.path != Path::kContiguous || slot.has_buffer != (buffer != nullptr)) return false;
-  if (param.key_set() != plain_keys_ || grad.key_set() != plain_keys_) return false;
+  if (param.key_set() != slot.keys || grad.key_set() != slot.keys) return false;
+  if (slot.device != kCpu && grad.device().index() != slot.device) return false;
   if (param.dtype() != slot.param_dtype || grad.dtype() != slot.grad_dtype) return false;
   if (!param.is_contiguous() || !grad.is_contiguous()) return false;
   if (param.numel() != slot.numel || !same_sizes(param, grad)) return false;
@@ -171,7 +189,7 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
   if (!lies_in_storage(grad, grad_bytes.end)) return false;
   if (grad_bytes.overlaps({slot.param_data, slot.numel * slot.param_itemsize})) return false;
   if (buffer == nullptr) return true;
-  if (buffer->key_set() != plain_keys_ || buffer->dtype() != slot.buffer_dtype) return false;
+  if (buffer->key_set() != slot.keys || buffer->dtype() != slot.buffer_dtype) return false;
   if (!buffer->is_contiguous() || !same_sizes(param, *buffer)) return false;
   return !is_lazy_copy(*buffer) &&
          const_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
@@ -184,7 +202,8 @@ bool StepPlan::is_unchanged_layout(const Slot& slot, const c10::TensorImpl& para
   const Shapes& shapes = *slot.shapes;
   const auto same = [&](const c10::TensorImpl& tensor, caffe2::TypeMeta dtype,
                         const c10::impl::SizesAndStrides& shape) {
-    return tensor.key_set() == plain_keys_ && tensor.dtype() == dtype && same_shape(shape, tensor);
+    return tensor.key_set() == slot.keys && tensor.dtype() == dtype && same_shape(shape, tensor) &&
+           (slot.device == kCpu || tensor.device().index() == slot.device);
   };
   const auto bytes = [](const void* data, caffe2::TypeMeta dtype,
                         const c10::impl::SizesAndStrides& shape) {
@@ -250,8 +269,9 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
                 "delete it from the optimizer's state to start from no momentum");
   }
 
-  const bool all_plain =
-      is_plain_cpu(param) && is_plain_cpu(grad) && (!buffer.defined() || is_plain_cpu(buffer));
+  const std::optional<int16_t> device = kernel_device(param);
+  const bool all_plain = device.has_value() && kernel_device(grad) == device &&
+                         (!buffer.defined() || kernel_device(buffer) == device);
   const auto has_kernel = [&](const at::Tensor& tensor) {
     if (!kernel_dtype(tensor.scalar_type())) return false;
     return param.is_complex() ? tensor.scalar_type() == param.scalar_type() : !tensor.is_complex();
@@ -289,6 +309,8 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   check_memory(grad, "gradient of " + name_of(slot));
   if (buffer.defined()) check_memory(buffer, "momentum_buffer of " + name_of(slot));
 
+  slot.device = *device;
+  slot.keys = plain_keys(slot.device);
   slot.numel = param.numel();
   slot.num_reals = param.is_complex() ? 2 * slot.numel : slot.numel;
   slot.has_buffer = buffer.defined();
@@ -317,7 +339,9 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   slot.shapes->grad = shape_of(grad);
   if (buffer.defined()) slot.shapes->buffer = shape_of(buffer);
   slot.shapes->layout = common_layout(param, grad, buffer);
-  slot.path = Path::kLayout;
+  const bool too_many_dims = slot.device != kCpu && slot.shapes->layout != nullptr &&
+                             slot.shapes->layout->layout.ndim > kMaxStridedDimsCuda;
+  slot.path = too_many_dims ? Path::kTorch : Path::kLayout;
 }
 
 std::string StepPlan::name_of(const Slot& slot) const {

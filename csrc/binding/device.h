@@ -1,0 +1,103 @@
+// Steps on CUDA devices: the part of the binding that knows devices and streams. In a build without
+// CUDA kernels no tensor ever has a device, and device_none.cpp stands in for device_cuda.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "../tensor_table.h"
+
+namespace momentum_ext::binding {
+
+#if defined(MOMENTUM_EXT_WITH_CUDA)
+inline constexpr bool kHasCudaKernels = true;
+#else
+inline constexpr bool kHasCudaKernels = false;
+#endif
+
+// torch.amp.GradScaler's float32 tensors of one element, on some CUDA device; undefined: not given.
+struct ScalerTensors {
+  at::Tensor found_inf;
+  at::Tensor grad_scale;
+  bool any() const { return found_inf.defined() || grad_scale.defined(); }
+};
+
+// What one CUDA device has to do in a step.
+struct DeviceShare {
+  int16_t device = kCpu;
+  uint32_t newest_cohort = 0;
+
+  void add(const TensorEntry& entry) {
+    if (entry.cohort > newest_cohort) newest_cohort = entry.cohort;
+  }
+};
+
+inline DeviceShare& share_of(std::vector<DeviceShare>& shares, int16_t device) {
+  for (DeviceShare& share : shares) {
+    if (share.device == device) return share;
+  }
+  shares.push_back({device, 0});
+  return shares.back();
+}
+
+// Which tensors began under a GradScaler, so that only their device knows whether their first step
+// was left out (see Overflow in tensor_table.h). The host looks at the pinned copy of the device's
+// answer now and then, without waiting; once a cohort is known to be settled it costs nothing more.
+class FirstSteps {
+ public:
+  // The number for tensors that begin in this step on this device.
+  uint32_t new_cohort(int16_t device);
+  void begin_step() { has_new_cohort_ = false; }
+
+  // Remembers a buffer that was launched for the first time.
+  void add(const at::Tensor& buffer, uint32_t cohort, int16_t device);
+
+  // The cohort of a buffer; 0 when it is not known to be open.
+  uint32_t cohort_of(const at::Tensor& buffer) const;
+
+  // `cohort`, or 0 when the host has learned that it is settled.
+  uint32_t still_open(uint32_t cohort, int16_t device) {
+    return cohort == 0 ? 0 : still_open_slow(cohort, device);
+  }
+
+  // The buffers that have yet to be updated. Waits for the devices.
+  std::vector<at::Tensor> unstarted();
+
+  // For the launch.
+  uint32_t* settled(int16_t device);
+  uint32_t* settled_on_host(int16_t device);
+
+ private:
+  struct Record {
+    c10::weak_intrusive_ptr<c10::TensorImpl> buffer;
+    uint32_t cohort;
+    int16_t device;
+  };
+  struct Words {
+    at::Tensor on_device;
+    at::Tensor on_host;
+  };
+  uint32_t still_open_slow(uint32_t cohort, int16_t device);
+
+  uint32_t newest_ = 0;
+  bool has_new_cohort_ = false;
+  std::unordered_map<const c10::TensorImpl*, Record>
+      records_;  // weak references keep the addresses
+  std::unordered_map<int16_t, Words> words_;
+};
+
+// True while the device's current stream is being captured into a graph.
+bool is_capturing(int16_t device);
+
+// Launches the share's update on its device's current stream. Throws std::runtime_error.
+void launch(const TensorTable& table, const DeviceShare& share, const ScalerTensors& scaler,
+            FirstSteps& first_steps, bool one_by_one);
+
+// For show_config().
+std::string cuda_build_info();
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,129 @@
+#if defined(MOMENTUM_EXT_WITH_CUDA)
+
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <stdexcept>
+
+#include "../cuda/step.h"
+#include "device.h"
+
+namespace momentum_ext::binding {
+namespace {
+
+void check(cudaError_t error, int16_t device, const std::string& doing) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it has been reported; what follows may work
+  throw std::runtime_error("FusedMomentum.step on cuda:" + std::to_string(device) + ": " + doing +
+                           " failed with " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+// The tensor's value where the device can read it; the copy, if one is needed, waits on the device.
+const float* value_on(int16_t device, at::Tensor& tensor) {
+  if (!tensor.defined()) return nullptr;
+  if (tensor.device().index() != device) {
+    tensor = tensor.to(
+        tensor.options().device(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))),
+        /*non_blocking=*/true);
+  }
+  return tensor.const_data_ptr<float>();
+}
+
+}  // namespace
+
+// ---- first steps under a GradScaler -------------------------------------------------------------
+
+uint32_t FirstSteps::new_cohort(int16_t device) {
+  if (!has_new_cohort_) {
+    has_new_cohort_ = true;
+    ++newest_;
+  }
+  if (words_.find(device) == words_.end()) {
+    const auto on_device =
+        at::device(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))).dtype(at::kInt);
+    const auto on_host = at::device(at::kCPU).dtype(at::kInt).pinned_memory(true);
+    words_[device] = {at::zeros({1}, on_device), at::zeros({1}, on_host)};
+  }
+  return newest_;
+}
+
+void FirstSteps::add(const at::Tensor& buffer, uint32_t cohort, int16_t device) {
+  records_.insert_or_assign(
+      buffer.unsafeGetTensorImpl(),
+      Record{c10::weak_intrusive_ptr<c10::TensorImpl>(buffer.getIntrusivePtr()), cohort, device});
+}
+
+uint32_t FirstSteps::cohort_of(const at::Tensor& buffer) const {
+  const auto found = records_.find(buffer.unsafeGetTensorImpl());
+  const bool known = found != records_.end() && buffer.device().index() == found->second.device;
+  return known ? found->second.cohort : 0;
+}
+
+uint32_t FirstSteps::still_open_slow(uint32_t cohort, int16_t device) {
+  if (*static_cast<volatile uint32_t*>(settled_on_host(device)) < cohort) return cohort;
+  for (auto each = records_.begin(); each != records_.end();) {
+    const Record& record = each->second;
+    const bool settled = record.device == device && record.cohort <= cohort;
+    each = settled || record.buffer.expired() ? records_.erase(each) : std::next(each);
+  }
+  return 0;
+}
+
+std::vector<at::Tensor> FirstSteps::unstarted() {
+  std::vector<at::Tensor> buffers;
+  for (const auto& [device, words] : words_) {
+    if (records_.empty()) break;
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+    check(cudaDeviceSynchronize(), device, "waiting for the device");
+    const auto settled = static_cast<uint32_t>(words.on_device.item<int>());
+    for (const auto& [address, record] : records_) {
+      if (record.device != device || record.cohort <= settled) continue;
+      if (auto buffer = record.buffer.lock()) buffers.emplace_back(std::move(buffer));
+    }
+  }
+  return buffers;
+}
+
+uint32_t* FirstSteps::settled(int16_t device) {
+  return static_cast<uint32_t*>(words_.at(device).on_device.mutable_data_ptr());
+}
+uint32_t* FirstSteps::settled_on_host(int16_t device) {
+  return static_cast<uint32_t*>(words_.at(device).on_host.mutable_data_ptr());
+}
+
+// ---- launching ----------------------------------------------------------------------------------
+
+bool is_capturing(int16_t device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(), &status), device,
+        "asking whether a graph is being captured");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void launch(const TensorTable& table, const DeviceShare& share, const ScalerTensors& scaler,
+            FirstSteps& first_steps, bool one_by_one) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(share.device));
+  ScalerTensors here = scaler;
+  Overflow overflow;
+  overflow.found_inf = value_on(share.device, here.found_inf);
+  overflow.grad_scale = value_on(share.device, here.grad_scale);
+  overflow.newest_cohort = share.newest_cohort;
+  if (share.newest_cohort != 0) {
+    overflow.settled = first_steps.settled(share.device);
+    overflow.settled_on_host = first_steps.settled_on_host(share.device);
+  }
+  check(cuda::step(table, share.device, overflow, one_by_one, c10::cuda::getCurrentCUDAStream()),
+        share.device, "launching the update");
+}
+
+std::string cuda_build_info() {
+  return "CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+         std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
+}  // namespace momentum_ext::binding
+
+#endif

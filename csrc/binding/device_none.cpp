@@ -1,0 +1,21 @@
+// In place of device_cuda.cpp, in a build without CUDA kernels: nothing here is ever reached.
+#if !defined(MOMENTUM_EXT_WITH_CUDA)
+
+#include "device.h"
+
+namespace momentum_ext::binding {
+
+uint32_t FirstSteps::new_cohort(int16_t) { return 0; }
+void FirstSteps::add(const at::Tensor&, uint32_t, int16_t) {}
+uint32_t FirstSteps::cohort_of(const at::Tensor&) const { return 0; }
+uint32_t FirstSteps::still_open_slow(uint32_t, int16_t) { return 0; }
+std::vector<at::Tensor> FirstSteps::unstarted() { return {}; }
+uint32_t* FirstSteps::settled(int16_t) { return nullptr; }
+uint32_t* FirstSteps::settled_on_host(int16_t) { return nullptr; }
+bool is_capturing(int16_t) { return false; }
+void launch(const TensorTable&, const DeviceShare&, const ScalerTensors&, FirstSteps&, bool) {}
+std::string cuda_build_info() { return "none"; }
+
+}  // namespace momentum_ext::binding
+
+#endif

@@ -1,0 +1,113 @@
+// What one launch must know, packed into the kernel's own parameter, so that nothing is uploaded:
+//
+//   header | tensors from the front, one record each ...        ... groups from the back | end
+//
+// A parameter may have 32,764 bytes on sm_70 and newer with a driver for CUDA 12.1, else 4,096. A
+// tensor takes 32 bytes and a group in fp32 as many: one fp32 group and 1,021 tensors fit, or 465
+// groups with a tensor each. More groups leave room for fewer tensors; what does not fit goes into
+// further launches.
+#pragma once
+
+#include <type_traits>
+
+#include "../tensor_table.h"
+#include "step.h"
+
+namespace momentum_ext::cuda {
+
+constexpr int kSmallTable = 4096;
+constexpr int kLargeTable = 32760;  // 32,764 in whole words
+
+struct TableHeader {
+  const float* found_inf;
+  const float* grad_scale;
+  const uint32_t* settled;
+  uint16_t num_tensors;
+  uint16_t words_per_group;
+  uint32_t has_device_numbers;
+};
+
+template <int kBytes>
+struct LaunchTable {
+  static constexpr int kNumWords = (kBytes - static_cast<int>(sizeof(TableHeader))) / 8;
+  TableHeader header;
+  uint64_t words[kNumWords];
+};
+static_assert(sizeof(LaunchTable<kSmallTable>) <= 4096);
+static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
+
+// ---- a tensor -----------------------------------------------------------------------------------
+
+// words 0 to 2: param, grad, momentum buffer.
+// word 3: number of its first chunk (32 bits), elements of its last chunk less one (16), group
+// (16). A strided record goes on with word 4: dtypes of param, grad and buffer and the number of
+// dimensions (8 bits each); then size and three strides of each dimension.
+constexpr int kFlatRecord = 4;
+constexpr int kStridedRecord = 5 + 4 * kMaxStridedDimsCuda;
+
+constexpr int kMaxChunk = 1 << 16;  // elements
+constexpr int kMaxGroups = 1 << 16;
+
+MOMENTUM_EXT_INLINE uint64_t pack_chunks(uint32_t first_chunk, uint32_t last_count,
+                                         uint32_t group) {
+  return first_chunk | uint64_t{last_count - 1} << 32 | uint64_t{group} << 48;
+}
+MOMENTUM_EXT_INLINE uint32_t first_chunk_of(uint64_t word) { return static_cast<uint32_t>(word); }
+MOMENTUM_EXT_INLINE int last_count_of(uint64_t word) {
+  return static_cast<int>(word >> 32 & 0xffffu) + 1;
+}
+MOMENTUM_EXT_INLINE int group_of(uint64_t word) { return static_cast<int>(word >> 48); }
+
+// The tensor that a chunk belongs to, by binary search: ten steps for the longest list.
+template <int kRecord, int kBytes>
+MOMENTUM_EXT_INLINE int locate_tensor(const LaunchTable<kBytes>& table, uint32_t chunk) {
+  int low = 0;
+  int high = table.header.num_tensors;  // first_chunk(low) <= chunk < first_chunk(high)
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first_chunk_of(table.words[middle * kRecord + 3]) <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// ---- a group ------------------------------------------------------------------------------------
+
+// Those tensors of a parameter group that are treated alike.
+template <typename opmath_t>
+struct PackedGroup {
+  Coefficients<opmath_t> coefficients;
+  uint32_t flags;  // weight decay, momentum, Nesterov: a bit each; then the cohort
+};
+constexpr uint32_t kHasWeightDecay = 1;
+constexpr uint32_t kHasMomentum = 2;
+constexpr uint32_t kHasNesterov = 4;
+constexpr int kCohortShift = 3;
+constexpr uint32_t kNoCohort = 0;                              // has had its first step
+constexpr uint32_t kFirstStep = ~uint32_t{0} >> kCohortShift;  // has it now, as the host knows
+
+template <typename T>
+constexpr int kWordsOf = (static_cast<int>(sizeof(T)) + 7) / 8;
+
+// T from words `at` onwards.
+template <typename T, int kBytes>
+MOMENTUM_EXT_INLINE T unpack(const LaunchTable<kBytes>& table, int at) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  uint64_t words[kWordsOf<T>];
+  for (int i = 0; i < kWordsOf<T>; ++i) words[i] = table.words[at + i];
+  T value;
+  memcpy(&value, words, sizeof(value));
+  return value;
+}
+
+// Where group g begins. Groups that read numbers from the device's memory have a DeviceHyperparams
+// behind their PackedGroup; if one has, all of the launch have room for it.
+template <int kBytes>
+MOMENTUM_EXT_INLINE int group_at(const LaunchTable<kBytes>& table, int group) {
+  return LaunchTable<kBytes>::kNumWords - (group + 1) * table.header.words_per_group;
+}
+
+}  // namespace momentum_ext::cuda
