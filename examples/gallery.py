@@ -196,7 +196,10 @@ def limits(directory: Path) -> list[Fact]:
     return [
         (
             "limits",
-            "\n".join(f"- {panel.title}: {'; '.join(curve.label for curve in panel.curves)}." for panel in panels),
+            "\n".join(
+                f"- {panel.title}. {panel.measured}: {'; '.join(curve.label for curve in panel.curves)}."
+                for panel in panels
+            ),
         )
     ]
 
@@ -214,6 +217,7 @@ def easy() -> Panel:
         "An easy problem: the usual 0.9 is the brake",
         f"condition number {condition:.0f}, lr {plain.lr:.2g}; distance to the minimum, logarithmic; steps to "
         f"{pictures.power(UNTIL)}",
+        f"Steps to {pictures.power(UNTIL)}",
         curves,
         logarithmic=True,
     )
@@ -234,6 +238,7 @@ def noisy() -> Panel:
     return Panel(
         "Noise: sooner down, to the higher floor of a larger step",
         f"w²/2, noisy gradients; lr {lr}, momentum {momentum.momentum}; mean loss of {copies:,} runs, and its floor",
+        f"Mean loss of the last {last} steps",
         curves,
         logarithmic=True,
     )
@@ -251,6 +256,7 @@ def overshoot() -> Panel:
     return Panel(
         f"Overshoot: momentum {momentum} rings for hundreds of steps",
         f"w against steps for the loss w²/2, lr {lr}; how far it swings past the minimum",
+        "How far past the minimum, as a share of the way to it",
         curves,
         logarithmic=False,
     )
@@ -266,6 +272,7 @@ def shelf() -> Panel:
     return Panel(
         "A shelf without slope: it coasts a little, then stands",
         "x against steps; slope -1 up to x = 0, none beyond; lr 0.05, momentum 0.9; where it stops",
+        "Where it stops",
         curves,
         logarithmic=False,
     )

@@ -419,6 +419,8 @@ class Panel(NamedTuple):
 
     title: str
     subtitle: str
+    measured: str
+    """What the figures in the labels are."""
     curves: Sequence[Curve]
     logarithmic: bool
 
