@@ -19,11 +19,12 @@ from pathlib import Path
 import gallery_descent as descent
 import gallery_landscapes as landscapes
 import gallery_page
-import gallery_pictures as pictures
 import torch
+from gallery_charts import Count, Curve, Panel, draw_conditions, draw_limits
 from gallery_descent import GRADIENT_DESCENT, SMALLER_STEPS, Method
 from gallery_landscapes import RAVINE_CONDITION, Landscape
-from gallery_pictures import Card, Count, Curve, Panel, draw_landscape, draw_ravine
+from gallery_maps import Card, draw_basins, draw_landscape, draw_ravine
+from gallery_marks import power
 from tqdm import tqdm
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "docs" / "gallery"
@@ -48,7 +49,7 @@ def reached(paths: Sequence[descent.Path], landscape: Landscape, floor: float) -
         steps = path.arrives(landscape.lowest() + floor)
         steps_text = f"{steps:,} steps" if steps is not None else f"not within {len(path.losses) - 1:,}"
         parts.append(f"- {path.method.name} ({path.method.constants()}): {steps_text}")
-    return f"Steps until the loss is within {pictures.power(floor)} of the minimum:\n\n" + "\n".join(parts)
+    return f"Steps until the loss is within {power(floor)} of the minimum:\n\n" + "\n".join(parts)
 
 
 def ravine(directory: Path) -> list[Fact]:
@@ -67,7 +68,12 @@ def ravine(directory: Path) -> list[Fact]:
     slow = dataclasses.replace(slow, name=SMALLER_STEPS)
     paths = descents(landscapes.RAVINE, (plain, slow, momentum, nesterov), 1_000)
     draw_ravine(landscapes.RAVINE, paths, 40, card, directory / "ravine.png")
-    return [("ravine", reached(paths, landscapes.RAVINE, card.floor))]
+    at_best = descents(landscapes.RAVINE, descent.best(1, RAVINE_CONDITION), 100)
+    swings = ", ".join(f"{path.method.name} {float(path.points[1:, 1].abs().max()):.2f}" for path in at_best)
+    return [
+        ("ravine", reached(paths, landscapes.RAVINE, card.floor)),
+        ("swings", f"The widest swing across the ravine at the best constants, the start being 1: {swings}."),
+    ]
 
 
 def rosenbrock(directory: Path) -> list[Fact]:
@@ -149,13 +155,13 @@ def basins(directory: Path) -> list[Fact]:
         "on which it starts.\nMomentum crosses the barrier both ways: the dark stripes in the right half are starts "
         "that had the deeper well and left it.",
     )
-    pictures.draw_basins(landscape, methods, deeper, words, directory / "basins.png")
-    right = (starts[..., 0] > 0).numpy()
-    parts = []
-    for method, there in zip(methods, deeper):
+    draw_basins(landscape, methods, deeper, words, directory / "basins.png")
+    plain = deeper[0]
+    parts = [f"- {methods[0].name}: {plain.mean():.0%} of the starts on the map end in the deeper well."]
+    for method, there in zip(methods[1:], deeper[1:]):
         parts.append(
-            f"- {method.name}: {there.mean():.0%} of all starts end in the deeper well; of those on its own side "
-            f"{(~there[right]).mean():.0%} leave it, of those on the other side {there[~right].mean():.0%} come over."
+            f"- {method.name}: {there.mean():.0%}. Of the starts from which gradient descent reaches the deeper well "
+            f"{(~there[plain]).mean():.0%} lose it, of the others {there[~plain].mean():.0%} gain it."
         )
     return [("basins", "\n".join(parts))]
 
@@ -180,7 +186,7 @@ def conditions(directory: Path) -> list[Fact]:
         "constants for them.\nNesterov's form is a little slower than heavy ball here; on functions that are smooth "
         "and strongly convex but not quadratic it keeps its promise, and heavy ball need not.",
     )
-    pictures.draw_conditions(counts, drawn, DRAWN_CONDITION, UNTIL, words, directory / "conditions.png")
+    draw_conditions(counts, drawn, DRAWN_CONDITION, UNTIL, words, directory / "conditions.png")
     return [("steps", gallery_page.table(counts, UNTIL))]
 
 
@@ -192,7 +198,7 @@ def limits(directory: Path) -> list[Fact]:
         "Four cases from the same optimizer. Momentum is memory: it costs where there is nothing to remember, and "
         "where what it remembers is noise or out of date.",
     )
-    pictures.draw_limits(panels, words, directory / "limits.png")
+    draw_limits(panels, words, directory / "limits.png")
     return [
         (
             "limits",
@@ -216,8 +222,8 @@ def easy() -> Panel:
     return Panel(
         "An easy problem: the usual 0.9 is the brake",
         f"condition number {condition:.0f}, lr {plain.lr:.2g}; distance to the minimum, logarithmic; steps to "
-        f"{pictures.power(UNTIL)}",
-        f"Steps to {pictures.power(UNTIL)}",
+        f"{power(UNTIL)}",
+        f"Steps to {power(UNTIL)}",
         curves,
         logarithmic=True,
     )

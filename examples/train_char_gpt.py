@@ -158,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except char_gpt_training.OtherRun as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
 
     print(f"\n{report(runs)}")
     for run in runs:
