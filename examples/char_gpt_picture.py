@@ -19,7 +19,7 @@ import torch
 from char_gpt_training import Run, Settings
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from picture_style import BLUE, GREEN, GRID, INK, ORANGE, QUIET, headline, style
+from picture_style import BLUE, GREEN, GRID, HALO, INK, ORANGE, QUIET, headline, style
 
 import momentum_ext
 
@@ -140,13 +140,20 @@ def draw_differences(axes: Axes, base: Run, others: Sequence[Run]) -> None:
         f"difference of the losses in the same step, mean of {SMOOTHED} steps, logarithmic",
     )
     steps = np.arange(1, len(base.losses) + 1)
-    for run in others:
+    labelled = int(0.7 * len(steps))
+    curves = [smooth(np.abs(np.array(run.losses) - np.array(base.losses)).tolist()) for run in others]
+    highest = max(curve[labelled] for curve in curves)
+    for run, apart in zip(others, curves):
         mine = look(run.settings)
-        apart = smooth(np.abs(np.array(run.losses) - np.array(base.losses)).tolist())
         shown = apart > 0
         axes.plot(
             steps[shown], apart[shown], color=mine.color, linestyle=mine.dash, linewidth=1.6,
             label=reason(run.settings),
+        )  # fmt: skip
+        above = apart[labelled] == highest  # the others below their lines, clear of it
+        axes.annotate(
+            label(run.settings), (steps[labelled], apart[labelled]), xytext=(0, 13 if above else -15),
+            textcoords="offset points", ha="center", va="center", fontsize=9.5, fontweight="bold", color=mine.color, path_effects=HALO, zorder=6,
         )  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=9))
