@@ -153,7 +153,8 @@ def draw_differences(axes: Axes, base: Run, others: Sequence[Run]) -> None:
         above = apart[labelled] == highest  # the others below their lines, clear of it
         axes.annotate(
             label(run.settings), (steps[labelled], apart[labelled]), xytext=(0, 13 if above else -15),
-            textcoords="offset points", ha="center", va="center", fontsize=9.5, fontweight="bold", color=mine.color, path_effects=HALO, zorder=6,
+            textcoords="offset points", ha="center", va="center",
+            fontsize=9.5, fontweight="bold", color=mine.color, path_effects=HALO, zorder=6,
         )  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=9))
