@@ -134,7 +134,8 @@ def check_cuda_version() -> None:
     if nvcc[0] != of_torch[0]:
         stop(
             f"nvcc in {cpp_extension.CUDA_HOME} is of CUDA {nvcc[0]}.{nvcc[1]}, torch is built for CUDA "
-            f"{torch.version.cuda}: the major versions must be the same. Set CUDA_HOME to a CUDA {of_torch[0]} toolkit, or FORCE_CPU=1."
+            f"{torch.version.cuda}: the major versions must be the same. Set CUDA_HOME to a CUDA {of_torch[0]} "
+            "toolkit, or FORCE_CPU=1."
         )
     if nvcc < (12, 1):
         stop(f"needs nvcc of CUDA 12.1 or newer, found {nvcc[0]}.{nvcc[1]} in {cpp_extension.CUDA_HOME}.")
@@ -182,6 +183,7 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
+    "-Wno-psabi",  # vectors are passed within one file alone
 ]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false"]
 

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 
+#include "binding/grad_norm.h"
 #include "binding/lookahead.h"
 #include "binding/step_plan.h"
 #include "momentum.h"
@@ -76,6 +77,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("adopt_formulations", &StepPlan::adopt_formulations, py::arg("param_groups"))
       .def("unstarted_buffers", &StepPlan::unstarted_buffers);
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;
+  py::class_<GradNorm>(m, "GradNorm")
+      .def(py::init<>())
+      .def("compute", &GradNorm::compute, py::arg("param_groups"), py::arg("norm_type"))
+      .def("compare", &GradNorm::compare, py::arg("param_groups"));
   m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lookaheads"), py::arg("distances"), py::arg("back"));
   m.def("isa", &cpu::isa);

@@ -7,6 +7,14 @@
 
 #include "tensor_table.h"
 
+namespace momentum_ext {
+
+// What is summed over a list of gradients.
+enum class Norm : uint8_t { kSumOfSquares, kSumOfAbs, kMax };
+constexpr int64_t kNormBlock = 16384;  // elements
+
+}  // namespace momentum_ext
+
 namespace momentum_ext::cpu {
 
 // Updates every tensor of the table in one parallel region of at most max_threads threads. Entries
@@ -19,6 +27,13 @@ void step(const TensorTable& table, int max_threads);
 // changed.
 void move_to_iterate(const TensorTable& table, int max_threads);
 void move_to_lookahead(const TensorTable& table, int max_threads);
+
+// Elements are multiplied by `scale` first (sum of squares only). The table's entries have grad,
+// numel, grad_dtype and layout; its first_element is the prefix sum of the number of blocks of
+// kNormBlock elements, and block_norms has a place for each. The result has the same bits for every
+// number of threads. A NaN anywhere makes it NaN.
+double norm(Norm kind, const TensorTable& table, double scale, double* block_norms,
+            int max_threads);
 
 // Calls body(begin, end) for consecutive parts of [0, n), on as many threads as there are parts of
 // at least `grain`, at most max_threads. The body must not throw.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 class StepPlan:
@@ -37,7 +38,17 @@ class StepPlan:
         """Take the buffers to be in the formulation that their group names now."""
 
     def unstarted_buffers(self) -> list[Tensor]:
-        """CUDA buffers in the state whose tensor's first step overflowed, so that it is yet to come. Waits for the GPU."""
+        """CUDA buffers in the state whose tensor's first step overflowed and is yet to come. Waits for the GPU."""
+
+class GradNorm:
+    """The norm of all gradients of an optimizer, and whether they are still the same ones later."""
+
+    def __init__(self) -> None: ...
+    def compute(self, param_groups: list[dict[str, Any]], norm_type: float) -> tuple[float, torch.dtype] | None:
+        """The p-norm (1, 2 or inf) and the dtype that torch would return it in; None where it takes torch's path."""
+
+    def compare(self, param_groups: list[dict[str, Any]]) -> str:
+        """What has become of those gradients: ``"same"``, ``"replaced"`` (all of them) or ``"changed"``."""
 
 HAS_CUDA_KERNELS: bool
 

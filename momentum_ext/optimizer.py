@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from momentum_ext import _C
+from momentum_ext.clipping import GradFactor
 from momentum_ext.formulation import check_group, torch_step
 from momentum_ext.lookahead import TRAIN_MODE, hold_iterate, hold_lookahead
 
@@ -87,6 +88,8 @@ class FusedMomentum(SGD):
         formulation: ``"torch"``, ``"classical"`` or ``"ema"``, see above; the last two have no dampening
             (default: ``"torch"``).
         decoupled_weight_decay: decay the parameter instead of adding to the gradient (default: False).
+        max_grad_norm: clip the 2-norm of all gradients together in each step, as :meth:`clip_grad_norm_` would; the
+            norm is then in the attribute ``grad_norm`` (default: None).
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that
@@ -118,7 +121,10 @@ class FusedMomentum(SGD):
         fused: bool | None = None,
         formulation: str = "torch",
         decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         self._own_defaults = {"formulation": formulation, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(
             params,
@@ -133,7 +139,14 @@ class FusedMomentum(SGD):
             fused=fused,
         )
         self.defaults.update(self._own_defaults)
+        self.max_grad_norm = max_grad_norm
+        self._start()
+
+    def _start(self) -> None:
+        """What is not part of the state."""
         self._plan = _C.StepPlan()
+        self._grad_factor = GradFactor()
+        self.grad_norm: Tensor | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
@@ -181,7 +194,7 @@ class FusedMomentum(SGD):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return super().__getstate__()  # type: ignore[no-any-return]
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -191,7 +204,8 @@ class FusedMomentum(SGD):
             "formulation": self.defaults.get("formulation", "torch"),
             "decoupled_weight_decay": self.defaults.get("decoupled_weight_decay", False),
         }
-        self._plan = _C.StepPlan()
+        self.__dict__.setdefault("max_grad_norm", None)
+        self._start()
         self._plan.adopt_formulations(self.param_groups)
 
     def eval(self) -> None:
@@ -258,12 +272,20 @@ class FusedMomentum(SGD):
         for_torch = NotImplemented
         if "found_inf" in attributes or "grad_scale" in attributes:
             found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
-            if _is_on_device(found_inf) and _is_on_device(grad_scale):  # no need to wait for their values
+            fits = self.max_grad_norm is None and not self._grad_factor.is_pending
+            if fits and _is_on_device(found_inf) and _is_on_device(grad_scale):  # no need to wait for their values
                 for_torch = self._plan.step(self.param_groups, self.state, 1.0, differentiable, found_inf, grad_scale)
             if for_torch is NotImplemented:
                 if found_inf is not None and float(found_inf) != 0:
+                    self._grad_factor.clear()
                     return loss
                 inv_grad_scale = _reciprocal(grad_scale)
+        if self.max_grad_norm is not None:
+            self.grad_norm = self._grad_factor.clip(
+                self.param_groups, self.max_grad_norm, inv_grad_scale=inv_grad_scale
+            )
+        if self._grad_factor.is_pending:
+            inv_grad_scale *= self._grad_factor.current(self.param_groups)
         if for_torch is NotImplemented:
             for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         if for_torch is not None:
@@ -275,7 +297,40 @@ class FusedMomentum(SGD):
                 self._plan.discard()
                 raise
             self._plan.run()
+        self._grad_factor.clear()
         return loss
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor:
+        """Clip the norm of all gradients together, in the next :meth:`step`.
+
+        Takes the place of ``torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)``. The norm is computed now,
+        in one pass that only reads; the step multiplies with the coefficient while it reads the gradients anyway, so
+        ``param.grad`` keeps its values. Norms 1, 2 and inf of dense CPU gradients are computed in double, with the same
+        bits for every number of threads; for all else torch's own functions are called, which write to the gradients.
+
+        Called again, it clips what the first call has left, as torch's function does. Gradients that have all been
+        replaced before the step are not clipped. If only some were, or if they were written to (another backward),
+        :meth:`step` raises: clip after the last backward. A step without gradients, or one that is left out for an
+        overflow, uses the coefficient up.
+
+        Args:
+            max_norm: what the norm shall not exceed.
+            norm_type: the p of the p-norm, may be ``inf``.
+            error_if_nonfinite: raise if the norm is inf or NaN, instead of multiplying with what comes out.
+
+        Returns:
+            The norm before clipping, a tensor of no dimension in the gradients' dtype.
+
+        Raises:
+            RuntimeError: for a norm that is not finite, if asked for; for gradients that were written to after the
+                last clipping.
+        """
+        return self._grad_factor.clip(self.param_groups, float(max_norm), float(norm_type), error_if_nonfinite)
 
     def _settle(self) -> None:
         """Before the state leaves: buffers in their group's formulation, and none that was never computed."""

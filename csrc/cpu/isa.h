@@ -3,17 +3,22 @@
 
 #include <cstdint>
 
-#include "../tensor_table.h"
+#include "../momentum.h"
 
 namespace momentum_ext::cpu {
 
 // Each works on elements [begin, end) of the table's concatenated range.
 using RunFn = void (*)(const TensorTable& table, int64_t begin, int64_t end);
 
+// On blocks [begin, end), of which table.first_element is the prefix sum.
+using NormFn = void (*)(const TensorTable& table, int64_t begin, int64_t end, double scale,
+                        double* block_norms);
+
 struct Loops {
   RunFn step;
   RunFn to_iterate;
   RunFn to_lookahead;
+  NormFn norm[3];  // by Norm
 };
 
 // nullptr where the build's target cannot have this instruction set.

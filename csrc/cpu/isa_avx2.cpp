@@ -18,6 +18,7 @@ using FmaPolicy = FusedMultiplyAdd;
 
 #include "half_f16c.h"
 #include "loop.h"
+#include "norm_loop.h"
 }  // namespace
 }  // namespace avx2
 

@@ -17,6 +17,7 @@ void float_to_half(const float* tile, int64_t n, Float16* target) {
 }
 
 #include "loop.h"
+#include "norm_loop.h"
 }  // namespace
 }  // namespace baseline
 

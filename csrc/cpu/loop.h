@@ -349,5 +349,3 @@ void run_move(const TensorTable& table, int64_t begin, int64_t end) {
         }
       });
 }
-
-constexpr Loops kLoops = {run_step, run_move<false>, run_move<true>};

@@ -16,6 +16,7 @@ namespace {
 
 // Below this many elements for each thread, waking another thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
+constexpr int64_t kNormBlocksPerThread = 64;  // blocks of small tensors are short
 
 struct Implementation {
   const char* name;
@@ -121,6 +122,24 @@ void move_to_iterate(const TensorTable& table, int max_threads) {
 
 void move_to_lookahead(const TensorTable& table, int max_threads) {
   run_loop(loops().to_lookahead, table, max_threads);
+}
+
+double norm(Norm kind, const TensorTable& table, double scale, double* block_norms,
+            int max_threads) {
+  const NormFn run = loops().norm[static_cast<int>(kind)];
+  const int64_t num_blocks = table.first_element[table.num_entries];
+  parallel_for(num_blocks, kNormBlocksPerThread, max_threads,
+               [&](int64_t begin, int64_t end) { run(table, begin, end, scale, block_norms); });
+  double result = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const double each = block_norms[i];
+    if (kind != Norm::kMax) {
+      result += each;
+    } else if (!(each <= result || result != result)) {
+      result = each;
+    }
+  }
+  return result;
 }
 
 }  // namespace momentum_ext::cpu

@@ -1,0 +1,147 @@
+#include "grad_norm.h"
+
+#include <ATen/Parallel.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <unordered_set>
+
+#include "tensor_access.h"
+
+namespace momentum_ext::binding {
+namespace {
+
+// Calls visit(gradient) for each parameter's, once, in order; stops and returns false when that
+// does.
+template <typename Visit>
+bool for_each_grad(const py::list& param_groups, const Visit& visit) {
+  const bool may_repeat = param_groups.size() > 1;
+  std::unordered_set<PyObject*> visited;
+  for (const py::handle group : param_groups) {
+    PyObject* const params = PyDict_GetItemString(group.ptr(), "params");
+    if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params))) return false;
+    PyObject** const items = PySequence_Fast_ITEMS(params);
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
+      if (!THPVariable_Check(items[i])) return false;
+      const at::Tensor& grad = grad_of(*THPVariable_Unpack(items[i]).unsafeGetTensorImpl());
+      if (!grad.defined()) continue;
+      if (may_repeat && !visited.insert(items[i]).second) continue;
+      if (!visit(grad)) return false;
+    }
+  }
+  return true;
+}
+
+uint32_t version_of(const at::Tensor& tensor) {
+  return tensor.is_inference() ? 0
+                               : tensor.unsafeGetTensorImpl()->version_counter().current_version();
+}
+
+}  // namespace
+
+py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
+  seen_.clear();
+  const Norm kind = norm_type == 2   ? Norm::kSumOfSquares
+                    : norm_type == 1 ? Norm::kSumOfAbs
+                                     : Norm::kMax;
+  if (kind == Norm::kMax && norm_type != std::numeric_limits<double>::infinity()) {
+    return py::none();
+  }
+  if (!collect(param_groups, kind == Norm::kSumOfSquares)) {
+    seen_.clear();
+    return py::none();
+  }
+  double norm = sum(kind, 1.0);
+  if (kind == Norm::kSumOfSquares) {
+    // Squares of doubles can leave a double's range, where their root does not.
+    const bool in_range = norm == 0 ? dtype_ != at::kDouble : norm > 1e-280 && norm < 1e300;
+    double scale = 1;
+    if (!in_range) {
+      const double largest = sum(Norm::kMax, 1.0);
+      if (std::isfinite(largest) && largest > 0) {
+        scale = std::exp2(-std::clamp(std::ilogb(largest), -1000, 1000));
+        norm = sum(Norm::kSumOfSquares, scale);
+      }
+    }
+    norm = std::sqrt(norm) / scale;
+  }
+  const at::ScalarType dtype = dtype_ == at::ScalarType::Undefined ? at::kFloat : dtype_;
+  return py::make_tuple(norm, py::reinterpret_borrow<py::object>(
+                                  reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
+}
+
+const char* GradNorm::compare(const py::list& param_groups) const {
+  size_t n = 0, found = 0;
+  bool in_order = true;
+  bool all_unwritten = true;
+  const bool complete = for_each_grad(param_groups, [&](const at::Tensor& grad) {
+    const auto is_it = [&grad](const Seen& seen) {
+      return seen.grad._unsafe_get_target() == grad.unsafeGetTensorImpl();
+    };
+    auto match = n < seen_.size() && is_it(seen_[n]) ? seen_.begin() + static_cast<ptrdiff_t>(n)
+                                                     : seen_.end();
+    if (match == seen_.end()) {
+      in_order = false;
+      match = std::find_if(seen_.begin(), seen_.end(), is_it);
+    }
+    if (match != seen_.end()) {
+      ++found;
+      all_unwritten = all_unwritten && match->version == version_of(grad);
+    }
+    ++n;
+    return in_order || found == 0;  // the rest is decided
+  });
+  if (found == 0) return "replaced";
+  return complete && in_order && all_unwritten && n == seen_.size() ? "same" : "changed";
+}
+
+bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
+  entries_.clear();
+  layouts_.clear();
+  first_block_.assign(1, 0);
+  dtype_ = at::ScalarType::Undefined;
+  return for_each_grad(param_groups,
+                       [&](const at::Tensor& grad) { return add(grad, complex_too); });
+}
+
+bool GradNorm::add(const at::Tensor& grad, bool complex_too) {
+  const at::ScalarType scalar_type = grad.scalar_type();
+  const std::optional<Dtype> dtype = kernel_dtype(scalar_type);
+  if (!is_plain_cpu(grad) || !dtype || (grad.is_complex() && !complex_too)) return false;
+  const int64_t numel = grad.numel();
+  const int64_t size = static_cast<int64_t>(grad.element_size());
+  const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
+  const void* const data = const_data_of(impl, size);
+  const bool is_dense = grad.is_contiguous() || grad.is_non_overlapping_and_dense();
+  const int64_t bytes = is_dense ? numel * size : num_bytes(shape_of(grad), size);
+  if (numel != 0 && !lies_in_storage(impl, ByteRange(data, bytes).end)) return false;
+  TensorEntry entry{};
+  entry.grad = data;
+  entry.grad_dtype = *dtype;
+  entry.numel = grad.is_complex() ? 2 * numel : numel;
+  if (!is_dense) {
+    layouts_.push_back(common_layout(grad, grad, at::Tensor()));
+    if (layouts_.back() != nullptr) entry.layout = &layouts_.back()->layout;
+  }
+  entries_.push_back(entry);
+  first_block_.push_back(first_block_.back() + (entry.numel + kNormBlock - 1) / kNormBlock);
+  seen_.push_back(
+      {c10::weak_intrusive_ptr<c10::TensorImpl>(grad.getIntrusivePtr()), version_of(grad)});
+  const at::ScalarType real = c10::toRealValueType(scalar_type);
+  dtype_ = dtype_ == at::ScalarType::Undefined ? real : c10::promoteTypes(dtype_, real);
+  return true;
+}
+
+double GradNorm::sum(Norm kind, double scale) {
+  block_norms_.resize(static_cast<size_t>(first_block_.back()));
+  const TensorTable table{entries_.data(), first_block_.data(),
+                          static_cast<int64_t>(entries_.size()), nullptr};
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  return cpu::norm(kind, table, scale, block_norms_.data(), threads);
+}
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,48 @@
+// The norm of all gradients of an optimizer, in one parallel region, and whether they are still the
+// same gradients later.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <vector>
+
+#include "../momentum.h"
+#include "layout.h"
+
+namespace momentum_ext::binding {
+
+namespace py = pybind11;
+
+class GradNorm {
+ public:
+  // The p-norm (1, 2 or inf) of all gradients together, and the dtype in which torch would return
+  // it; None where a gradient is not one for the kernels. Remembers which gradients these were.
+  py::object compute(const py::list& param_groups, double norm_type);
+
+  // What has become of them: "same", "replaced" (none of them is there any more) or "changed" (some
+  // are not, or were written to).
+  const char* compare(const py::list& param_groups) const;
+
+ private:
+  // Keeps a gradient's address from being used again, not its memory.
+  struct Seen {
+    c10::weak_intrusive_ptr<c10::TensorImpl> grad;
+    uint32_t version;
+  };
+
+  bool collect(const py::list& param_groups, bool complex_too);
+  bool add(const at::Tensor& grad, bool complex_too);
+  double sum(Norm kind, double scale);
+
+  std::vector<Seen> seen_;
+  // The vectors keep their capacity, so that nothing is allocated once warm.
+  std::vector<TensorEntry> entries_;
+  std::vector<int64_t> first_block_;
+  std::vector<double> block_norms_;
+  std::vector<std::unique_ptr<OwnedLayout>> layouts_;
+  at::ScalarType dtype_ = at::ScalarType::Undefined;
+};
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,133 @@
+// Norms of gradients, compiled once per instruction set: included after loop.h, in the same
+// namespace.
+//
+// A tensor is cut into blocks of kNormBlock elements, a block into kLanes interleaved sums in
+// double. Which elements meet in which sum, and in which order, depends on nothing but the tensor's
+// size: the same bits for every number of threads and every instruction set. The square of a float
+// is exact in a double and cannot overflow it.
+
+using Vector = double __attribute__((vector_size(64)));
+using FloatVector = float __attribute__((vector_size(32)));
+constexpr int kVectorSize = 8;
+constexpr int kNumVectors = 4;  // as many as hide an addition's latency
+constexpr int kLanes = kVectorSize * kNumVectors;
+
+MOMENTUM_EXT_INLINE Vector load_vector(const double* from) {
+  Vector v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+MOMENTUM_EXT_INLINE Vector load_vector(const float* from) {
+  FloatVector v;
+  memcpy(&v, from, sizeof(v));
+  return __builtin_convertvector(v, Vector);
+}
+
+template <Norm kNorm>
+MOMENTUM_EXT_INLINE Vector add_term(Vector sum, Vector x, double scale) {
+  if constexpr (kNorm == Norm::kSumOfSquares) {
+    x *= scale;
+    return sum + x * x;
+  } else {
+    const Vector absolute = x < 0 ? -x : x;
+    if constexpr (kNorm == Norm::kSumOfAbs) {
+      return sum + absolute;
+    } else {  // a NaN stays
+      return ((absolute <= sum) | (sum != sum)) ? sum : absolute;
+    }
+  }
+}
+
+struct NormSums {
+  Vector sums[kNumVectors] = {};
+
+  // n elements from a place that is a multiple of kLanes in the block.
+  template <Norm kNorm, typename T>
+  void add(const T* x, int64_t n, double scale) {
+    Vector a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      a = add_term<kNorm>(a, load_vector(x + i), scale);
+      b = add_term<kNorm>(b, load_vector(x + i + kVectorSize), scale);
+      c = add_term<kNorm>(c, load_vector(x + i + 2 * kVectorSize), scale);
+      d = add_term<kNorm>(d, load_vector(x + i + 3 * kVectorSize), scale);
+    }
+    if (i < n) {  // zeros add nothing
+      T rest[kLanes] = {};
+      memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
+      a = add_term<kNorm>(a, load_vector(rest), scale);
+      b = add_term<kNorm>(b, load_vector(rest + kVectorSize), scale);
+      c = add_term<kNorm>(c, load_vector(rest + 2 * kVectorSize), scale);
+      d = add_term<kNorm>(d, load_vector(rest + 3 * kVectorSize), scale);
+    }
+    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+  }
+
+  template <Norm kNorm>
+  double total() const {
+    const auto join = [](Vector x, Vector y) {
+      if constexpr (kNorm == Norm::kMax) {
+        return ((y <= x) | (x != x)) ? x : y;
+      } else {
+        return x + y;
+      }
+    };
+    const Vector all = join(join(sums[0], sums[1]), join(sums[2], sums[3]));
+    double result = all[0];
+    for (int i = 1; i < kVectorSize; ++i) {
+      if constexpr (kNorm == Norm::kMax) {
+        result = (all[i] <= result || result != result) ? result : all[i];
+      } else {
+        result += all[i];
+      }
+    }
+    return result;
+  }
+};
+
+template <Norm kNorm, typename opmath_t>
+double norm_of_block(const TensorEntry& entry, int64_t begin, int64_t end, double scale) {
+  NormSums sums;
+  const Dtype dtype = entry.grad_dtype;
+  const bool as_it_is = dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64;
+  if (entry.layout == nullptr && as_it_is) {
+    sums.add<kNorm>(static_cast<const opmath_t*>(entry.grad) + begin, end - begin, scale);
+    return sums.total<kNorm>();
+  }
+  alignas(64) opmath_t tile[kTile];
+  int64_t offsets[3][kTile];
+  const bool strided = entry.layout != nullptr;
+  const StridedLayout no_layout = {nullptr, 0};
+  TileWalker walker(strided ? *entry.layout : no_layout, begin);
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t n = end - at < kTile ? end - at : kTile;
+    if (strided) walker.next_tile(n, offsets[0], offsets[1], offsets[2]);
+    const char* const base =
+        static_cast<const char*>(entry.grad) + (strided ? 0 : at * itemsize(dtype));
+    gather(dtype, base, strided ? offsets[1] : nullptr, n, tile);
+    sums.add<kNorm>(tile, n, scale);
+  }
+  return sums.total<kNorm>();
+}
+
+template <Norm kNorm>
+void run_norm(const TensorTable& table, int64_t begin, int64_t end, double scale,
+              double* block_norms) {
+  if (begin >= end) return;
+  int64_t i = locate_entry(table, begin);
+  for (int64_t block = begin; block < end; ++block) {
+    while (table.first_element[i + 1] <= block) ++i;
+    const TensorEntry& entry = table.entries[i];
+    const int64_t from = (block - table.first_element[i]) * kNormBlock;
+    const int64_t to = entry.numel - from < kNormBlock ? entry.numel : from + kNormBlock;
+    block_norms[block] = entry.grad_dtype == Dtype::kFloat64
+                             ? norm_of_block<kNorm, double>(entry, from, to, scale)
+                             : norm_of_block<kNorm, float>(entry, from, to, scale);
+  }
+}
+
+constexpr Loops kLoops = {
+    run_step,
+    run_move<false>,
+    run_move<true>,
+    {run_norm<Norm::kSumOfSquares>, run_norm<Norm::kSumOfAbs>, run_norm<Norm::kMax>}};

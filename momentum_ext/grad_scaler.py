@@ -1,0 +1,41 @@
+"""torch.amp.GradScaler without a pass of its own over the gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from momentum_ext.optimizer import FusedMomentum
+
+__all__ = ["GradScaler"]
+
+
+class GradScaler(torch.amp.GradScaler):
+    """A :class:`torch.amp.GradScaler` that only reads the gradients of a FusedMomentum.
+
+    Used as torch's, with the same arguments and in the same order of calls::
+
+        scaler = momentum_ext.GradScaler("cpu")
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)             # looks for infs and NaNs: one read of the gradients
+        optimizer.clip_grad_norm_(1.0)         # nothing to read: the norm is what was looked at
+        scaler.step(optimizer)                 # unscales and clips while it reads them for the update
+        scaler.update()
+
+    ``unscale_`` leaves ``param.grad`` scaled: what it means takes effect in the step. Other optimizers, and gradients
+    that the kernels are not made for (sparse, on other devices), are treated by torch as ever.
+    """
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        if isinstance(optimizer, FusedMomentum):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if not grads:
+                return {}
+            if not allow_fp16 and any(grad.dtype == torch.float16 for grad in grads):
+                raise ValueError("Attempting to unscale FP16 gradients.")
+            finite = optimizer._grad_factor.unscale(optimizer.param_groups, float(inv_scale))
+            if finite is not None:
+                return {grads[0].device: torch.full((), 0.0 if finite else 1.0)}
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
