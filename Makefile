@@ -3,7 +3,7 @@
 #   PYTHON=python3.12     the interpreter that .venv is made with
 #   VENV=path             another environment; it may have a torch already, which is then used
 #   TESTS=path            the tests to run (make test); all of them by default
-#   ARGS="..."            more arguments for pytest (make test) or bench_step.py (make bench)
+#   ARGS="..."            more arguments for pytest (make test), bench_step.py (make bench) or train_char_gpt.py (make char-gpt)
 #   CC= CXX= FORCE_CPU= FORCE_CUDA=   for the build, see setup.py
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ NATIVE := $(filter csrc/%,$(CPP))
 PYTHON_CODE := momentum_ext benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench build lint format house clean cuda-check cuda-build gpu-check
+.PHONY: help demo gallery char-gpt test bench build lint format house clean cuda-check cuda-build gpu-check
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -30,6 +30,12 @@ help:  ## show this list
 demo: build $(VENV)/.demo $(VENV)/.bench  ## train on handwritten digits with torch's SGD and with FusedMomentum, then the quick benchmark
 	$(BIN)/python examples/digits.py
 	$(BIN)/python benchmarks/bench_step.py --quick
+
+gallery: build $(VENV)/.demo  ## draw what momentum does on small landscapes, into docs/gallery/ (under two minutes)
+	$(BIN)/python examples/gallery.py
+
+char-gpt: build $(VENV)/.demo  ## train a small GPT with each form of momentum (minutes; goes on where it was interrupted)
+	$(BIN)/python examples/train_char_gpt.py $(ARGS)
 
 test: build $(VENV)/.test $(VENV)/.demo $(VENV)/.bench  ## all tests
 	$(BIN)/python -m pytest $(TESTS) -q -n $(JOBS) --dist loadfile $(ARGS)

@@ -17,21 +17,15 @@ import numpy as np
 import torch
 from digits_training import Digits, Run, counted, median_ratio, ratio_text, step_quantiles, steps_per_epoch
 from matplotlib.axes import Axes
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from picture_style import BLUE, GRID, HALO, INK, QUIET, style
 
 import momentum_ext
 
-INK = "#1a1a1a"
-QUIET = "#6b6b6b"
-GRID = "#e3e3e3"
-OURS = "#0b4f8a"
+OURS = BLUE
 THEIRS = "#bdbdbd"
 THEIRS_TEXT = "#5c5c5c"
 THEIRS_HATCH = "////"
-HALO = [withStroke(linewidth=3.5, foreground="white")]
-"""Drawn around labels, so that no line runs through them."""
-
 DETAIL_STEPS = 12
 """Steps that the inset shows one by one."""
 SHOWN_WRONG = 4
@@ -66,18 +60,6 @@ def draw(theirs: Run, ours: Run, digits: Digits, threads: int, path: Path) -> No
     draw_totals(panels["totals"], theirs, ours)
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
-
-
-def style(axes: Axes, title: str, subtitle: str) -> None:
-    """What all panels share: a title that says what to see, and no box."""
-    axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=23)
-    axes.annotate(
-        subtitle, (0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points", color=QUIET, fontsize=9.5
-    )
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(which="both", colors=QUIET, length=0, labelsize=9)
-    axes.set_axisbelow(True)
 
 
 def draw_losses(axes: Axes, theirs: Run, ours: Run) -> None:

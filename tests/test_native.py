@@ -25,6 +25,7 @@ def test_kernels_under_sanitizers(compiler, program, tmp_path):
         "-Wall",
         "-Wextra",
         "-Werror",
+        "-Wno-psabi",  # as in setup.py
     ]
     if program == "test_cuda_kernels":  # the CUDA kernels as C++, which know #pragma unroll and move any type as uint4
         flags += [f"-I{ROOT}/tests/native/cuda_on_host", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
