@@ -30,6 +30,7 @@ struct TensorEntry {
   void* param;
   const void* grad;
   void* momentum_buffer;        // nullptr when the group has no momentum
+  void* average;                // of the parameter, in its dtype and layout; nullptr: none is kept
   const StridedLayout* layout;  // nullptr when all three share one dense layout
   int64_t numel;
   uint32_t group;  // index into TensorTable::groups
@@ -65,6 +66,8 @@ struct TensorTable {
   const int64_t* first_element;  // prefix sum of numel: num_entries + 1 values
   int64_t num_entries;
   const Hyperparams* groups;
+  double average_weight =
+      0;  // of the new parameter in its average; 1: the average becomes the parameter
 };
 
 // The entry that holds element `position` of the concatenated range [first_element[0],

@@ -85,6 +85,14 @@ MOMENTUM_EXT_INLINE void update_element(const Coefficients<opmath_t>& c, opmath_
   param = Fma::apply(-c.step, direction, param);
 }
 
+// An exponential moving average of the parameters, average = average + weight * (p - average), as
+// torch's lerp writes it: from the nearer end.
+template <typename Fma, typename opmath_t>
+MOMENTUM_EXT_INLINE opmath_t average_of(opmath_t weight, opmath_t average, opmath_t param) {
+  const bool is_small = weight < opmath_t{0.5};
+  return Fma::apply(is_small ? weight : weight - 1, param - average, is_small ? average : param);
+}
+
 // Nesterov's two points. With nesterov the parameters are trained at the look-ahead point
 // y = p - distance * b, where the gradient is taken; p is the iterate of the textbook. `distance`
 // is momentum * step, in the formulation's units.

@@ -31,6 +31,9 @@ class StepPlan:
     def convert(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
         """Bring momentum buffers into the formulation that their group names; raises where that is not exact."""
 
+    def set_average_weight(self, weight: float) -> None:
+        """Keep averages at ``state[p]["ema"]``, with this weight of the new parameter in the next step; 0: none."""
+
     def convert_prepared(self) -> None:
         """Do those conversions now that the prepared step would do."""
 

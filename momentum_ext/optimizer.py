@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -18,6 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from momentum_ext import _C
+from momentum_ext.averaging import COUNT, average_weight, check_decay, swapped
 from momentum_ext.clipping import GradFactor
 from momentum_ext.formulation import check_group, torch_step
 from momentum_ext.lookahead import TRAIN_MODE, hold_iterate, hold_lookahead
@@ -91,6 +93,10 @@ class FusedMomentum(SGD):
         decoupled_weight_decay: decay the parameter instead of adding to the gradient (default: False).
         max_grad_norm: clip the 2-norm of all gradients together in each step, as :meth:`clip_grad_norm_` would; the
             norm is then in the attribute ``grad_norm`` (default: None).
+        ema_decay: keep an exponential moving average of each parameter in its state, ``"ema"``, in the same pass: that
+            of ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(ema_decay)``, updated after each
+            step; see :meth:`ema_weights` (default: None).
+        ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps (default: False).
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that
@@ -123,7 +129,10 @@ class FusedMomentum(SGD):
         formulation: str = "torch",
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
     ) -> None:
+        check_decay(ema_decay, ema_warmup)
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         self._own_defaults = {"formulation": formulation, "decoupled_weight_decay": decoupled_weight_decay}
@@ -141,12 +150,15 @@ class FusedMomentum(SGD):
         )
         self.defaults.update(self._own_defaults)
         self.max_grad_norm = max_grad_norm
+        self.ema_decay = ema_decay
+        self.ema_warmup = ema_warmup
         self._start()
 
     def _start(self) -> None:
         """What is not part of the state."""
         self._plan = _C.StepPlan()
         self._grad_factor = GradFactor()
+        self._is_swapped = False
         self.grad_norm: Tensor | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -195,7 +207,12 @@ class FusedMomentum(SGD):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        return {
+            **super().__getstate__(),
+            "max_grad_norm": self.max_grad_norm,
+            "ema_decay": self.ema_decay,
+            "ema_warmup": self.ema_warmup,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -205,7 +222,8 @@ class FusedMomentum(SGD):
             "formulation": self.defaults.get("formulation", "torch"),
             "decoupled_weight_decay": self.defaults.get("decoupled_weight_decay", False),
         }
-        self.__dict__.setdefault("max_grad_norm", None)
+        for name, default in (("max_grad_norm", None), ("ema_decay", None), ("ema_warmup", False)):
+            self.__dict__.setdefault(name, default)
         self._start()
         self._plan.adopt_formulations(self.param_groups)
 
@@ -273,7 +291,7 @@ class FusedMomentum(SGD):
         for_torch = NotImplemented
         if "found_inf" in attributes or "grad_scale" in attributes:
             found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
-            fits = self.max_grad_norm is None and not self._grad_factor.is_pending
+            fits = self.max_grad_norm is None and self.ema_decay is None and not self._grad_factor.is_pending
             if fits and _is_on_device(found_inf) and _is_on_device(grad_scale):  # no need to wait for their values
                 for_torch = self._plan.step(self.param_groups, self.state, 1.0, differentiable, found_inf, grad_scale)
             if for_torch is NotImplemented:
@@ -287,6 +305,8 @@ class FusedMomentum(SGD):
             )
         if self._grad_factor.is_pending:
             inv_grad_scale *= self._grad_factor.current(self.param_groups)
+        if self.ema_decay is not None:
+            self._prepare_average(self.ema_decay)
         if for_torch is NotImplemented:
             for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         if for_torch is not None:
@@ -299,7 +319,39 @@ class FusedMomentum(SGD):
                 raise
             self._plan.run()
         self._grad_factor.clear()
+        if self.ema_decay is not None:
+            group = self.param_groups[0]
+            group[COUNT] = group.get(COUNT, 0) + 1
         return loss
+
+    def _prepare_average(self, decay: float) -> None:
+        if self._is_swapped:
+            raise RuntimeError("step(): the parameters are the averages; leave ema_weights() first")
+        count = self.param_groups[0].get(COUNT, 0)
+        self._plan.set_average_weight(average_weight(decay, self.ema_warmup, count))
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within the context, parameters are their averages; needs ``ema_decay``.
+
+        Parameters and averages change places in memory, without a copy of the model, and come back bit for bit. A
+        parameter that has never had a gradient is its own average. :meth:`step` and :meth:`state_dict` raise inside.
+
+        Example::
+
+            with optimizer.ema_weights():
+                evaluate(model)
+        """
+        if self.ema_decay is None:
+            raise RuntimeError("ema_weights() needs an optimizer that was made with ema_decay")
+        if self._is_swapped:
+            raise RuntimeError("ema_weights() is active already")
+        with swapped(self.state):
+            self._is_swapped = True
+            try:
+                yield
+            finally:
+                self._is_swapped = False
 
     def clip_grad_norm_(
         self,
@@ -335,6 +387,8 @@ class FusedMomentum(SGD):
 
     def _settle(self) -> None:
         """Before the state leaves: buffers in their group's formulation, and none that was never computed."""
+        if self._is_swapped:
+            raise RuntimeError("the state holds parameters in the place of averages; leave ema_weights() first")
         self._plan.convert(self.param_groups, self.state)
         unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU
         for param, state in list(self.state.items()) if unstarted else []:

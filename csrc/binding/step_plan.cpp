@@ -52,6 +52,7 @@ py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
       return py::none();
     }
     keep_alive();  // the caller runs Python code before it comes back
+    make_averages();
     py::list positions;
     for (const size_t i : for_torch_) {
       positions.append(py::make_tuple(slots_[i].group, slots_[i].index));
@@ -96,6 +97,8 @@ void StepPlan::clear_step() {
   state_ = py::object();
   new_buffers_.clear();
   conversions_.clear();
+  without_average_.clear();
+  averaged_by_torch_.clear();
   resolved_grads_.clear();
   for_torch_.clear();
   kept_alive_.clear();
@@ -137,6 +140,8 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
     }
     first_element_[i + 1] = first_element_[i] + numel_on_cpu;
   }
+  if (average_weight_ != 0 || has_averages_) attach_averages();
+  has_averages_ = average_weight_ != 0;
   if (ranges_changed_) find_shared_memory();
   in_order_ = ranges_meet_ || (any_shared_grad && some_grad_meets_another_slot());
   half_done_by_ = std::this_thread::get_id();
@@ -144,8 +149,9 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
 }
 
 void StepPlan::update() {
-  if (!new_buffers_.empty()) keep_alive();  // inserting calls Python code
+  if (!new_buffers_.empty() || !without_average_.empty()) keep_alive();  // Python code is called
   insert_new_buffers();
+  make_averages();
   convert_prepared();
   const int threads = max_threads();
   const auto num_slots = static_cast<int64_t>(slots_.size());
@@ -165,6 +171,7 @@ void StepPlan::update() {
     if (made.cohort != 0) first_steps_.add(made.tensor, made.cohort, made.device);
   }
   if (any_on_cpu_) update_cpu();
+  if (!averaged_by_torch_.empty()) update_averages_by_torch();
   clear_step();
 }
 
@@ -172,7 +179,7 @@ void StepPlan::update_cpu() {
   const bool release = first_element_[slots_.size()] >= kElementsToReleaseGil;
   if (release) keep_alive();
   TensorTable table = {entries_.data(), first_element_.data(), static_cast<int64_t>(slots_.size()),
-                       hyperparams_.data()};
+                       hyperparams_.data(), average_weight_};
   if (!shares_.empty()) {
     cpu_entries_.clear();
     cpu_first_element_.assign(1, 0);
@@ -235,9 +242,8 @@ void StepPlan::bump_versions(int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Tensors& tensors = tensors_[i];
     if (tensors.param == nullptr) continue;
-    if (!tensors.param->is_inference()) tensors.param->bump_version();
-    if (tensors.buffer != nullptr && !tensors.buffer->is_inference()) {
-      tensors.buffer->bump_version();
+    for (c10::TensorImpl* const written : {tensors.param, tensors.buffer, tensors.average}) {
+      if (written != nullptr && !written->is_inference()) written->bump_version();
     }
   }
 }
@@ -246,7 +252,7 @@ void StepPlan::bump_versions(int64_t begin, int64_t end) {
 void StepPlan::keep_alive() {
   if (!kept_alive_.empty()) return;
   for (const Tensors& tensors : tensors_) {
-    for (c10::TensorImpl* tensor : {tensors.param, tensors.grad, tensors.buffer}) {
+    for (c10::TensorImpl* tensor : {tensors.param, tensors.grad, tensors.buffer, tensors.average}) {
       if (tensor == nullptr) continue;
       kept_alive_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
                                tensor->unsafe_storage());

@@ -44,6 +44,10 @@ class StepPlan {
   void run();
   void discard();
 
+  // From now on keep an exponential moving average of each parameter at opt.state[p]["ema"], in
+  // the same pass. `weight` is that of the new parameter in the next step; 0 for none at all.
+  void set_average_weight(double weight);
+
   // Momentum buffers are in the formulation that their group named when they were last used. When a
   // group names another one, they are converted at the group's lr: in the next step, before torch's
   // path by convert_prepared(), or at once by convert().
@@ -145,6 +149,9 @@ class StepPlan {
                const at::Tensor& buffer);
   void find_shared_memory();
   bool some_grad_meets_another_slot() const;
+  void attach_averages();
+  void make_averages();
+  void update_averages_by_torch();
   void clear_step();
   void keep_alive();
   void update();
@@ -155,6 +162,7 @@ class StepPlan {
   std::string name_of(const Slot& slot) const;
 
   PyObject* const buffer_key_ = PyUnicode_InternFromString("momentum_buffer");
+  PyObject* const average_key_ = PyUnicode_InternFromString("ema");
   std::mutex mutex_;  // a second thread that steps the same optimizer waits its turn
   std::atomic<std::thread::id> owner_{};  // who holds the mutex
   std::thread::id half_done_by_{};        // who has prepared a step and not yet run it
@@ -188,6 +196,7 @@ class StepPlan {
     c10::TensorImpl* param = nullptr;  // nullptr: nothing to update
     c10::TensorImpl* grad = nullptr;
     c10::TensorImpl* buffer = nullptr;
+    c10::TensorImpl* average = nullptr;
   };
   std::vector<Status> status_;
   std::vector<Tensors> tensors_;
@@ -206,6 +215,10 @@ class StepPlan {
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
   std::vector<NewBuffer> new_buffers_;
   std::vector<Conversion> conversions_;
+  double average_weight_ = 0;
+  bool has_averages_ = false;            // some entry may have one
+  std::vector<size_t> without_average_;  // slots that are to get one
+  std::vector<size_t> averaged_by_torch_;
   std::vector<at::Tensor> resolved_grads_;
   std::vector<size_t> for_torch_;
   std::vector<std::pair<c10::intrusive_ptr<c10::TensorImpl>, c10::Storage>> kept_alive_;

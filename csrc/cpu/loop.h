@@ -269,16 +269,54 @@ void for_each_part(const TensorTable& table, int64_t begin, int64_t end, const U
   }
 }
 
+void update_part(const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams& h) {
+  switch (h.weight_decay) {
+    case WeightDecay::kNone:
+      return update_tensor<WeightDecay::kNone>(entry, from, to, h);
+    case WeightDecay::kL2:
+      return update_tensor<WeightDecay::kL2>(entry, from, to, h);
+    case WeightDecay::kDecoupled:
+      return update_tensor<WeightDecay::kDecoupled>(entry, from, to, h);
+  }
+}
+
+template <typename opmath_t>
+void average_part(const TensorEntry& entry, int64_t begin, int64_t end, opmath_t weight) {
+  alignas(64) opmath_t param[kTile];
+  alignas(64) opmath_t average[kTile];
+  const int64_t size = itemsize(entry.param_dtype);
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t n = end - at < kTile ? end - at : kTile;
+    char* const a = static_cast<char*>(entry.average) + at * size;
+    gather(entry.param_dtype, static_cast<const char*>(entry.param) + at * size, nullptr, n, param);
+    if (weight == 1) {  // also where there is nothing yet to average with
+      scatter(entry.param_dtype, param, nullptr, n, a);
+      continue;
+    }
+    gather(entry.param_dtype, a, nullptr, n, average);
+    for (int64_t i = 0; i < n; ++i) {
+      average[i] = average_of<FmaPolicy>(weight, average[i], param[i]);
+    }
+    scatter(entry.param_dtype, average, nullptr, n, a);
+  }
+}
+
+// Elements after which the averages are brought up to date, while the parameters are in the cache.
+constexpr int64_t kAverageAfter = 2048;
+
 void run_step(const TensorTable& table, int64_t begin, int64_t end) {
+  const double weight = table.average_weight;
   for_each_part(table, begin, end,
-                [](const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams& h) {
-                  switch (h.weight_decay) {
-                    case WeightDecay::kNone:
-                      return update_tensor<WeightDecay::kNone>(entry, from, to, h);
-                    case WeightDecay::kL2:
-                      return update_tensor<WeightDecay::kL2>(entry, from, to, h);
-                    case WeightDecay::kDecoupled:
-                      return update_tensor<WeightDecay::kDecoupled>(entry, from, to, h);
+                [weight](const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams& h) {
+                  if (entry.average == nullptr) return update_part(entry, from, to, h);
+                  for (int64_t at = from; at < to; at += kAverageAfter) {
+                    const int64_t stop = to - at < kAverageAfter ? to : at + kAverageAfter;
+                    update_part(entry, at, stop, h);
+                    if (entry.param_dtype == Dtype::kFloat64) {
+                      average_part<double>(entry, at, stop, weight);
+                    } else {
+                      average_part<float>(entry, at, stop, static_cast<float>(weight));
+                    }
                   }
                 });
 }

@@ -1,0 +1,94 @@
+// Averages of the parameters, kept in the step's own pass where parameter and average are walked as
+// flat arrays, and by torch after it everywhere else.
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "step_plan.h"
+#include "tensor_access.h"
+
+namespace momentum_ext::binding {
+namespace {
+
+// The tensor at state_dict[key]; nullptr when there is none.
+const at::Tensor* find_tensor(PyObject* state_dict, PyObject* key) {
+  if (state_dict == nullptr || !PyDict_Check(state_dict)) return nullptr;
+  PyObject* const value = PyDict_GetItemWithError(state_dict, key);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value != nullptr && THPVariable_Check(value) ? &THPVariable_Unpack(value) : nullptr;
+}
+
+bool has_flat_average(const TensorEntry& entry, const at::Tensor& param,
+                      const at::Tensor& average) {
+  return entry.device == kCpu && entry.numel != 0 && entry.layout == nullptr &&
+         is_plain_cpu(average) && average.scalar_type() == param.scalar_type() &&
+         average.sizes() == param.sizes() && average.strides() == param.strides() &&
+         lies_in_storage(*average.unsafeGetTensorImpl(), byte_range(average).end);
+}
+
+}  // namespace
+
+void StepPlan::set_average_weight(double weight) { average_weight_ = weight; }
+
+// After all slots were prepared. Writes nothing.
+void StepPlan::attach_averages() {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    entries_[i].average = nullptr;
+    tensors_[i].average = nullptr;
+    if (average_weight_ == 0 || !THPVariable_Check(param_objects_[i])) continue;
+    const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
+    const at::Tensor* const average = find_tensor(slots_[i].state_dict, average_key_);
+    if (average == nullptr) {
+      // What has never had a gradient has never moved: it is its own average.
+      if (param.unsafeGetTensorImpl()->grad().defined()) without_average_.push_back(i);
+      continue;
+    }
+    if (average->sizes() != param.sizes()) {
+      throw std::runtime_error("ema of " + name_of(slots_[i]) +
+                               ": its shape is not that of its parameter; delete it from the "
+                               "optimizer's state to start a new average");
+    }
+    if (tensors_[i].param != nullptr && has_flat_average(entries_[i], param, *average)) {
+      entries_[i].average =
+          mutable_data_of(*average->unsafeGetTensorImpl(), average->element_size());
+      tensors_[i].average = average->unsafeGetTensorImpl();
+    } else {
+      averaged_by_torch_.push_back(i);
+    }
+  }
+}
+
+// Before the update: an average starts at what the parameter was.
+void StepPlan::make_averages() {
+  const at::NoGradGuard no_grad;
+  for (const size_t i : without_average_) {
+    const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
+    const at::Tensor average = at::empty_like(param, {}, at::MemoryFormat::Preserve).copy_(param);
+    const auto param_object = py::reinterpret_borrow<py::object>(param_objects_[i]);
+    const auto key = py::reinterpret_borrow<py::object>(average_key_);
+    if (!py::reinterpret_borrow<py::dict>(state_).contains(param_object)) {
+      state_[param_object] = py::dict();
+    }
+    state_[param_object][key] = py::reinterpret_steal<py::object>(THPVariable_Wrap(average));
+    averaged_by_torch_.push_back(i);
+  }
+  without_average_.clear();
+}
+
+void StepPlan::update_averages_by_torch() {
+  const at::NoGradGuard no_grad;
+  for (const size_t i : averaged_by_torch_) {
+    const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
+    const auto state_dict = py::reinterpret_borrow<py::object>(
+        state_[py::reinterpret_borrow<py::object>(param_objects_[i])]);
+    const at::Tensor* const average = find_tensor(state_dict.ptr(), average_key_);
+    if (average == nullptr) continue;
+    if (average_weight_ == 1) {
+      average->copy_(param);
+    } else {
+      average->lerp_(param, average_weight_);
+    }
+  }
+}
+
+}  // namespace momentum_ext::binding
