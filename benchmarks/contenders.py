@@ -111,7 +111,8 @@ class Contender:
     build: Callable[[Model, Settings], Step]
 
 
-def _warm(step: Step) -> Step:
+def warm(step: Step) -> Step:
+    """The step, after a few that are not timed."""
     for _ in range(WARMUP_STEPS):
         step()
     return step
@@ -121,14 +122,14 @@ def ours(model: Model, settings: Settings) -> Step:
     """momentum_ext.FusedMomentum."""
     from momentum_ext import FusedMomentum  # imported late, so that --help works where nothing is built
 
-    return _warm(FusedMomentum(model.groups, **settings.sgd).step)
+    return warm(FusedMomentum(model.groups, **settings.sgd).step)
 
 
 def torch_sgd(**path: Any) -> Callable[[Model, Settings], Step]:
     """torch.optim.SGD by the given path (foreach, fused)."""
 
     def build(model: Model, settings: Settings) -> Step:
-        return _warm(torch.optim.SGD(model.groups, **settings.sgd, **path).step)
+        return warm(torch.optim.SGD(model.groups, **settings.sgd, **path).step)
 
     return build
 
@@ -149,7 +150,7 @@ def compiled(model: Model, settings: Settings) -> Step:
     step = torch.compile(lambda: optimizer.step())
     torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
     try:
-        _warm(step)
+        warm(step)
     except Exception as error:  # whatever breaks in the compiler belongs in this row, not in the way of the others
         lines = str(error).strip().splitlines() or [""]
         raise NotRun(f"failed: {type(error).__name__}: {lines[0]}") from error
@@ -179,8 +180,8 @@ def memory_limit(workload: Workload, settings: Settings) -> Step:
     if settings.device == "cuda":
         source = torch.empty(elements * workload.itemsize * STEP.accesses // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
-        return _warm(lambda: target.copy_(source))
-    return _warm(MemoryLimit(elements, settings.threads, settings.momentum, settings.lr).step)
+        return warm(lambda: target.copy_(source))
+    return warm(MemoryLimit(elements, settings.threads, settings.momentum, settings.lr).step)
 
 
 def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -17,7 +17,7 @@ THREADS = 2
 class Target:
     """At least so many times faster than two of torch's ways, and at least this share of the memory limit's speed."""
 
-    times_default: float
+    times_default: float | None
     times_fused: float
     of_memory_limit: float | None = None
 
@@ -31,6 +31,13 @@ TARGETS: dict[str, Target] = {
     "small_200x16": Target(100, 25),
     "groups_465": Target(100, 40),
 }
+
+PIPELINE_TARGETS: dict[str, dict[str, Target]] = {
+    "clip": {"gpt2": Target(5, 1.6), "resnet50": Target(5, 1.6), "small_1000x1024": Target(None, 20)},
+    "amp_clip": {"gpt2": Target(None, 1.9), "resnet50": Target(None, 1.9)},
+    "ema": {"gpt2": Target(None, 1.5), "resnet50": Target(None, 1.5)},
+}
+"""For --pipeline, against torch's default way and its best."""
 
 CUDA_TARGETS: dict[str, Target] = {
     "one_64m": Target(2, 1.0, 0.95),
@@ -49,12 +56,18 @@ HOST_FIXED_US = 5.0
 """At most so many microseconds for a step whatever the list, with no profiler and no hook active."""
 
 
-def target_for(workload: str, contender: str, threads: int, device: str = "cpu") -> float | None:
+def target_for(
+    workload: str, contender: str, threads: int, device: str = "cpu", pipeline: str | None = None
+) -> float | None:
     """What the figure in a contender's row of a workload's table is to reach; None where nothing was set.
 
     The row "ours" carries the share of the memory limit, the others how many times faster ours is than they.
     """
-    target = (CUDA_TARGETS if device == "cuda" else TARGETS).get(workload)
+    if pipeline is not None:
+        table = PIPELINE_TARGETS[pipeline] if device == "cpu" else {}
+    else:
+        table = CUDA_TARGETS if device == "cuda" else TARGETS
+    target = table.get(workload)
     if target is None or (threads != THREADS and device == "cpu"):
         return None
     return {"ours": target.of_memory_limit, "default": target.times_default, "fused": target.times_fused}.get(contender)
