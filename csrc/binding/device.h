@@ -83,10 +83,10 @@ class FirstSteps {
   };
   uint32_t still_open_slow(uint32_t cohort, int16_t device);
 
-  uint32_t newest_ = 0;
+  [[maybe_unused]] uint32_t newest_ = 0;  // not in a build without CUDA
   bool has_new_cohort_ = false;
-  std::unordered_map<const c10::TensorImpl*, Record>
-      records_;  // weak references keep the addresses
+  // The keys stay unique: a weak reference keeps its address taken.
+  std::unordered_map<const c10::TensorImpl*, Record> records_;
   std::unordered_map<int16_t, Words> words_;
 };
 

@@ -522,12 +522,22 @@ class Packer {
     return Table::kNumWords - num_groups * table_.header.words_per_group;
   }
 
-  // Neighbouring tensors are mostly of one group, and groups mostly of few kinds: those that were
-  // added last are compared, and one that was missed is only written twice. -1: no room.
+  // Neighbouring tensors are mostly of one group: the last answer is mostly the next. -1: no room.
   int find_or_add_group(const TensorEntry& entry, const Hyperparams& h) {
     const uint32_t cohort = entry.cohort != 0     ? entry.cohort
                             : entry.is_first_step ? kFirstStep
                                                   : kNoCohort;
+    if (num_groups_ == 0 || entry.group != last_group_ || cohort != last_cohort_) {
+      last_answer_ = compare_or_add_group(cohort, h);
+      last_group_ = entry.group;
+      last_cohort_ = cohort;
+    }
+    return last_answer_;
+  }
+
+  // Groups are mostly of few kinds: those that were added last are compared, and one that was
+  // missed is only written twice.
+  int compare_or_add_group(uint32_t cohort, const Hyperparams& h) {
     const uint32_t flags = (h.weight_decay != WeightDecay::kNone ? kHasWeightDecay : 0) |
                            (h.weight_decay == WeightDecay::kDecoupled ? kIsDecoupled : 0) |
                            (h.has_momentum ? kHasMomentum | cohort << kCohortShift : 0) |
@@ -576,6 +586,9 @@ class Packer {
   Table table_;  // its words are written before they are read
   int num_groups_ = 0;
   int64_t num_chunks_ = 0;
+  uint32_t last_group_ = 0;
+  uint32_t last_cohort_ = 0;
+  int last_answer_ = -1;
 };
 
 // What a table holds for one device.
