@@ -36,13 +36,13 @@ def torch_step(group: dict[str, Any], param: Tensor, grad: Tensor, buffer: Tenso
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
     formulation = group.get("formulation", "torch")
     if weight_decay != 0 and group.get("decoupled_weight_decay", False):
-        param.mul_(1 - lr * weight_decay)
+        param.mul_(1 - _number(lr) * _number(weight_decay))
         weight_decay = 0
     if isinstance(weight_decay, Tensor) and weight_decay.requires_grad:
         grad = grad.clone()  # torch would write into it
     if formulation != "torch" and momentum != 0:
-        factor = lr if formulation == "classical" else 1 - momentum
-        grad, weight_decay = grad * factor, weight_decay * factor
+        factor = _number(lr) if formulation == "classical" else 1 - _number(momentum)
+        grad, weight_decay = grad * factor, _number(weight_decay) * factor
         lr = 1.0 if formulation == "classical" else lr
     buffers = [buffer]
     sgd(
@@ -59,3 +59,10 @@ def torch_step(group: dict[str, Any], param: Tensor, grad: Tensor, buffer: Tenso
         maximize=group["maximize"],
     )
     return buffers[0]
+
+
+def _number(value: Any) -> Any:
+    """A Python number of a tensor or NumPy scalar, whose dtype and shape must not take part in what is computed."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        return value
+    return value.item() if hasattr(value, "item") else value

@@ -24,13 +24,15 @@ def hold_iterate(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -
     whose buffer has the learning rate in it.
     """
     moves = []
+    seen = set()  # a parameter may be in two groups
     for group in param_groups:
         if not group.get(TRAIN_MODE, True):
             continue
         group_distance = _distance(group)
         for param in group["params"] if group_distance != 0 else ():
             buffer = state[param].get("momentum_buffer") if param in state else None
-            if buffer is not None:
+            if buffer is not None and param not in seen:
+                seen.add(param)
                 moves.append((param, buffer, torch.empty_like(param).detach(), group_distance))
     _move(moves, back=False)
     for param, _, lookahead, _ in moves:
@@ -42,14 +44,20 @@ def hold_iterate(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -
 
 def hold_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
     """Move them back: to the very bits that they had, except where they have been changed in between."""
-    moves = [
-        (param, state[param]["momentum_buffer"], state[param][LOOKAHEAD], group[DISTANCE])
+    moved = [
+        (param, group[DISTANCE])
         for group in param_groups
+        if group.get(DISTANCE)
         for param in group["params"]
         if param in state and LOOKAHEAD in state[param]
     ]
+    moves = [
+        (param, buffer, state[param][LOOKAHEAD], distance)
+        for param, distance in moved
+        if (buffer := state[param].get("momentum_buffer")) is not None  # without momentum the two points are one
+    ]
     _move(moves, back=True)
-    for param, *_ in moves:
+    for param, _ in moved:
         state[param].pop(LOOKAHEAD, None)
     for group in param_groups:
         group.pop(TRAIN_MODE, None)

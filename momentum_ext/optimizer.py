@@ -198,12 +198,22 @@ class FusedMomentum(SGD):
         super().load_state_dict(state_dict)
         try:
             for group, old in zip(self.param_groups, groups):
-                group["formulation"] = old.get("formulation", "torch")
+                formulation = old.get("formulation", "torch")
+                if group["formulation"] != formulation:
+                    self._own_buffers(group)
+                group["formulation"] = formulation
                 group.setdefault("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
             self._plan.convert(self.param_groups, self.state)
         except BaseException:
             self.param_groups, self.state, self._plan = groups, state, plan
             raise
+
+    def _own_buffers(self, group: dict[str, Any]) -> None:
+        """Before buffers that were loaded are converted: torch may have taken the checkpoint's own tensors."""
+        for param in group["params"]:
+            entry = self.state.get(param, {})
+            if isinstance(entry.get("momentum_buffer"), Tensor):
+                entry["momentum_buffer"] = entry["momentum_buffer"].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
@@ -232,8 +242,9 @@ class FusedMomentum(SGD):
 
         With ``nesterov=True`` the gradient is taken at the look-ahead point, and that is where the model's parameters
         are between steps. The iterate is :math:`p + \gamma \mu b` (classical: :math:`p + \mu v`): evaluate and save the
-        model there, then call :meth:`train`. Until then :meth:`step` raises. Needs memory for one copy of the
-        parameters. Has no effect on groups without Nesterov, or when called again.
+        model there, then call :meth:`train`. Until then :meth:`step` raises. The iterates are the textbook's while lr
+        and momentum are constant; with the classical formulation also under a learning rate schedule. Needs memory for
+        one copy of the parameters. Has no effect on groups without Nesterov, or when called again.
         """
         self._settle()
         hold_iterate(self.param_groups, self.state)

@@ -23,6 +23,8 @@ def update(
     nesterov: bool = False,
     maximize: bool = False,
     grad_scale: float | None = None,
+    formulation: str = "torch",
+    decoupled_weight_decay: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One step of momentum SGD for one tensor, out of place.
 
@@ -34,24 +36,42 @@ def update(
         momentum_buffer: same shape; None on the tensor's first step.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         grad_scale: the gradient has been multiplied by this (GradScaler); it is divided out in fp32 precision.
+        formulation: ``"torch"``, ``"classical"`` or ``"ema"``: how momentum is written, see FusedMomentum. All are
+            ``b = momentum * b + alpha * g; p = p - step * b`` with different numbers; without momentum they are one.
+        decoupled_weight_decay: shrink the parameter instead of adding to the gradient.
 
     Returns:
         The new parameter and the new momentum buffer (None when ``momentum == 0``).
 
-    The formula is torch.optim.SGD's, ``torch/optim/sgd.py``.
+    Raises:
+        ValueError: for a formulation that is none of the three.
+
+    With ``formulation="torch"`` the formula is torch.optim.SGD's, ``torch/optim/sgd.py``. The other two have no
+    dampening, and start from a buffer of zeros: the first step is like every other.
     """
+    if formulation not in ("torch", "classical", "ema"):
+        raise ValueError(f"Invalid formulation: {formulation!r}")
     g = grad
     if grad_scale is not None:
         g = g * torch.tensor(1.0 / grad_scale, dtype=torch.float32).item()
     if maximize:
         g = -g
-    if weight_decay != 0:
+    if weight_decay != 0 and decoupled_weight_decay:
+        param = param.mul(1 - lr * weight_decay)
+    elif weight_decay != 0:
         g = g.add(param, alpha=weight_decay)
     if momentum == 0:
         return param.add(g, alpha=-lr), None
+
+    if formulation == "torch":  # b = mu b + (1 - dampening) g, from b = g;  p = p - lr b
+        alpha, first_alpha, nesterov_alpha, step = 1 - dampening, 1.0, 1.0, lr
+    elif formulation == "classical":  # v = mu v + lr g, from 0;  p = p - v
+        alpha, first_alpha, nesterov_alpha, step = lr, lr, lr, 1.0
+    else:  # ema: v = mu v + (1 - mu) g, from 0;  p = p - lr v
+        alpha, first_alpha, nesterov_alpha, step = 1 - momentum, 1 - momentum, 1 - momentum, lr
     if momentum_buffer is None:
-        b = g.clone()
+        b = g.mul(first_alpha)
     else:
-        b = momentum_buffer.mul(momentum).add(g, alpha=1 - dampening)
-    direction = g.add(b, alpha=momentum) if nesterov else b
-    return param.add(direction, alpha=-lr), b
+        b = momentum_buffer.mul(momentum).add(g, alpha=alpha)
+    direction = g.mul(nesterov_alpha).add(b, alpha=momentum) if nesterov else b
+    return param.add(direction, alpha=-step), b

@@ -351,7 +351,6 @@ void StepPlan::rebuild(PyObject* state) {
     }
     first_slot_.push_back(slots_.size());
   }
-  formulations_.clear();
   status_.assign(slots_.size(), Status::kNeedsCare);
   tensors_.assign(slots_.size(), {});
   entries_.assign(slots_.size(), {});
@@ -366,6 +365,14 @@ void StepPlan::rebuild(PyObject* state) {
                              found == slot_of.end() ? -1 : static_cast<ptrdiff_t>(found->second));
   }
   read_state(state);
+  // A parameter that is in no group now keeps its buffer's formulation for when it comes back. As
+  // long as the state holds it, no other tensor has its address.
+  std::unordered_map<PyObject*, Formulation> away;
+  for (const auto& [param, slot] : state_keys_) {
+    const auto known = formulations_.find(param);
+    if (slot < 0 && known != formulations_.end()) away.insert(*known);
+  }
+  formulations_ = std::move(away);
 }
 
 // A quick look at all slots: are they as the plan says? Writes nothing but the plan, so that

@@ -52,6 +52,11 @@ void StepPlan::plan_conversion(size_t i) {
                           "classical); undo it, or delete the optimizer's state to start from no "
                           "momentum");
   }
+  if (!readers_[slot.group].in_train_mode()) {
+    throw py::value_error(edit +
+                          " while optimizer.eval() holds the iterate; call optimizer.train() "
+                          "first (of a checkpoint: before it is saved)");
+  }
   const double lr = read_lr(groups_[slot.group], slot.group);
   if (lr == 0) {
     throw py::value_error(edit +

@@ -139,6 +139,7 @@ void reference_element(const Hyperparams& h, bool first, bool has_fma, double gr
   T p = static_cast<T>(param);
   T g = c.grad_coef * static_cast<T>(grad);
   if (h.weight_decay == WeightDecay::kL2) g = fma(c.weight_decay, p, g);
+  if (h.weight_decay == WeightDecay::kDecoupled) p = c.weight_decay * p;
   T d = g;
   if (h.has_momentum) {
     const T decayed = c.momentum * static_cast<T>(buffer);
@@ -202,16 +203,22 @@ struct Case {
 
 std::vector<Hyperparams> all_hyperparams() {
   std::vector<Hyperparams> all;
-  for (const bool decay : {false, true}) {
+  for (const WeightDecay decay : {WeightDecay::kNone, WeightDecay::kL2, WeightDecay::kDecoupled}) {
     for (const double momentum : {0.0, 0.9}) {
       for (const bool nesterov : {false, true}) {
         for (const double sign : {1.0, -0.0078125}) {
           if (nesterov && momentum == 0.0) continue;
           Hyperparams h;
-          h.weight_decay = decay ? WeightDecay::kL2 : WeightDecay::kNone;
+          h.weight_decay = decay;
           h.has_momentum = momentum != 0.0;
           h.nesterov = nesterov;
-          h.f64 = {sign, decay ? 0.01 : 0.0, momentum, 0.7, 1.0, 1.0, 0.1};
+          const double decay_coef = decay == WeightDecay::kNone ? 0.0
+                                    : decay == WeightDecay::kL2 ? 0.01
+                                                                : 0.99;
+          // torch's numbers, then some that tell all coefficients apart.
+          h.f64 = sign == 1.0
+                      ? Coefficients<double>{sign, decay_coef, momentum, 0.7, 1.0, 1.0, 0.1}
+                      : Coefficients<double>{sign, decay_coef, momentum, 0.7, 0.3, 0.45, 0.1};
           round_to_float(h);
           all.push_back(h);
         }
@@ -287,6 +294,23 @@ void run_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& gro
   }
 }
 
+const cpu::Loops& loops_of(const std::string& isa) {
+  return *(isa == "avx512" ? cpu::kAvx512
+           : isa == "avx2" ? cpu::kAvx2
+           : isa == "neon" ? cpu::kNeon
+                           : cpu::kBaseline);
+}
+
+// As threads would divide it, at random places.
+void run_divided(cpu::RunFn run, const TensorTable& table) {
+  const int64_t end = table.first_element[table.num_entries];
+  for (int64_t from = 0; from < end;) {
+    const int64_t to = std::min<int64_t>(end, from + static_cast<int64_t>(generator() % 200));
+    run(table, from, to);
+    from = to;
+  }
+}
+
 void test_instruction_set(const std::string& isa) {
   cpu::set_isa(isa);
   const bool has_fma = isa != "baseline";
@@ -340,11 +364,7 @@ void test_instruction_set(const std::string& isa) {
   }
 
   // Any division of the range among threads covers every element exactly once.
-  const cpu::RunFn run = (isa == "avx512" ? cpu::kAvx512
-                          : isa == "avx2" ? cpu::kAvx2
-                          : isa == "neon" ? cpu::kNeon
-                                          : cpu::kBaseline)
-                             ->step;
+  const cpu::RunFn run = loops_of(isa).step;
   for (int trial = 0; trial < 50; ++trial) {
     std::vector<Case> cases;
     for (const int64_t numel : {130, 0, 64, 1, 500, 63}) {
@@ -352,18 +372,141 @@ void test_instruction_set(const std::string& isa) {
           flat_case(numel, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, 0, 9, false));
     }
     run_and_check(
-        cases, groups, has_fma,
-        [&](const TensorTable& table) {
-          const int64_t end = table.first_element[table.num_entries];
-          int64_t from = 0;
-          while (from < end) {
-            const int64_t to =
-                std::min<int64_t>(end, from + static_cast<int64_t>(generator() % 200));
-            run(table, from, to);
-            from = to;
-          }
-        },
+        cases, groups, has_fma, [&](const TensorTable& table) { run_divided(run, table); },
         isa + " divided");
+  }
+}
+
+// ---- between Nesterov's two points
+// ------------------------------------------------------------
+
+// from + distance * buffer, as the kernels compute it for these dtypes.
+double moved(const Case& each, double distance, double from, double buffer, bool has_fma) {
+  if (each.param.dtype == Dtype::kFloat64 || each.buffer.dtype == Dtype::kFloat64) {
+    const double sum = has_fma ? std::fma(distance, buffer, from) : distance * buffer + from;
+    return rounded_to(each.param.dtype, sum);
+  }
+  const auto d = static_cast<float>(distance), b = static_cast<float>(buffer),
+             p = static_cast<float>(from);
+  const float sum = has_fma ? std::fma(d, b, p) : d * b + p;
+  return rounded_to(each.param.dtype, sum);
+}
+
+std::vector<char> memory_of(Array& array) {
+  const char* const begin = static_cast<char*>(array.data());
+  return {begin, begin + array.size * itemsize(array.dtype)};
+}
+
+void expect_values(Array& array, const std::vector<double>& expected, const std::string& what) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double value = array.get(static_cast<int64_t>(i));
+    const bool same = std::memcmp(&value, &expected[i], sizeof(value)) == 0;
+    expect(same,
+           what + ", element " + std::to_string(i) + " of " + std::to_string(expected.size()));
+    if (!same) return;
+  }
+}
+
+// There, a few elements changed by someone else, and back.
+void move_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& groups, bool has_fma,
+                    const Runner& to_iterate, const Runner& to_lookahead, const std::string& name) {
+  std::vector<TensorEntry> entries;
+  std::vector<int64_t> first_element{0};
+  std::vector<std::vector<double>> starts, iterates;
+  std::vector<std::vector<char>> params, buffers;
+  for (Case& each : cases) {
+    const double distance = groups[each.group].f64.momentum;
+    entries.push_back(each.entry(groups));
+    first_element.push_back(first_element.back() + entries.back().numel);
+    params.push_back(memory_of(each.param));
+    buffers.push_back(memory_of(each.buffer));
+    starts.emplace_back();
+    iterates.emplace_back();
+    for (int64_t i = 0; i < entries.back().numel; ++i) {
+      starts.back().push_back(each.param.get(i));
+      iterates.back().push_back(
+          moved(each, distance, each.param.get(i), each.buffer.get(i), has_fma));
+    }
+  }
+  const TensorTable table{entries.data(), first_element.data(),
+                          static_cast<int64_t>(entries.size()), groups.data()};
+  to_iterate(table);
+  for (size_t k = 0; k < cases.size(); ++k) {
+    const std::string what = name + ", tensor " + std::to_string(k);
+    expect_values(cases[k].param, iterates[k], what + ": the iterate");
+    expect_values(cases[k].grad, starts[k], what + ": the look-ahead point that is kept");
+  }
+
+  std::vector<std::vector<double>> expected = starts;
+  for (size_t k = 0; k < cases.size(); ++k) {
+    Case& each = cases[k];
+    for (size_t i = k % 5; i < expected[k].size(); i += 5) {
+      const auto at = static_cast<int64_t>(i);
+      put(each.param, each.param.offsets[i], random_value());
+      const double changed = each.param.get(at);
+      if (changed == iterates[k][i]) continue;
+      expected[k][i] =
+          moved(each, -groups[each.group].f64.momentum, changed, each.buffer.get(at), has_fma);
+    }
+  }
+  to_lookahead(table);
+  for (size_t k = 0; k < cases.size(); ++k) {
+    Case& each = cases[k];
+    const std::string what = name + ", tensor " + std::to_string(k);
+    expect_values(each.param, expected[k], what + ": back");
+    expect_values(each.grad, starts[k], what + ": the look-ahead point after its use");
+    expect(memory_of(each.buffer) == buffers[k], what + ": wrote into the buffer");
+    for (size_t i = 0; i < expected[k].size(); ++i) {  // then everything else must be as it was
+      put(each.param, each.param.offsets[i], starts[k][i]);
+    }
+    expect(memory_of(each.param) == params[k], what + ": wrote between the elements");
+  }
+}
+
+void test_moves(const std::string& isa) {
+  cpu::set_isa(isa);
+  const bool has_fma = isa != "baseline";
+  std::vector<Hyperparams> groups;
+  for (const double distance : {0.9, 0.0437, 1e-30, 3000.0}) {
+    Hyperparams h;
+    h.has_momentum = true;
+    h.f64.momentum = distance;
+    round_to_float(h);
+    groups.push_back(h);
+  }
+  const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
+  const cpu::Loops& loops = loops_of(isa);
+  for (const Dtype p : dtypes) {
+    for (const Dtype b : dtypes) {
+      std::vector<Case> cases;
+      for (uint32_t group = 0; group < groups.size(); ++group) {
+        for (const int64_t numel :
+             {0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1000}) {
+          cases.push_back(flat_case(numel, p, p, b, numel % 3, group, false));
+        }
+        cases.push_back(strided_case(5, 67, p, p, b, group, false));
+        cases.push_back(strided_case(300, 1, p, p, b, group, false));
+        cases.push_back(strided_case(1, 3, p, p, b, group, false));
+      }
+      const std::string name = isa + " moves, dtypes " + std::to_string(static_cast<int>(p)) + " " +
+                               std::to_string(static_cast<int>(b));
+      move_and_check(
+          cases, groups, has_fma,
+          [&](const TensorTable& table) { run_divided(loops.to_iterate, table); },
+          [&](const TensorTable& table) { run_divided(loops.to_lookahead, table); }, name);
+    }
+  }
+  for (const int threads : {1, 3}) {
+    std::vector<Case> cases;
+    for (const int64_t numel : {100003, 0, 5, 65537}) {
+      cases.push_back(
+          flat_case(numel, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, 1, 0, false));
+    }
+    move_and_check(
+        cases, groups, has_fma,
+        [&](const TensorTable& table) { cpu::move_to_iterate(table, threads); },
+        [&](const TensorTable& table) { cpu::move_to_lookahead(table, 4 - threads); },
+        isa + " moves on threads");
   }
 }
 
@@ -414,7 +557,10 @@ void test_rounding(const char* name, uint16_t largest_finite, int mantissa_bits)
 int main() {
   test_rounding<Float16>("fp16", 0x7bff, 10);
   test_rounding<BFloat16>("bf16", 0x7f7f, 7);
-  for (const std::string& isa : cpu::isas()) test_instruction_set(isa);
+  for (const std::string& isa : cpu::isas()) {
+    test_instruction_set(isa);
+    test_moves(isa);
+  }
   bool refused = false;
   try {
     cpu::set_isa("no such instruction set");
