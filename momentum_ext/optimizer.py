@@ -364,6 +364,11 @@ class FusedMomentum(SGD):
             finally:
                 self._is_swapped = False
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As :meth:`torch.optim.Optimizer.zero_grad`; what was to clip the gradients goes with them."""
+        self._grad_factor.clear()
+        super().zero_grad(set_to_none)
+
     def clip_grad_norm_(
         self,
         max_norm: float,

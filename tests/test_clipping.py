@@ -209,14 +209,18 @@ def test_the_coefficient_is_used_once():
     torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("replace", ["none-first", "same-storage", "zero_grad"])
+@pytest.mark.parametrize("replace", ["none-first", "same-storage", "zero_grad", "zeroed-in-place"])
 def test_replaced_gradients_are_not_clipped(replace):
     opt, mine, sgd, theirs = twins([torch.randn(1000), torch.randn(33)], scale=7.0)
     opt.clip_grad_norm_(0.5)
-    if replace == "zero_grad":
-        opt.zero_grad()
+    if replace in ("zero_grad", "zeroed-in-place"):
+        opt.zero_grad(set_to_none=replace == "zero_grad")
     for a, b in zip(mine, theirs):
         new = torch.randn(a.shape)
+        if replace == "zeroed-in-place":
+            a.grad += new
+            b.grad = new.clone()
+            continue
         if replace == "same-storage":
             new = a.grad.detach().copy_(new).view(a.shape).view_as(a)
         elif replace == "none-first":
