@@ -60,6 +60,12 @@ struct SeparateMultiplyAdd {
   }
 };
 
+// Decoupled weight decay, with factor 1 - lr * weight_decay.
+template <typename opmath_t>
+MOMENTUM_EXT_INLINE opmath_t decayed(opmath_t factor, opmath_t param) {
+  return factor * param;
+}
+
 template <typename Fma, WeightDecay kWeightDecay, Momentum kMomentum, bool kNesterov,
           typename opmath_t>
 MOMENTUM_EXT_INLINE void update_element(const Coefficients<opmath_t>& c, opmath_t grad,
@@ -68,7 +74,7 @@ MOMENTUM_EXT_INLINE void update_element(const Coefficients<opmath_t>& c, opmath_
   if constexpr (kWeightDecay == WeightDecay::kL2) {
     g = Fma::apply(c.weight_decay, param, g);
   } else if constexpr (kWeightDecay == WeightDecay::kDecoupled) {
-    param = c.weight_decay * param;
+    param = decayed(c.weight_decay, param);
   }
   opmath_t direction = g;
   if constexpr (kMomentum != Momentum::kNone) {

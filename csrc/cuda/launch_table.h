@@ -86,7 +86,7 @@ struct PackedGroup {
   Coefficients<opmath_t> coefficients;
   uint32_t flags;  // what follows, a bit each; then the cohort
 };
-constexpr uint32_t kHasWeightDecay = 1;
+constexpr uint32_t kHasWeightDecay = 1;  // in the gradient (L2)
 constexpr uint32_t kHasMomentum = 2;
 constexpr uint32_t kHasNesterov = 4;
 constexpr uint32_t kIsDecoupled = 8;  // the weight decay

@@ -45,37 +45,28 @@ __device__ __forceinline__ void with_rule(int rule, const Body& body) {
     case 1:
       return body(Rule<WeightDecay::kL2, Momentum::kNone, false>());
     case 2:
-      return body(Rule<WeightDecay::kDecoupled, Momentum::kNone, false>());
-    case 3:
       return body(Rule<WeightDecay::kNone, Momentum::kLaterStep, false>());
-    case 4:
+    case 3:
       return body(Rule<WeightDecay::kL2, Momentum::kLaterStep, false>());
-    case 5:
-      return body(Rule<WeightDecay::kDecoupled, Momentum::kLaterStep, false>());
-    case 6:
+    case 4:
       return body(Rule<WeightDecay::kNone, Momentum::kLaterStep, true>());
-    case 7:
+    case 5:
       return body(Rule<WeightDecay::kL2, Momentum::kLaterStep, true>());
-    case 8:
-      return body(Rule<WeightDecay::kDecoupled, Momentum::kLaterStep, true>());
-    case 9:
+    case 6:
       return body(Rule<WeightDecay::kNone, Momentum::kFirstStep, false>());
-    case 10:
+    case 7:
       return body(Rule<WeightDecay::kL2, Momentum::kFirstStep, false>());
-    case 11:
-      return body(Rule<WeightDecay::kDecoupled, Momentum::kFirstStep, false>());
-    case 12:
+    case 8:
       return body(Rule<WeightDecay::kNone, Momentum::kFirstStep, true>());
-    case 13:
-      return body(Rule<WeightDecay::kL2, Momentum::kFirstStep, true>());
     default:
-      return body(Rule<WeightDecay::kDecoupled, Momentum::kFirstStep, true>());
+      return body(Rule<WeightDecay::kL2, Momentum::kFirstStep, true>());
   }
 }
 
 template <typename opmath_t>
 struct Work {
   Coefficients<opmath_t> coefficients;
+  opmath_t decay_factor;  // of decoupled weight decay, else 1: multiplying is cheaper than asking
   int rule;
   bool reads_buffer;
   bool writes_buffer;
@@ -105,6 +96,7 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
   c = packed.coefficients;
   bool decays = (packed.flags & kHasWeightDecay) != 0;
   const bool decoupled = (packed.flags & kIsDecoupled) != 0;
+  work.decay_factor = decoupled ? c.weight_decay : opmath_t{1};
   const bool has_momentum = (packed.flags & kHasMomentum) != 0;
   const bool nesterov = (packed.flags & kHasNesterov) != 0;
   const uint32_t cohort = packed.flags >> kCohortShift;
@@ -122,8 +114,8 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
       decays = c.weight_decay != 0;
     }
   }
-  work.rule = (decays ? 1 : 0) + (decoupled ? 1 : 0) + (has_momentum ? 3 : 0) + (nesterov ? 3 : 0) +
-              (is_first_step ? 6 : 0);
+  work.rule =
+      (decays ? 1 : 0) + (has_momentum ? 2 : 0) + (nesterov ? 2 : 0) + (is_first_step ? 4 : 0);
   work.reads_buffer = has_momentum && !is_first_step;
   work.writes_buffer = has_momentum;
   return work;
@@ -227,7 +219,7 @@ struct Flat {
       using Rule = decltype(rule);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        opmath_t new_p = load(p[k]);
+        opmath_t new_p = decayed(work.decay_factor, opmath_t{load(p[k])});
         opmath_t new_b = 0;
         if constexpr (Rule::kMomentum == Momentum::kLaterStep) new_b = load(b[k]);
         update_element<FusedMultiplyAdd, Rule::kWeightDecay, Rule::kMomentum, Rule::kNesterov>(
@@ -349,7 +341,7 @@ __global__ void __launch_bounds__(kThreads)
       at_buffer += position * static_cast<int64_t>(dims[4 * d + 3]);
       index = quotient;
     }
-    auto p = load_as<opmath_t>(param_dtype, param, at_param);
+    auto p = decayed(work.decay_factor, load_as<opmath_t>(param_dtype, param, at_param));
     const auto g = load_as<opmath_t>(grad_dtype, grad, at_grad);
     opmath_t b = 0;
     if (work.reads_buffer) b = load_as<opmath_t>(buffer_dtype, buffer, at_buffer);
@@ -538,7 +530,7 @@ class Packer {
   // Groups are mostly of few kinds: those that were added last are compared, and one that was
   // missed is only written twice.
   int compare_or_add_group(uint32_t cohort, const Hyperparams& h) {
-    const uint32_t flags = (h.weight_decay != WeightDecay::kNone ? kHasWeightDecay : 0) |
+    const uint32_t flags = (h.weight_decay == WeightDecay::kL2 ? kHasWeightDecay : 0) |
                            (h.weight_decay == WeightDecay::kDecoupled ? kIsDecoupled : 0) |
                            (h.has_momentum ? kHasMomentum | cohort << kCohortShift : 0) |
                            (h.has_momentum && h.nesterov ? kHasNesterov : 0);
