@@ -64,6 +64,15 @@ def hold_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, Any])
         group.pop(DISTANCE, None)
 
 
+def check_train_mode(param_groups: list[dict[str, Any]]) -> None:
+    """Raises RuntimeError while the iterate is held. A step without a closure leaves this to the compiled plan."""
+    if not all(group.get(TRAIN_MODE, True) for group in param_groups):
+        raise RuntimeError(
+            "step(): the parameters are where optimizer.eval() has moved them, not where the gradients belong; call "
+            "optimizer.train() before the backward pass"
+        )
+
+
 def _distance(group: dict[str, Any]) -> float:
     """From the look-ahead point to the iterate, in momentum buffers."""
     if not group["nesterov"]:

@@ -22,7 +22,7 @@ from momentum_ext import _C
 from momentum_ext.averaging import COUNT, average_weight, check_decay, swapped
 from momentum_ext.clipping import GradFactor
 from momentum_ext.formulation import check_group, torch_step
-from momentum_ext.lookahead import TRAIN_MODE, hold_iterate, hold_lookahead
+from momentum_ext.lookahead import TRAIN_MODE, check_train_mode, hold_iterate, hold_lookahead
 
 __all__ = ["FusedMomentum"]
 
@@ -293,6 +293,7 @@ class FusedMomentum(SGD):
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
+            check_train_mode(self.param_groups)  # before the closure writes gradients
             with torch.enable_grad():
                 loss = closure()
 

@@ -648,3 +648,13 @@ def test_torch_takes_a_state_dict_of_eval_mode():
     sgd = torch.optim.SGD(clone_params(params), lr=0.1)
     sgd.load_state_dict(opt.state_dict())
     step(sgd)
+
+
+def test_a_closure_does_not_run_in_eval_mode():
+    param = torch.nn.Parameter(torch.randn(33))
+    opt = FusedMomentum([param], lr=0.1, momentum=0.9, nesterov=True)
+    param.grad = torch.randn(33)
+    opt.step()
+    opt.eval()
+    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
+        opt.step(lambda: pytest.fail("the closure must not run"))
