@@ -227,7 +227,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         text = (
             f'"""Written by setup.py when momentum_ext._C was compiled. Not under version control."""\n\n'
             f"TORCH_VERSION = {str(torch.__version__)!r}\n"
-            f"CUDA_VERSION = {torch.version.cuda if WITH_CUDA else None!r}\n"
+            f"CUDA_VERSION = {'.'.join(map(str, nvcc_version())) if WITH_CUDA else None!r}\n"
             f"CUDA_ARCHS = {CUDA_ARCHS!r}\n"
             f"CXX_FLAGS = {' '.join(CXX_FLAGS)!r}\n"
         )

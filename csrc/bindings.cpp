@@ -62,14 +62,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "step",
           [](StepPlan& plan, const py::list& param_groups, const py::dict& state,
-             double inv_grad_scale, bool all_for_torch, const std::optional<at::Tensor>& found_inf,
-             const std::optional<at::Tensor>& grad_scale) {
-            return plan.step(param_groups, state, inv_grad_scale, all_for_torch,
-                             {found_inf.value_or(at::Tensor()), grad_scale.value_or(at::Tensor())});
+             double inv_grad_scale, bool all_for_torch) {
+            return plan.step(param_groups, state, inv_grad_scale, all_for_torch, {});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("inv_grad_scale") = 1.0,
-          py::arg("all_for_torch") = false, py::arg("found_inf") = py::none(),
-          py::arg("grad_scale") = py::none())
+          py::arg("all_for_torch") = false)
+      // Apart from step(), to which two more arguments would cost a tenth of a microsecond.
+      .def(
+          "step_scaled_on_device",
+          [](StepPlan& plan, const py::list& param_groups, const py::dict& state,
+             bool all_for_torch, const std::optional<at::Tensor>& found_inf,
+             const std::optional<at::Tensor>& grad_scale) {
+            return plan.step(param_groups, state, 1.0, all_for_torch,
+                             {found_inf.value_or(at::Tensor()), grad_scale.value_or(at::Tensor())});
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("all_for_torch"), py::arg("found_inf"),
+          py::arg("grad_scale"))
       .def("run", &StepPlan::run)
       .def("discard", &StepPlan::discard)
       .def("convert", &StepPlan::convert, py::arg("param_groups"), py::arg("state"))

@@ -15,12 +15,21 @@ class StepPlan:
         state: dict[Tensor, Any],
         inv_grad_scale: float = 1.0,
         all_for_torch: bool = False,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> Any:
+    ) -> list[tuple[int, int]] | None:
         """Update everything and return None; or write nothing and return the (group, index) that need torch's path.
 
         After those have been treated, call :meth:`run`, or :meth:`discard` on an error.
+        """
+
+    def step_scaled_on_device(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        all_for_torch: bool,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> Any:
+        """As :meth:`step`, without waiting for GradScaler's numbers.
 
         found_inf and grad_scale are CUDA tensors that the kernels read. When anything but a CUDA kernel would have to
         know them, nothing is written and NotImplemented is returned: read them, and call again without them.

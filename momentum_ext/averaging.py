@@ -39,16 +39,25 @@ def average_weight(decay: float, warmup: bool, count: int) -> float:
 def swapped(state: dict[Tensor, Any]) -> Iterator[None]:
     """Parameters and averages in each other's memory; both come back bit for bit."""
     pairs = [(param, held[AVERAGE]) for param, held in state.items() if AVERAGE in held]
-    _swap(pairs)
+    for param, average in pairs:
+        if (param.shape, param.dtype, param.device) != (average.shape, average.dtype, average.device):
+            raise RuntimeError(
+                f"an average is {average.dtype} {tuple(average.shape)} on {average.device} and its parameter "
+                f"{param.dtype} {tuple(param.shape)} on {param.device}; delete it from the state to start a new one"
+            )
+    done = 0
     try:
+        for pair in pairs:
+            _swap(*pair)
+            done += 1
         yield
     finally:
-        _swap(pairs)
+        for pair in pairs[:done]:
+            _swap(*pair)
 
 
 @torch.no_grad()
-def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for param, average in pairs:
-        kept = param.clone()
-        param.copy_(average)
-        average.copy_(kept)
+def _swap(param: Tensor, average: Tensor) -> None:
+    kept = param.clone()
+    param.copy_(average)
+    average.copy_(kept)

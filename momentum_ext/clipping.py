@@ -18,13 +18,15 @@ class GradFactor:
     """What the next step multiplies the gradients with, and for which gradients that was worked out.
 
     The factor belongs to the gradients that were there when it was worked out. Gradients that have all been replaced
-    since (``zero_grad`` and another backward) are not touched by it. If only some have, or if they were written to,
-    what is meant cannot be told, and :meth:`current` raises.
+    since (another backward from None) are not clipped by it. If only some have, if they were written to, or if they are
+    still to be unscaled, what is meant cannot be told, and :meth:`current` raises. ``zero_grad`` clears it.
     """
 
     def __init__(self) -> None:
+        self.is_active = False  # an attribute, because each step asks
         self._norms = _C.GradNorm()
         self._factor = 1.0
+        self._unscales = False
         self._known: tuple[float, float, torch.dtype] | None = (
             None  # norm_type, norm of the gradients as they are, dtype
         )
@@ -44,17 +46,28 @@ class GradFactor:
                 "in step(); clip after the last backward(), or call zero_grad() to start again"
             )
         if found == "replaced":
+            if self._unscales:
+                raise RuntimeError(
+                    "all gradients were replaced after unscale_(), which takes effect in step(): the new ones may "
+                    "still be scaled; change them before unscale_(), or call zero_grad() to start again"
+                )
             self.clear()
         return self._factor
 
-    @property
-    def is_pending(self) -> bool:
-        return self._factor != 1.0
+    def snapshot(self) -> tuple[float, bool, bool]:
+        """To be given to :meth:`restore` when a step fails."""
+        return self._factor, self._unscales, self.is_active
+
+    def restore(self, snapshot: tuple[float, bool, bool]) -> None:
+        self._factor, self._unscales, self.is_active = snapshot
+        self._known = None
 
     def clear(self) -> None:
         """After the step."""
         self._factor = 1.0
+        self._unscales = False
         self._known = None
+        self.is_active = False
 
     def unscale(self, param_groups: list[dict[str, Any]], inv_scale: float) -> bool | None:
         """Have the next step multiply with `inv_scale`. True: all gradients are finite; None: torch must do it."""
@@ -63,6 +76,8 @@ class GradFactor:
         if computed is None:
             return None
         self._factor = factor * inv_scale
+        self._unscales = self._unscales or inv_scale != 1.0
+        self.is_active = True
         self._known = (2.0, *computed)
         return math.isfinite(computed[0])
 
@@ -99,6 +114,7 @@ class GradFactor:
             )
         coefficient = (max_norm / (precise + 1e-6)).clamp(max=1.0).item()  # torch's formula and rounding
         self._factor = factor * coefficient
+        self.is_active = True
         return precise.to(dtype)
 
     def _clip_by_torch(

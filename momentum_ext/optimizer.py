@@ -95,7 +95,8 @@ class FusedMomentum(SGD):
             norm is then in the attribute ``grad_norm`` (default: None).
         ema_decay: keep an exponential moving average of each parameter in its state, ``"ema"``, in the same pass: that
             of ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(ema_decay)``, updated after each
-            step; see :meth:`ema_weights` (default: None).
+            step; see :meth:`ema_weights`. On CUDA, and where the layouts differ, torch's lerp follows the step
+            (default: None).
         ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps (default: False).
 
     Raises:
@@ -159,6 +160,7 @@ class FusedMomentum(SGD):
         self._plan = _C.StepPlan()
         self._grad_factor = GradFactor()
         self._is_swapped = False
+        self._is_averaging = False
         self.grad_norm: Tensor | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -194,7 +196,9 @@ class FusedMomentum(SGD):
         Raises:
             ValueError: where it is not; the optimizer is then as it was.
         """
-        groups, state, plan = self.param_groups, self.state, self._plan
+        self._check_not_swapped()
+        before = dict(self.__dict__)
+        groups = self.param_groups
         super().load_state_dict(state_dict)
         try:
             for group, old in zip(self.param_groups, groups):
@@ -205,7 +209,7 @@ class FusedMomentum(SGD):
                 group.setdefault("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
             self._plan.convert(self.param_groups, self.state)
         except BaseException:
-            self.param_groups, self.state, self._plan = groups, state, plan
+            self.__dict__.update(before)
             raise
 
     def _own_buffers(self, group: dict[str, Any]) -> None:
@@ -300,24 +304,44 @@ class FusedMomentum(SGD):
         inv_grad_scale = 1.0
         differentiable = self.defaults["differentiable"]
         attributes = self.__dict__
-        for_torch = NotImplemented
+        for_torch: Any = NotImplemented
         if "found_inf" in attributes or "grad_scale" in attributes:
             found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
-            fits = self.max_grad_norm is None and self.ema_decay is None and not self._grad_factor.is_pending
+            fits = self.max_grad_norm is None and not self._is_averaging and not self._grad_factor.is_active
+            fits = fits and self.ema_decay is None
             if fits and _is_on_device(found_inf) and _is_on_device(grad_scale):  # no need to wait for their values
-                for_torch = self._plan.step(self.param_groups, self.state, 1.0, differentiable, found_inf, grad_scale)
+                for_torch = self._plan.step_scaled_on_device(
+                    self.param_groups, self.state, differentiable, found_inf, grad_scale
+                )
             if for_torch is NotImplemented:
                 if found_inf is not None and float(found_inf) != 0:
                     self._grad_factor.clear()
                     return loss
                 inv_grad_scale = _reciprocal(grad_scale)
-        if self.max_grad_norm is not None:
-            self.grad_norm = self._grad_factor.clip(
-                self.param_groups, self.max_grad_norm, inv_grad_scale=inv_grad_scale
-            )
-        if self._grad_factor.is_pending:
-            inv_grad_scale *= self._grad_factor.current(self.param_groups)
+        if for_torch is NotImplemented and self.max_grad_norm is not None:
+            before = self._grad_factor.snapshot()
+            try:
+                self.grad_norm = self._grad_factor.clip(
+                    self.param_groups, self.max_grad_norm, inv_grad_scale=inv_grad_scale
+                )
+                self._update(for_torch, inv_grad_scale, differentiable)
+            except BaseException:
+                self._grad_factor.restore(before)
+                raise
+        else:
+            self._update(for_torch, inv_grad_scale, differentiable)
+        if self._grad_factor.is_active:
+            self._grad_factor.clear()
         if self.ema_decay is not None:
+            group = self.param_groups[0]
+            group[COUNT] = group.get(COUNT, 0) + 1
+        return loss
+
+    def _update(self, for_torch: Any, inv_grad_scale: float, differentiable: bool) -> None:
+        """The compiled pass, unless it has run and left `for_torch`; then what only torch can update."""
+        if self._grad_factor.is_active:
+            inv_grad_scale *= self._grad_factor.current(self.param_groups)
+        if self.ema_decay is not None or self._is_averaging:
             self._prepare_average(self.ema_decay)
         if for_torch is NotImplemented:
             for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
@@ -330,17 +354,12 @@ class FusedMomentum(SGD):
                 self._plan.discard()
                 raise
             self._plan.run()
-        self._grad_factor.clear()
-        if self.ema_decay is not None:
-            group = self.param_groups[0]
-            group[COUNT] = group.get(COUNT, 0) + 1
-        return loss
 
-    def _prepare_average(self, decay: float) -> None:
-        if self._is_swapped:
-            raise RuntimeError("step(): the parameters are the averages; leave ema_weights() first")
+    def _prepare_average(self, decay: float | None) -> None:
+        self._check_not_swapped()
+        self._is_averaging = decay is not None
         count = self.param_groups[0].get(COUNT, 0)
-        self._plan.set_average_weight(average_weight(decay, self.ema_warmup, count))
+        self._plan.set_average_weight(0.0 if decay is None else average_weight(decay, self.ema_warmup, count))
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -402,10 +421,13 @@ class FusedMomentum(SGD):
         """
         return self._grad_factor.clip(self.param_groups, float(max_norm), float(norm_type), error_if_nonfinite)
 
+    def _check_not_swapped(self) -> None:
+        if self._is_swapped:
+            raise RuntimeError("parameters and averages have changed places; leave ema_weights() first")
+
     def _settle(self) -> None:
         """Before the state leaves: buffers in their group's formulation, and none that was never computed."""
-        if self._is_swapped:
-            raise RuntimeError("the state holds parameters in the place of averages; leave ema_weights() first")
+        self._check_not_swapped()
         self._plan.convert(self.param_groups, self.state)
         unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU
         for param, state in list(self.state.items()) if unstarted else []:

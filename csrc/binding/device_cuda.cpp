@@ -44,6 +44,7 @@ uint32_t FirstSteps::new_cohort(int16_t device) {
   if (words_.find(device) == words_.end()) {
     const auto on_device =
         at::device(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))).dtype(at::kInt);
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
     void* pinned = nullptr;
     check(cudaHostAlloc(&pinned, sizeof(uint32_t), cudaHostAllocPortable), device,
           "allocating pinned memory");

@@ -15,27 +15,6 @@
 namespace momentum_ext::binding {
 namespace {
 
-// Calls visit(gradient) for each parameter's, once, in order; stops and returns false when that
-// does.
-template <typename Visit>
-bool for_each_grad(const py::list& param_groups, const Visit& visit) {
-  const bool may_repeat = param_groups.size() > 1;
-  std::unordered_set<PyObject*> visited;
-  for (const py::handle group : param_groups) {
-    PyObject* const params = PyDict_GetItemString(group.ptr(), "params");
-    if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params))) return false;
-    PyObject** const items = PySequence_Fast_ITEMS(params);
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
-      if (!THPVariable_Check(items[i])) return false;
-      const at::Tensor& grad = grad_of(*THPVariable_Unpack(items[i]).unsafeGetTensorImpl());
-      if (!grad.defined()) continue;
-      if (may_repeat && !visited.insert(items[i]).second) continue;
-      if (!visit(grad)) return false;
-    }
-  }
-  return true;
-}
-
 uint32_t version_of(const at::Tensor& tensor) {
   return tensor.is_inference() ? 0
                                : tensor.unsafeGetTensorImpl()->version_counter().current_version();
@@ -74,29 +53,63 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
                                   reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
 }
 
-const char* GradNorm::compare(const py::list& param_groups) const {
-  size_t n = 0, found = 0;
-  bool in_order = true;
-  bool all_unwritten = true;
-  const bool complete = for_each_grad(param_groups, [&](const at::Tensor& grad) {
-    const auto is_it = [&grad](const Seen& seen) {
-      return seen.grad._unsafe_get_target() == grad.unsafeGetTensorImpl();
-    };
-    auto match = n < seen_.size() && is_it(seen_[n]) ? seen_.begin() + static_cast<ptrdiff_t>(n)
-                                                     : seen_.end();
-    if (match == seen_.end()) {
-      in_order = false;
-      match = std::find_if(seen_.begin(), seen_.end(), is_it);
-    }
-    if (match != seen_.end()) {
-      ++found;
-      all_unwritten = all_unwritten && match->version == version_of(grad);
-    }
+const char* GradNorm::compare(const py::list& param_groups) {
+  if (!read_params(param_groups)) return "changed";
+  bool same = true;
+  size_t n = 0;
+  for_each_grad([&](const at::Tensor& grad) {
+    same = n < seen_.size() && seen_[n].grad._unsafe_get_target() == grad.unsafeGetTensorImpl() &&
+           seen_[n].version == version_of(grad);
     ++n;
-    return in_order || found == 0;  // the rest is decided
+    return same;
   });
-  if (found == 0) return "replaced";
-  return complete && in_order && all_unwritten && n == seen_.size() ? "same" : "changed";
+  if (same && n == seen_.size()) return "same";
+  std::unordered_set<const c10::TensorImpl*> known;
+  for (const Seen& seen : seen_) known.insert(seen.grad._unsafe_get_target());
+  const bool none_left = for_each_grad(
+      [&](const at::Tensor& grad) { return known.count(grad.unsafeGetTensorImpl()) == 0; });
+  return none_left ? "replaced" : "changed";
+}
+
+// The parameters, each once; false where a group has none. Most of the time they are as they were.
+bool GradNorm::read_params(const py::list& param_groups) {
+  size_t n = 0;
+  bool same = true;
+  const auto for_each_param = [&](const auto& visit) {
+    for (const py::handle group : param_groups) {
+      PyObject* const params = PyDict_GetItemString(group.ptr(), "params");
+      if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params))) return false;
+      PyObject** const items = PySequence_Fast_ITEMS(params);
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
+        if (!THPVariable_Check(items[i])) return false;
+        visit(items[i]);
+      }
+    }
+    return true;
+  };
+  const bool readable = for_each_param([&](PyObject* param) {
+    same = same && n < listed_.size() && listed_[n] == param;
+    ++n;
+  });
+  if (!readable) return false;
+  if (same && n == listed_.size()) return true;
+  listed_.clear();
+  params_.clear();
+  std::unordered_set<PyObject*> visited;
+  return for_each_param([&](PyObject* param) {
+    listed_.push_back(param);
+    if (visited.insert(param).second) params_.push_back(param);
+  });
+}
+
+// Calls visit(gradient) in order; stops and returns false when that does.
+template <typename Visit>
+bool GradNorm::for_each_grad(const Visit& visit) const {
+  for (PyObject* const param : params_) {
+    const at::Tensor& grad = grad_of(*THPVariable_Unpack(param).unsafeGetTensorImpl());
+    if (grad.defined() && !visit(grad)) return false;
+  }
+  return true;
 }
 
 bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
@@ -104,8 +117,8 @@ bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
   layouts_.clear();
   first_block_.assign(1, 0);
   dtype_ = at::ScalarType::Undefined;
-  return for_each_grad(param_groups,
-                       [&](const at::Tensor& grad) { return add(grad, complex_too); });
+  return read_params(param_groups) &&
+         for_each_grad([&](const at::Tensor& grad) { return add(grad, complex_too); });
 }
 
 bool GradNorm::add(const at::Tensor& grad, bool complex_too) {

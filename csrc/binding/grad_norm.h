@@ -23,7 +23,7 @@ class GradNorm {
 
   // What has become of them: "same", "replaced" (none of them is there any more) or "changed" (some
   // are not, or were written to).
-  const char* compare(const py::list& param_groups) const;
+  const char* compare(const py::list& param_groups);
 
  private:
   // Keeps a gradient's address from being used again, not its memory.
@@ -32,10 +32,15 @@ class GradNorm {
     uint32_t version;
   };
 
+  bool read_params(const py::list& param_groups);
+  template <typename Visit>
+  bool for_each_grad(const Visit& visit) const;
   bool collect(const py::list& param_groups, bool complex_too);
   bool add(const at::Tensor& grad, bool complex_too);
   double sum(Norm kind, double scale);
 
+  std::vector<PyObject*> listed_;  // as the groups list them: only compared
+  std::vector<PyObject*> params_;  // each once; followed only after they were compared
   std::vector<Seen> seen_;
   // The vectors keep their capacity, so that nothing is allocated once warm.
   std::vector<TensorEntry> entries_;

@@ -62,11 +62,22 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
                     bool back) {
   for (size_t i = 0; i < params.size(); ++i) {
     const auto check = [&](const at::Tensor& tensor, const char* name) {
+      if (is_plain_cpu(tensor) &&
+          !lies_in_storage(*tensor.unsafeGetTensorImpl(), byte_range(tensor).end)) {
+        throw std::runtime_error(std::string(name) + "[" + std::to_string(i) +
+                                 "]: its storage was freed or resized");
+      }
+      if (tensor.device() != params[i].device()) {
+        throw std::runtime_error(std::string(name) + "[" + std::to_string(i) +
+                                 "]: it is on another device than its parameter; move the "
+                                 "optimizer's state, or delete it to start from no momentum");
+      }
       if (tensor.sizes() == params[i].sizes()) return;
       throw std::runtime_error(std::string(name) + "[" + std::to_string(i) +
                                "]: its shape is not that of its parameter; delete the optimizer's "
                                "state to start from no momentum");
     };
+    check(params[i], "params");
     check(buffers[i], "momentum_buffers");
     check(lookaheads[i], "lookaheads");
   }

@@ -13,7 +13,7 @@ namespace momentum_ext::binding {
 namespace {
 
 // Fewer tensors than this for each thread are looked at faster than another thread wakes up.
-constexpr int64_t kSlotsPerThread = 96;
+constexpr int64_t kSlotsPerThread = 256;
 constexpr int64_t kGroupsPerThread = 96;
 
 // From this many elements on the GIL is released while the kernel runs. Fewer take a small part of
@@ -43,7 +43,7 @@ py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
   try {
     scaler_ = std::move(scaler);
     prepare(param_groups, state, inv_grad_scale, all_for_torch);
-    if (scaler_.any() && (any_on_cpu_ || !for_torch_.empty())) {
+    if (scaler_.any() && (has_cpu_tensors() || !for_torch_.empty())) {
       clear_step();
       return py::reinterpret_borrow<py::object>(Py_NotImplemented);
     }
@@ -122,21 +122,17 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
   if (!same_groups || !read_state(state_.ptr())) rebuild(state_.ptr());
   check_slots();
   bool any_shared_grad = false;
-  any_on_cpu_ = false;
   shares_.clear();
   first_steps_.begin_step();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (status_[i] == Status::kNeedsCare) prepare_slot(i);
     any_shared_grad = any_shared_grad || status_[i] == Status::kSharedGrad;
-    int64_t numel_on_cpu = entries_[i].numel;
-    if (tensors_[i].param != nullptr) {
-      if (slots_[i].device == kCpu) {
-        any_on_cpu_ = true;
-      } else {
-        numel_on_cpu = 0;
-        entries_[i].cohort = first_steps_.still_open(entries_[i].cohort, slots_[i].device);
-        share_of(shares_, slots_[i].device).add(entries_[i]);
-      }
+    TensorEntry& entry = entries_[i];
+    int64_t numel_on_cpu = entry.numel;
+    if (entry.device != kCpu && numel_on_cpu != 0) {
+      numel_on_cpu = 0;
+      entry.cohort = first_steps_.still_open(entry.cohort, entry.device);
+      share_of(shares_, entry.device).add(entry);
     }
     first_element_[i + 1] = first_element_[i] + numel_on_cpu;
   }
@@ -151,28 +147,34 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
 void StepPlan::update() {
   if (!new_buffers_.empty() || !without_average_.empty()) keep_alive();  // Python code is called
   insert_new_buffers();
-  make_averages();
-  convert_prepared();
   const int threads = max_threads();
   const auto num_slots = static_cast<int64_t>(slots_.size());
-  cpu::parallel_for(num_slots, kSlotsPerThread, threads,
-                    [this](int64_t begin, int64_t end) { bump_versions(begin, end); });
-
   try {
+    make_averages();
+    convert_prepared();
+    cpu::parallel_for(num_slots, kSlotsPerThread, threads,
+                      [this](int64_t begin, int64_t end) { bump_versions(begin, end); });
     for (const DeviceShare& share : shares_) {
       launch({entries_.data(), nullptr, num_slots, hyperparams_.data()}, share, scaler_,
              first_steps_, in_order_);
     }
-  } catch (...) {
+  } catch (...) {  // else the next step would find buffers that were never computed
     take_back_new_buffers(new_buffers_.size());
     throw;
   }
   for (const NewBuffer& made : new_buffers_) {
     if (made.cohort != 0) first_steps_.add(made.tensor, made.cohort, made.device);
   }
-  if (any_on_cpu_) update_cpu();
+  if (first_element_[slots_.size()] != 0) update_cpu();
   if (!averaged_by_torch_.empty()) update_averages_by_torch();
   clear_step();
+}
+
+bool StepPlan::has_cpu_tensors() const {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (tensors_[i].param != nullptr && slots_[i].device == kCpu) return true;
+  }
+  return false;
 }
 
 void StepPlan::update_cpu() {

@@ -89,27 +89,29 @@ class StepPlan {
 
   // One position in one parameter list, with what was true of its tensors when its path was chosen.
   struct Slot {
+    // What each step compares, together.
     PyObject* state_dict = nullptr;  // opt.state[p], borrowed, read in each step; nullptr: none
     void* param_data = nullptr;
     void* buffer_data = nullptr;
     int64_t numel = 0;
-    int64_t num_reals = 0;  // twice numel for a complex tensor
-    uint32_t group = 0;
-    uint32_t index = 0;  // in the group's list
-    Path path = Path::kUnknown;
-    Formulation formulation{};  // of the buffer
-    bool has_buffer = false;
-    int16_t device = kCpu;
+    int64_t num_reals = 0;     // twice numel for a complex tensor
     c10::DispatchKeySet keys;  // of all its tensors
     caffe2::TypeMeta param_dtype;
     caffe2::TypeMeta grad_dtype;
     caffe2::TypeMeta buffer_dtype;
+    int16_t device = kCpu;
+    Path path = Path::kUnknown;
+    Formulation formulation{};  // of the buffer
+    bool has_buffer = false;
     uint8_t param_itemsize = 0;
     uint8_t grad_itemsize = 0;
     uint8_t buffer_itemsize = 0;
+    // The rest.
     Dtype param_kernel_dtype{};
     Dtype grad_kernel_dtype{};
     Dtype buffer_kernel_dtype{};
+    uint32_t group = 0;
+    uint32_t index = 0;  // in the group's list
     std::unique_ptr<Shapes> shapes;
   };
 
@@ -139,6 +141,7 @@ class StepPlan {
   void check_slots();
   Status check_slot(size_t i, bool has_momentum, Formulation formulation) noexcept;
   void plan_conversion(size_t i);
+  bool is_repeated(size_t i) const;
   void prepare_slot(size_t i);
   const at::Tensor* find_buffer(const Slot& slot) const;
   bool is_unchanged(const Slot& slot, const c10::TensorImpl& param, const c10::TensorImpl& grad,
@@ -155,6 +158,7 @@ class StepPlan {
   void clear_step();
   void keep_alive();
   void update();
+  bool has_cpu_tensors() const;
   void update_cpu();
   void insert_new_buffers();
   void take_back_new_buffers(size_t count) noexcept;
@@ -207,7 +211,6 @@ class StepPlan {
   py::object state_;               // opt.state
   bool all_for_torch_ = false;
   ScalerTensors scaler_;
-  bool any_on_cpu_ = false;
   std::vector<DeviceShare> shares_;       // one for each CUDA device that has tensors in this step
   std::vector<TensorEntry> cpu_entries_;  // only where CPU and CUDA tensors are mixed
   std::vector<int64_t> cpu_first_element_;

@@ -35,18 +35,27 @@ void StepPlan::attach_averages() {
   for (size_t i = 0; i < slots_.size(); ++i) {
     entries_[i].average = nullptr;
     tensors_[i].average = nullptr;
-    if (average_weight_ == 0 || !THPVariable_Check(param_objects_[i])) continue;
+    if (average_weight_ == 0 || !THPVariable_Check(param_objects_[i]) || is_repeated(i)) continue;
     const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
     const at::Tensor* const average = find_tensor(slots_[i].state_dict, average_key_);
     if (average == nullptr) {
       // What has never had a gradient has never moved: it is its own average.
-      if (param.unsafeGetTensorImpl()->grad().defined()) without_average_.push_back(i);
+      if (!param.unsafeGetTensorImpl()->grad().defined()) continue;
+      if (slots_[i].device != kCpu && is_capturing(slots_[i].device)) {
+        throw std::runtime_error(name_of(slots_[i]) +
+                                 ": it has no average yet, and step() is being captured into a "
+                                 "CUDA graph, whose replays would each start it anew; run one step "
+                                 "before the capture");
+      }
+      without_average_.push_back(i);
       continue;
     }
-    if (average->sizes() != param.sizes()) {
+    if (average->sizes() != param.sizes() || average->scalar_type() != param.scalar_type() ||
+        average->device() != param.device()) {
       throw std::runtime_error("ema of " + name_of(slots_[i]) +
-                               ": its shape is not that of its parameter; delete it from the "
-                               "optimizer's state to start a new average");
+                               ": its shape, dtype or device is not that of its parameter; move it "
+                               "with its parameter, or delete it from the optimizer's state to "
+                               "start a new average");
     }
     if (tensors_[i].param != nullptr && has_flat_average(entries_[i], param, *average)) {
       entries_[i].average =

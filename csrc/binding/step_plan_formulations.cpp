@@ -63,9 +63,13 @@ void StepPlan::plan_conversion(size_t i) {
                           ": the momentum buffers are converted at the current lr, which is 0; "
                           "set lr first");
   }
-  const bool is_repeated = std::any_of(repeated_.begin(), repeated_.end(),
-                                       [i](const auto& pair) { return pair.first == i; });
-  conversions_.push_back({is_repeated ? at::Tensor() : *buffer, lr, i});
+  conversions_.push_back({is_repeated(i) ? at::Tensor() : *buffer, lr, i});
+}
+
+// True for a parameter that an earlier slot has too.
+bool StepPlan::is_repeated(size_t i) const {
+  return std::any_of(repeated_.begin(), repeated_.end(),
+                     [i](const auto& pair) { return pair.first == i; });
 }
 
 void StepPlan::convert_prepared() {
