@@ -59,5 +59,9 @@ def swapped(state: dict[Tensor, Any]) -> Iterator[None]:
 @torch.no_grad()
 def _swap(param: Tensor, average: Tensor) -> None:
     kept = param.clone()
-    param.copy_(average)
-    average.copy_(kept)
+    try:
+        param.copy_(average)
+        average.copy_(kept)
+    except BaseException:
+        param.copy_(kept)
+        raise

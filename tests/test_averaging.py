@@ -224,3 +224,87 @@ def test_version_counters():
     version = average._version
     pair.step()
     assert average._version > version
+
+
+class Stubborn(dict):
+    """A state that takes no average."""
+
+    def __setitem__(self, key, value):
+        if key == "ema":
+            raise MemoryError("no room for an average")
+        super().__setitem__(key, value)
+
+
+def test_an_average_that_cannot_be_made_leaves_no_momentum_buffer():
+    param = torch.nn.Parameter(torch.randn(33))
+    opt = FusedMomentum([param], ema_decay=0.9, **HYPER)
+    opt.state[param] = Stubborn()
+    param.grad = torch.randn(33)
+    before = param.detach().clone()
+    with pytest.raises(MemoryError):
+        opt.step()
+    assert_same(param, before)
+    assert not opt.state[param]
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.bfloat16, torch.nn.Module.double], ids=["bf16", "fp64"])
+def test_an_average_of_another_dtype_is_refused_before_anything_is_written(change):
+    module = torch.nn.Linear(33, 5)
+    opt = FusedMomentum(module.parameters(), ema_decay=0.9, lr=0.1)
+    for _ in range(2):
+        for param in module.parameters():
+            param.grad = torch.ones_like(param)
+        opt.step()
+    change(module)
+    for param in module.parameters():
+        param.grad = torch.ones_like(param)
+    before = Snapshot(opt)
+    with pytest.raises(RuntimeError, match="dtype"):
+        opt.step()
+    before.assert_unchanged()
+    with pytest.raises(RuntimeError, match="delete it"), opt.ema_weights():
+        pass
+    before.assert_unchanged()
+
+
+def test_a_swap_that_fails_half_way_is_undone():
+    pair = Averaged([torch.randn(33), torch.randn(9)])
+    pair.step()
+    frozen = torch.zeros(1).expand(9)  # several elements in one place: nothing can be written to it
+    pair.opt.state[pair.mine[1]]["ema"] = frozen
+    before = [p.detach().clone() for p in pair.mine]
+    with pytest.raises(RuntimeError), pair.opt.ema_weights():
+        pass
+    for param, value in zip(pair.mine, before):
+        assert_same(param, value)
+
+
+def test_no_state_is_loaded_while_swapped():
+    pair = Averaged([torch.randn(33)])
+    pair.step()
+    state = pair.opt.state_dict()
+    with pair.opt.ema_weights(), pytest.raises(RuntimeError, match="ema_weights"):
+        pair.opt.load_state_dict(state)
+    pair.check()
+
+
+def test_averaging_ends_when_told():
+    pair = Averaged([torch.randn(33)])
+    pair.step()
+    average = pair.opt.state[pair.mine[0]]["ema"].clone()
+    pair.opt.ema_decay = None
+    pair.mine[0].grad = torch.randn(33)
+    pair.opt.step()
+    assert_same(pair.opt.state[pair.mine[0]]["ema"], average)
+
+
+def test_a_parameter_repeated_in_its_group_is_averaged_once():
+    param = torch.nn.Parameter(torch.randn(33))
+    with pytest.warns(UserWarning, match="duplicate"):
+        opt = FusedMomentum([param, param], lr=0.1, ema_decay=0.9)
+    average = None
+    for _ in range(3):
+        param.grad = torch.randn(33)
+        opt.step()
+        average = param.detach().clone() if average is None else average.lerp(param.detach(), 1 - 0.9)
+    assert_same(opt.state[param]["ema"], average)

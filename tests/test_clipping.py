@@ -399,3 +399,50 @@ def test_our_grad_scaler_with_another_optimizer_and_fp16():
         momentum_ext_scaler = momentum_ext.GradScaler("cpu")
         momentum_ext_scaler.scale(torch.ones(()))
         momentum_ext_scaler.unscale_(FusedMomentum([half], lr=0.1))
+
+
+def test_gradients_replaced_after_unscale_are_refused():
+    """Else the step would take gradients that are still scaled."""
+    opt, mine, _, _ = twins([torch.randn(33)], scale=1024.0)
+    scaler = momentum_ext.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(opt)
+    mine[0].grad = mine[0].grad.clamp(-1, 1)
+    before = Snapshot(opt)
+    with pytest.raises(RuntimeError, match="before unscale_"):
+        scaler.step(opt)
+    before.assert_unchanged()
+
+
+def test_a_step_that_fails_leaves_no_clipping_behind():
+    opt, mine, _, theirs = twins([torch.randn(33), torch.randn(9)], scale=7.0, max_grad_norm=0.5)
+    buffer = torch.zeros(5)
+    opt.state[mine[1]]["momentum_buffer"] = buffer
+    with pytest.raises(RuntimeError, match="momentum_buffer"):
+        opt.step()
+    del opt.state[mine[1]]
+    mine[0].grad = torch.full((33,), 2.0)
+    theirs[0].grad = mine[0].grad.clone()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in theirs])
+    opt.step()
+    torch.testing.assert_close(opt.grad_norm, norm, rtol=1e-6, atol=0)
+
+
+def test_a_state_that_is_refused_leaves_the_clipping():
+    opt, mine, sgd, theirs = twins([torch.randn(33)], scale=7.0)
+    opt.clip_grad_norm_(0.5)
+    torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+    other = FusedMomentum(with_grads([torch.randn(33)]), lr=0.1, momentum=0.9, formulation="ema")
+    other.step()
+    with pytest.raises(ValueError, match="formulation"):
+        opt.load_state_dict(other.state_dict())
+    opt.step()
+    sgd.step()
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_parameter_repeated_in_its_group_counts_once():
+    params = with_grads([torch.randn(33), torch.randn(65)])
+    with pytest.warns(UserWarning, match="duplicate"):
+        opt = FusedMomentum([*params, params[0]], lr=0.1)
+    torch.testing.assert_close(opt.clip_grad_norm_(1.0).item(), exact_norm(params), rtol=1e-6, atol=0)

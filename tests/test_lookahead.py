@@ -658,3 +658,14 @@ def test_a_closure_does_not_run_in_eval_mode():
     opt.eval()
     with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
         opt.step(lambda: pytest.fail("the closure must not run"))
+
+
+def test_a_freed_parameter_is_refused():
+    param = torch.nn.Parameter(torch.randn(33))
+    opt = FusedMomentum([param], lr=0.1, momentum=0.9, nesterov=True)
+    param.grad = torch.randn(33)
+    opt.step()
+    param.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="freed"):
+        opt.eval()
+    assert "lookahead" not in opt.state[param] and "train_mode" not in opt.param_groups[0]

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+
 #include "step_plan.h"
 #include "tensor_access.h"
 
@@ -57,7 +59,10 @@ void StepPlan::attach_averages() {
                                "with its parameter, or delete it from the optimizer's state to "
                                "start a new average");
     }
-    if (tensors_[i].param != nullptr && has_flat_average(entries_[i], param, *average)) {
+    // A parameter that is listed twice is averaged once, after both updates.
+    const bool once = std::none_of(repeated_.begin(), repeated_.end(),
+                                   [i](const auto& pair) { return pair.second == i; });
+    if (once && tensors_[i].param != nullptr && has_flat_average(entries_[i], param, *average)) {
       entries_[i].average =
           mutable_data_of(*average->unsafeGetTensorImpl(), average->element_size());
       tensors_[i].average = average->unsafeGetTensorImpl();
