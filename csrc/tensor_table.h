@@ -48,7 +48,8 @@ struct TensorEntry {
 // The host does not know whether a step that it launches will overflow and so be left out. A tensor
 // whose first step is launched like this therefore belongs to a cohort: cohorts are numbered from 1
 // in the order of their first launches, and the device keeps the number of the newest one that has
-// truly been updated. A tensor of a later cohort has yet to have its first step.
+// truly been updated. A tensor of a later cohort has yet to have its first step, one of an earlier
+// cohort has had it: a step without all tensors of its cohorts puts the missing ones into new ones.
 struct Overflow {
   const float* found_inf = nullptr;     // not 0: the launch changes nothing
   const float* grad_scale = nullptr;    // gradients have been multiplied by it

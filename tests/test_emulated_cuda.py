@@ -270,6 +270,31 @@ def test_tensors_that_begin_at_different_times():
 
 
 @emulated
+@pytest.mark.parametrize("present", [[0], [1], [0, 2], [2]])
+def test_a_first_step_that_overflowed_waits_for_its_gradient(present):
+    """Another tensor's first step, of the same or of a later cohort, is not that of one without a gradient."""
+    twins = Twins([(9,), (8,), (7,)], [0], **OPTIONS)
+    for which, overflow in [
+        ([0, 1], True),
+        ([0, 1, 2], True),
+        (present, False),
+        (present, False),
+        ([1], True),
+        ([0, 1, 2], False),
+        ([0, 1, 2], True),
+        ([0, 1, 2], False),
+    ]:
+        twins.set_grads(which)
+        twins.optimizer.found_inf = cuda(torch.tensor(float(overflow)))
+        twins.optimizer.step()
+        if not overflow:
+            twins.oracle.step()
+        for ours, theirs in zip(twins.ours, twins.theirs):
+            assert torch.equal(cpu(ours), theirs.detach())
+    twins.check()
+
+
+@emulated
 def test_unstarted_buffers_do_not_leave():
     twins = Twins(SHAPES, [0], **OPTIONS)
     scaler_step(twins, True)

@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "../tensor_table.h"
@@ -63,6 +64,13 @@ class FirstSteps {
   uint32_t still_open(uint32_t cohort, int16_t device) {
     return cohort == 0 ? 0 : still_open_slow(cohort, device);
   }
+
+  // Before a step that may settle a cohort without all of the tensors that are still open: those
+  // that are absent get cohorts of their own, unless they are settled already, which is worth
+  // waiting for the devices: it takes an overflow of a first step and a gradient that is missing in
+  // the next. Returns the new number of each old one.
+  std::unordered_map<uint32_t, uint32_t> separate(
+      const std::unordered_set<const c10::TensorImpl*>& present);
 
   // The buffers that have yet to be updated. Waits for the devices.
   std::vector<at::Tensor> unstarted();

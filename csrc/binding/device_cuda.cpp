@@ -76,6 +76,39 @@ uint32_t FirstSteps::still_open_slow(uint32_t cohort, int16_t device) {
   return 0;
 }
 
+std::unordered_map<uint32_t, uint32_t> FirstSteps::separate(
+    const std::unordered_set<const c10::TensorImpl*>& present) {
+  std::unordered_map<uint32_t, uint32_t> renumbered;
+  std::unordered_map<int16_t, uint32_t> settled;
+  for (auto each = records_.begin(); each != records_.end();) {
+    Record& record = each->second;
+    if (present.count(each->first) != 0) {
+      ++each;
+      continue;
+    }
+    if (settled.find(record.device) == settled.end()) {
+      if (is_capturing(record.device)) {
+        throw std::runtime_error(
+            "step() is being captured into a CUDA graph while the first step of a tensor without a "
+            "gradient is open, because it overflowed; run one step with all gradients first");
+      }
+      const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(record.device));
+      check(cudaDeviceSynchronize(), record.device, "waiting for the device");
+      settled[record.device] =
+          static_cast<uint32_t>(words_.at(record.device).on_device.item<int>());
+    }
+    if (record.buffer.expired() || record.cohort <= settled[record.device]) {
+      each = records_.erase(each);
+      continue;
+    }
+    const auto [number, is_new] = renumbered.try_emplace(record.cohort, newest_ + 1);
+    if (is_new) ++newest_;
+    record.cohort = number->second;
+    ++each;
+  }
+  return renumbered;
+}
+
 std::vector<at::Tensor> FirstSteps::unstarted() {
   std::vector<at::Tensor> buffers;
   for (const auto& [device, words] : words_) {

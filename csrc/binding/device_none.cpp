@@ -9,6 +9,10 @@ uint32_t FirstSteps::new_cohort(int16_t) { return 0; }
 void FirstSteps::add(const at::Tensor&, uint32_t, int16_t) {}
 uint32_t FirstSteps::cohort_of(const at::Tensor&) const { return 0; }
 uint32_t FirstSteps::still_open_slow(uint32_t, int16_t) { return 0; }
+std::unordered_map<uint32_t, uint32_t> FirstSteps::separate(
+    const std::unordered_set<const c10::TensorImpl*>&) {
+  return {};
+}
 std::vector<at::Tensor> FirstSteps::unstarted() { return {}; }
 uint32_t* FirstSteps::settled(int16_t) { return nullptr; }
 uint32_t* FirstSteps::settled_on_host(int16_t) { return nullptr; }

@@ -136,6 +136,12 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
     }
     first_element_[i + 1] = first_element_[i] + numel_on_cpu;
   }
+  for (const DeviceShare& share : shares_) {
+    if (share.newest_cohort != 0) {
+      separate_first_steps();
+      break;
+    }
+  }
   if (average_weight_ != 0 || has_averages_) attach_averages();
   has_averages_ = average_weight_ != 0;
   if (ranges_changed_) find_shared_memory();
@@ -168,6 +174,22 @@ void StepPlan::update() {
   if (first_element_[slots_.size()] != 0) update_cpu();
   if (!averaged_by_torch_.empty()) update_averages_by_torch();
   clear_step();
+}
+
+// A launch tells the device that the first steps of all tensors up to a cohort are done: none may
+// be missing from it.
+void StepPlan::separate_first_steps() {
+  std::unordered_set<const c10::TensorImpl*> present;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (entries_[i].cohort != 0 && tensors_[i].param != nullptr) present.insert(tensors_[i].buffer);
+  }
+  const auto renumbered = first_steps_.separate(present);
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const auto found = renumbered.find(entries_[i].cohort);
+    if (found != renumbered.end() && tensors_[i].param == nullptr) {
+      entries_[i].cohort = found->second;
+    }
+  }
 }
 
 bool StepPlan::has_cpu_tensors() const {

@@ -158,6 +158,7 @@ class StepPlan {
   void clear_step();
   void keep_alive();
   void update();
+  void separate_first_steps();
   bool has_cpu_tensors() const;
   void update_cpu();
   void insert_new_buffers();
