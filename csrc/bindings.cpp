@@ -82,7 +82,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("discard", &StepPlan::discard)
       .def("convert", &StepPlan::convert, py::arg("param_groups"), py::arg("state"))
       .def("set_average_weight", &StepPlan::set_average_weight, py::arg("weight"))
-      .def("convert_prepared", &StepPlan::convert_prepared)
+      .def("begin_torch_step", &StepPlan::begin_torch_step)
       .def("adopt_formulations", &StepPlan::adopt_formulations, py::arg("param_groups"))
       .def("unstarted_buffers", &StepPlan::unstarted_buffers);
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;

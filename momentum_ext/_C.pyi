@@ -43,8 +43,8 @@ class StepPlan:
     def set_average_weight(self, weight: float) -> None:
         """Keep averages at ``state[p]["ema"]``, with this weight of the new parameter in the next step; 0: none."""
 
-    def convert_prepared(self) -> None:
-        """Do those conversions now that the prepared step would do."""
+    def begin_torch_step(self) -> None:
+        """What a prepared step does before torch's path: conversions, and averages that start with it."""
 
     def adopt_formulations(self, param_groups: list[dict[str, Any]]) -> None:
         """Take the buffers to be in the formulation that their group names now."""

@@ -348,7 +348,7 @@ class FusedMomentum(SGD):
         if for_torch is not None:
             try:
                 self._check_torch_step(for_torch)
-                self._plan.convert_prepared()
+                self._plan.begin_torch_step()
                 self._torch_step(for_torch, inv_grad_scale, differentiable)
             except BaseException:
                 self._plan.discard()

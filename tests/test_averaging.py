@@ -111,6 +111,27 @@ def test_tensors_on_torchs_path():
         assert_same(opt.state[params[0]]["ema"], average)
 
 
+def test_first_step_of_tensors_on_both_paths():
+    params = clone_params([torch.randn(()), torch.randn(33)])
+    opt = FusedMomentum(params, lr=0.1, momentum=0.9, ema_decay=0.3)
+    for _ in range(2):
+        params[0].grad, params[1].grad = torch.randn(()), torch.randn(33).to_sparse()
+        opt.step()
+        for param in params:
+            assert set(opt.state[param]) == {"momentum_buffer", "ema"}
+
+
+def test_a_step_that_torch_refuses_starts_no_average():
+    params = clone_params([torch.randn(9), torch.randn(33)])
+    opt = FusedMomentum(params, lr=0.1, weight_decay=0.1, ema_decay=0.3)
+    params[0].grad, params[1].grad = torch.randn(9), torch.randn(33).to_sparse()
+    before = Snapshot(opt)
+    with pytest.raises(RuntimeError):
+        opt.step()
+    before.assert_unchanged()
+    assert len(opt.state) == 0
+
+
 def test_overflow_leaves_the_average():
     pair = Averaged([torch.randn(33), torch.randn(257)])
     pair.opt.found_inf = torch.ones(())

@@ -52,7 +52,6 @@ py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
       return py::none();
     }
     keep_alive();  // the caller runs Python code before it comes back
-    make_averages();
     py::list positions;
     for (const size_t i : for_torch_) {
       positions.append(py::make_tuple(slots_[i].group, slots_[i].index));
@@ -228,8 +227,11 @@ void StepPlan::insert_new_buffers() {
     NewBuffer& made = new_buffers_[k];
     try {
       const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
-      if (made.state_dict) {
-        const py::dict target = py::reinterpret_borrow<py::dict>(made.state_dict);
+      const bool has_average =
+          !made.state_dict && PyDict_Contains(state_.ptr(), made.param.ptr()) == 1;
+      if (made.state_dict || has_average) {
+        const py::dict target = has_average ? py::dict(state_[made.param])
+                                            : py::reinterpret_borrow<py::dict>(made.state_dict);
         const auto key = py::reinterpret_borrow<py::object>(buffer_key_);
         if (target.contains(key)) made.replaced = target[key];
         target[key] = buffer;

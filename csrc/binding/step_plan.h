@@ -50,9 +50,9 @@ class StepPlan {
 
   // Momentum buffers are in the formulation that their group named when they were last used. When a
   // group names another one, they are converted at the group's lr: in the next step, before torch's
-  // path by convert_prepared(), or at once by convert().
+  // path by begin_torch_step(), or at once by convert().
   void convert(const py::list& param_groups, const py::dict& state);
-  void convert_prepared();
+  void begin_torch_step();
 
   // Takes the buffers to be in the formulation that their group names now.
   void adopt_formulations(const py::list& param_groups);
@@ -152,6 +152,7 @@ class StepPlan {
                const at::Tensor& buffer);
   void find_shared_memory();
   bool some_grad_meets_another_slot() const;
+  void convert_prepared();
   void attach_averages();
   void make_averages();
   void update_averages_by_torch();

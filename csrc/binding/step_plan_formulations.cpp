@@ -72,6 +72,11 @@ bool StepPlan::is_repeated(size_t i) const {
                      [i](const auto& pair) { return pair.first == i; });
 }
 
+void StepPlan::begin_torch_step() {
+  make_averages();
+  convert_prepared();
+}
+
 void StepPlan::convert_prepared() {
   const at::NoGradGuard no_grad;
   while (!conversions_.empty()) {
