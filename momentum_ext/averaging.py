@@ -52,7 +52,7 @@ def swapped(state: dict[Tensor, Any]) -> Iterator[None]:
             done += 1
         yield
     finally:
-        for pair in pairs[:done]:
+        for pair in reversed(pairs[:done]):  # parameters may share memory
             _swap(*pair)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,9 +26,27 @@ class GradScaler(torch.amp.GradScaler):
         scaler.step(optimizer)                 # unscales and clips while it reads them for the update
         scaler.update()
 
-    ``unscale_`` leaves ``param.grad`` scaled: what it means takes effect in the step. Other optimizers, and gradients
-    that the kernels are not made for (sparse, on other devices), are treated by torch as ever.
+    ``unscale_`` leaves ``param.grad`` scaled: what it means takes effect in the step. So clip by the optimizer's
+    method, not by torch's function, which would write to gradients that are still scaled (the step then raises). Other
+    optimizers, and gradients that the kernels are not made for (sparse, on other devices), are treated by torch as
+    ever.
     """
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """As torch's; what a step that was left out would have unscaled goes."""
+        for optimizer in self._unscaled:
+            optimizer._grad_factor.clear()
+        self._unscaled.clear()
+        super().update(new_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_unscaled", None)
+        return state
+
+    @functools.cached_property
+    def _unscaled(self) -> weakref.WeakSet[FusedMomentum]:
+        return weakref.WeakSet()
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -36,6 +58,7 @@ class GradScaler(torch.amp.GradScaler):
             if not allow_fp16 and any(grad.dtype == torch.float16 for grad in grads):
                 raise ValueError("Attempting to unscale FP16 gradients.")
             finite = optimizer._grad_factor.unscale(optimizer.param_groups, float(inv_scale))
+            self._unscaled.add(optimizer)
             if finite is not None:
                 return {grads[0].device: torch.full((), 0.0 if finite else 1.0)}
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)

@@ -77,7 +77,7 @@ def _distance(group: dict[str, Any]) -> float:
     """From the look-ahead point to the iterate, in momentum buffers."""
     if not group["nesterov"]:
         return 0.0
-    return float(group["momentum"]) * (1.0 if group["formulation"] == "classical" else float(group["lr"]))
+    return float(group["momentum"]) * (1.0 if group.get("formulation") == "classical" else float(group["lr"]))
 
 
 def _move(moves: list[tuple[Tensor, Tensor, Tensor, float]], back: bool) -> None:

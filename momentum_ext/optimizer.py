@@ -161,6 +161,7 @@ class FusedMomentum(SGD):
         self._grad_factor = GradFactor()
         self._is_swapped = False
         self._is_averaging = False
+        self._ema_count = max((group.get(COUNT, 0) for group in self.param_groups), default=0)
         self.grad_norm: Tensor | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -211,6 +212,7 @@ class FusedMomentum(SGD):
         except BaseException:
             self.__dict__.update(before)
             raise
+        self._grad_factor = before["_grad_factor"]  # the gradients are as they were
 
     def _own_buffers(self, group: dict[str, Any]) -> None:
         """Before buffers that were loaded are converted: torch may have taken the checkpoint's own tensors."""
@@ -258,6 +260,7 @@ class FusedMomentum(SGD):
 
         Elements that were changed in between (a loaded model, say) move by the same distance instead.
         """
+        self._check_not_swapped()
         hold_lookahead(self.param_groups, self.state)
 
     @overload
@@ -287,8 +290,15 @@ class FusedMomentum(SGD):
             or _global_optimizer_post_hooks
             or _C.has_record_function_callbacks()
         ) and not _is_wrapped_by_torch(type(self).step):
-            return _observed_step(self, *args, **kwargs)
-        return self._step(*args, **kwargs)
+            run = _observed_step
+        else:
+            run = FusedMomentum._step
+        try:
+            return run(self, *args, **kwargs)
+        except BaseException:  # torch.amp.GradScaler would multiply what it finds here into its next scale
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's word for "already wrapped"
     # A compiled training loop calls the step as it is: there is nothing in it to compile.
@@ -297,6 +307,7 @@ class FusedMomentum(SGD):
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
+            self._check_not_swapped()
             check_train_mode(self.param_groups)  # before the closure writes gradients
             with torch.enable_grad():
                 loss = closure()
@@ -333,8 +344,7 @@ class FusedMomentum(SGD):
         if self._grad_factor.is_active:
             self._grad_factor.clear()
         if self.ema_decay is not None:
-            group = self.param_groups[0]
-            group[COUNT] = group.get(COUNT, 0) + 1
+            self._ema_count += 1
         return loss
 
     def _update(self, for_torch: Any, inv_grad_scale: float, differentiable: bool) -> None:
@@ -358,8 +368,8 @@ class FusedMomentum(SGD):
     def _prepare_average(self, decay: float | None) -> None:
         self._check_not_swapped()
         self._is_averaging = decay is not None
-        count = self.param_groups[0].get(COUNT, 0)
-        self._plan.set_average_weight(0.0 if decay is None else average_weight(decay, self.ema_warmup, count))
+        weight = 0.0 if decay is None else average_weight(decay, self.ema_warmup, self._ema_count)
+        self._plan.set_average_weight(weight)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -394,6 +404,7 @@ class FusedMomentum(SGD):
         max_norm: float,
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
     ) -> Tensor:
         """Clip the norm of all gradients together, in the next :meth:`step`.
 
@@ -403,13 +414,15 @@ class FusedMomentum(SGD):
         bits for every number of threads; for all else torch's own functions are called, which write to the gradients.
 
         Called again, it clips what the first call has left, as torch's function does. Gradients that have all been
-        replaced before the step are not clipped. If only some were, or if they were written to (another backward),
+        replaced before the step (``p.grad = p.grad + noise`` too) are not clipped, and what is written to them through
+        ``p.grad.data`` goes unseen. If only some were, or if they were written to (another backward),
         :meth:`step` raises: clip after the last backward. A step without gradients, or one that is left out for an
         overflow, uses the coefficient up.
 
         Args:
             max_norm: what the norm shall not exceed.
             norm_type: the p of the p-norm, may be ``inf``.
+            foreach: accepted as torch's function does; has no effect.
             error_if_nonfinite: raise if the norm is inf or NaN, instead of multiplying with what comes out.
 
         Returns:
@@ -428,6 +441,8 @@ class FusedMomentum(SGD):
     def _settle(self) -> None:
         """Before the state leaves: buffers in their group's formulation, and none that was never computed."""
         self._check_not_swapped()
+        for group in self.param_groups if self._ema_count else ():
+            group[COUNT] = self._ema_count  # in every group: any of them may go
         self._plan.convert(self.param_groups, self.state)
         unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU
         for param, state in list(self.state.items()) if unstarted else []:

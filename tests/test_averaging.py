@@ -329,3 +329,56 @@ def test_a_parameter_repeated_in_its_group_is_averaged_once():
         opt.step()
         average = param.detach().clone() if average is None else average.lerp(param.detach(), 1 - 0.9)
     assert_same(opt.state[param]["ema"], average)
+
+
+def test_swapped_parameters_that_share_memory_come_back():
+    weight = torch.randn(33)
+    params = [torch.nn.Parameter(weight), torch.nn.Parameter(weight)]
+    opt = FusedMomentum(params, lr=0.1, ema_decay=0.9)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn(33)
+        opt.step()
+    before = weight.clone()
+    averages = [opt.state[p]["ema"].clone() for p in params]
+    with opt.ema_weights():
+        assert not torch.equal(weight, before)
+    assert_same(weight, before)
+    for param, average in zip(params, averages):
+        assert_same(opt.state[param]["ema"], average)
+
+
+@pytest.mark.parametrize("edit", ["delete", "reverse"])
+def test_groups_that_come_and_go_do_not_restart_the_averages(edit):
+    params = clone_params([torch.randn(9), torch.randn(33)])
+    opt = FusedMomentum([{"params": [p]} for p in params], lr=0.1, ema_decay=0.9)
+    for step in range(5):
+        for param in params:
+            param.grad = torch.randn(param.shape)
+        if step == 3:
+            before = opt.state[params[1]]["ema"].clone()
+            opt.param_groups.reverse() if edit == "reverse" else opt.param_groups.pop(0)
+            opt.step()
+            assert_same(opt.state[params[1]]["ema"], before.lerp(params[1].detach(), 1 - 0.9))
+        else:
+            opt.step()
+    if edit == "delete":
+        del opt.state[params[0]]  # torch's state_dict() knows no state without a group
+    assert all(group["ema_step"] == 5 for group in opt.state_dict()["param_groups"])
+
+
+def test_what_moves_parameters_is_refused_while_swapped():
+    param = torch.nn.Parameter(torch.randn(9))
+    opt = FusedMomentum([param], lr=0.1, momentum=0.9, nesterov=True, ema_decay=0.9)
+    param.grad = torch.randn(9)
+    opt.step()
+    with opt.ema_weights():
+        for refused in (opt.train, opt.eval, lambda: opt.step(lambda: pytest.fail("the closure must not run"))):
+            with pytest.raises(RuntimeError, match="ema_weights"):
+                refused()
+
+
+def test_no_groups():
+    opt = FusedMomentum([torch.nn.Parameter(torch.ones(3))], lr=0.1, ema_decay=0.9)
+    opt.param_groups.clear()
+    opt.step()

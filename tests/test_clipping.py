@@ -446,3 +446,50 @@ def test_a_parameter_repeated_in_its_group_counts_once():
     with pytest.warns(UserWarning, match="duplicate"):
         opt = FusedMomentum([*params, params[0]], lr=0.1)
     torch.testing.assert_close(opt.clip_grad_norm_(1.0).item(), exact_norm(params), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [momentum_ext.GradScaler, torch.amp.GradScaler], ids=["ours", "torch's"])
+def test_a_step_that_raised_is_not_scaled_twice_later(kind):
+    opt, mine, _, _ = twins([torch.zeros(33)])
+    opt.param_groups[0].update(momentum=0, weight_decay=0, nesterov=False)
+    scaler = kind("cpu", init_scale=64.0)
+    scaler.scale(torch.ones(()))
+    hook = opt.register_step_pre_hook(lambda *_: 1 / 0)
+    mine[0].grad = torch.full((33,), 64.0)
+    with pytest.raises(ZeroDivisionError):
+        scaler.step(opt)
+    hook.remove()
+    opt.zero_grad()
+    scaler.update()
+    mine[0].grad = torch.full((33,), 64.0)
+    scaler.step(opt)
+    assert mine[0].tolist() == pytest.approx([-0.1] * 33)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_step_that_the_user_leaves_out(in_place):
+    """scaler.update() ends what unscale_() began, as with torch's scaler."""
+    param = torch.nn.Parameter(torch.zeros(9))
+    opt = FusedMomentum([param], lr=0.5)
+    scaler = momentum_ext.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    for leave_out in (True, False):
+        if in_place and param.grad is not None:
+            param.grad.zero_().add_(8.0)
+        else:
+            param.grad = torch.full((9,), 8.0)
+        scaler.unscale_(opt)
+        if not leave_out:
+            scaler.step(opt)
+        scaler.update()
+    assert param.tolist() == [-0.5] * 9
+
+
+def test_a_state_that_is_loaded_leaves_the_clipping():
+    opt, mine, sgd, theirs = twins([torch.randn(33)], scale=7.0)
+    opt.clip_grad_norm_(0.5, foreach=True)
+    torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+    opt.load_state_dict(opt.state_dict())
+    opt.step()
+    sgd.step()
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=1e-6)
