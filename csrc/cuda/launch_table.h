@@ -62,14 +62,15 @@ MOMENTUM_EXT_INLINE int last_count_of(uint64_t word) {
 }
 MOMENTUM_EXT_INLINE int group_of(uint64_t word) { return static_cast<int>(word >> 48); }
 
-// The tensor that a chunk belongs to, by binary search: ten steps for the longest list.
-template <int kRecord, int kBytes>
-MOMENTUM_EXT_INLINE int locate_tensor(const LaunchTable<kBytes>& table, uint32_t chunk) {
+// The tensor that a chunk belongs to, by binary search: ten steps for the longest list. In its
+// record, word kChunks tells its chunks.
+template <int kRecord, int kChunks, typename Table>
+MOMENTUM_EXT_INLINE int locate_tensor(const Table& table, uint32_t chunk) {
   int low = 0;
   int high = table.header.num_tensors;  // first_chunk(low) <= chunk < first_chunk(high)
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (first_chunk_of(table.words[middle * kRecord + 3]) <= chunk) {
+    if (first_chunk_of(table.words[middle * kRecord + kChunks]) <= chunk) {
       low = middle;
     } else {
       high = middle;

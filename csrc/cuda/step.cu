@@ -13,10 +13,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 
 #include "launch_table.h"
+#include "launching.h"
 #include "step.h"
 
 namespace momentum_ext::cuda {
@@ -136,7 +136,7 @@ struct Chunk {
 
 template <int kRecord, int kBytes>
 __device__ __forceinline__ Chunk find_chunk(const LaunchTable<kBytes>& table, int chunk_size) {
-  const int tensor = locate_tensor<kRecord>(table, blockIdx.x);
+  const int tensor = locate_tensor<kRecord, 3>(table, blockIdx.x);
   const uint64_t word = table.words[tensor * kRecord + 3];
   const uint32_t end = tensor + 1 < table.header.num_tensors
                            ? first_chunk_of(table.words[(tensor + 1) * kRecord + 3])
@@ -438,22 +438,6 @@ KindIndex kind_of(const TensorEntry& entry) {
 }
 
 // ---- launching ----------------------------------------------------------------------------------
-
-// Whether a kernel's parameter may have 32,764 bytes: a question to driver and device.
-bool has_large_parameters(int device) {
-  constexpr int kMaxDevices = 64;
-  constexpr int kDriverForCuda121 = 12010;
-  static std::atomic<int8_t> known[kMaxDevices];  // 0: not asked yet
-  if (device < kMaxDevices && known[device] != 0) return known[device] > 0;
-  int driver = 0;
-  int major = 0;
-  const bool large =
-      cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kDriverForCuda121 &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-      major >= 7;
-  if (device < kMaxDevices) known[device] = large ? 1 : -1;
-  return large;
-}
 
 // Fills a table tensor by tensor.
 template <typename Kind, int kBytes>

@@ -22,9 +22,9 @@ template <typename... Args>
 void launch(void (*kernel)(Args...), unsigned blocks, unsigned threads,
             std::type_identity_t<Args>... args) {
   void* arguments[] = {&args...};
-  expect(cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), arguments, 0, nullptr) ==
-             cudaSuccess,
-         "launched");
+  expect(
+      cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), arguments, 0, nullptr) == cudaSuccess,
+      "launched");
 }
 
 // Each thread reads what its neighbour has written before the barrier, several times.
