@@ -53,13 +53,13 @@ struct TensorEntry {
 // truly been updated. A tensor of a later cohort has yet to have its first step, one of an earlier
 // cohort has had it: a step without all tensors of its cohorts puts the missing ones into new ones.
 struct Overflow {
-  const float* found_inf = nullptr;        // not 0: the launch changes nothing
-  const float* grad_scale = nullptr;       // gradients have been multiplied by it
-  const double* grad_factor = nullptr;     // in its place: what to multiply gradients with
+  const float* found_inf = nullptr;     // not 0: the launch changes nothing
+  const float* grad_scale = nullptr;    // gradients have been multiplied by it
+  uint32_t* settled = nullptr;          // the newest cohort that has been updated
+  uint32_t* settled_on_host = nullptr;  // a copy in pinned memory that the host may look at
+  uint32_t newest_cohort = 0;           // among this step's tensors; 0: nothing to record
+  const double* grad_factor = nullptr;  // in place of grad_scale: what to multiply gradients with
   const double* average_weight = nullptr;  // in place of the table's
-  uint32_t* settled = nullptr;             // the newest cohort that has been updated
-  uint32_t* settled_on_host = nullptr;     // a copy in pinned memory that the host may look at
-  uint32_t newest_cohort = 0;              // among this step's tensors; 0: nothing to record
 };
 
 // Dimensions that a strided tensor on a CUDA device may have, after those that run on into each

@@ -108,7 +108,7 @@ void StepPlan::prepare_slot(size_t i) {
             "whose "
             "replays would each be its first step; run one step before the capture");
       }
-      if (scaler_.any()) cohort = first_steps_.new_cohort(slot.device);
+      if (scaler_.found_inf.defined()) cohort = first_steps_.new_cohort(slot.device);
     }
     const auto object = [](PyObject* borrowed) {
       return py::reinterpret_borrow<py::object>(borrowed);

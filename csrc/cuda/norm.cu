@@ -276,12 +276,12 @@ bool is_ours(const TensorEntry& entry, int device) {
 // Fills a table tensor by tensor, and launches it when it is full.
 template <typename S, int kBytes>
 cudaError_t launch_all(const TensorTable& table, int device, NormWorkspace* workspace,
-                       const Conclusion& conclusion, cudaStream_t stream) {
+                       const Conclusion& conclusion, cudaStream_t stream, int max_blocks) {
   NormTable<kBytes> packed;  // its words are written before they are read
   packed.header = {workspace, 0, 0, 0, 0, 0, conclusion};
   NormHeader& header = packed.header;
   const auto launch = [&]() -> cudaError_t {
-    const unsigned blocks = std::clamp<unsigned>(header.num_chunks, 1, kMaxNormBlocks);
+    const unsigned blocks = std::clamp<unsigned>(header.num_chunks, 1, max_blocks);
     header.num_sums = std::max<uint32_t>(header.num_written, blocks);
     void* arguments[] = {&packed};
     const cudaError_t error = cudaLaunchKernel(norm_of_all<S, kBytes>, dim3(blocks), dim3(kThreads),
@@ -315,31 +315,34 @@ cudaError_t launch_all(const TensorTable& table, int device, NormWorkspace* work
 
 template <typename S>
 cudaError_t launch_sums(const TensorTable& table, int device, NormWorkspace* workspace,
-                        const Conclusion& conclusion, cudaStream_t stream) {
+                        const Conclusion& conclusion, cudaStream_t stream, int max_blocks) {
   const auto count = std::count_if(table.entries, table.entries + table.num_entries,
                                    [&](const TensorEntry& each) { return is_ours(each, device); });
   if (count * kRecord > NormTable<kSmallTable>::kNumWords && has_large_parameters(device)) {
-    return launch_all<S, kLargeTable>(table, device, workspace, conclusion, stream);
+    return launch_all<S, kLargeTable>(table, device, workspace, conclusion, stream, max_blocks);
   }
-  return launch_all<S, kSmallTable>(table, device, workspace, conclusion, stream);
+  return launch_all<S, kSmallTable>(table, device, workspace, conclusion, stream, max_blocks);
 }
 
 }  // namespace
 
 cudaError_t norm(Norm kind, const TensorTable& table, int device, NormWorkspace* workspace,
-                 const Conclusion& conclusion, cudaStream_t stream) {
+                 const Conclusion& conclusion, cudaStream_t stream, int max_blocks) {
   if (kind == Norm::kSumOfAbs) {
-    return launch_sums<Sums<Norm::kSumOfAbs>>(table, device, workspace, conclusion, stream);
+    return launch_sums<Sums<Norm::kSumOfAbs>>(table, device, workspace, conclusion, stream,
+                                              max_blocks);
   }
   if (kind == Norm::kMax) {
-    return launch_sums<Sums<Norm::kMax>>(table, device, workspace, conclusion, stream);
+    return launch_sums<Sums<Norm::kMax>>(table, device, workspace, conclusion, stream, max_blocks);
   }
   const bool has_doubles =
       std::any_of(table.entries, table.entries + table.num_entries, [&](const TensorEntry& each) {
         return is_ours(each, device) && each.grad_dtype == Dtype::kFloat64;
       });
-  if (has_doubles) return launch_sums<WideSums>(table, device, workspace, conclusion, stream);
-  return launch_sums<Sums<Norm::kSumOfSquares>>(table, device, workspace, conclusion, stream);
+  if (has_doubles)
+    return launch_sums<WideSums>(table, device, workspace, conclusion, stream, max_blocks);
+  return launch_sums<Sums<Norm::kSumOfSquares>>(table, device, workspace, conclusion, stream,
+                                                max_blocks);
 }
 
 cudaError_t conclude(const NormWorkspace* workspace, const Conclusion& conclusion,

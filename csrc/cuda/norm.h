@@ -37,7 +37,8 @@ struct Conclusion {
 // wherever its memory lies. A NaN anywhere makes the norm NaN. Uploads nothing, allocates nothing,
 // waits for nothing.
 cudaError_t norm(Norm kind, const TensorTable& table, int device, NormWorkspace* workspace,
-                 const Conclusion& conclusion, cudaStream_t stream);
+                 const Conclusion& conclusion, cudaStream_t stream,
+                 int max_blocks = kMaxNormBlocks);
 
 // Draws a conclusion from the norm that was computed last.
 cudaError_t conclude(const NormWorkspace* workspace, const Conclusion& conclusion,

@@ -344,6 +344,14 @@ struct Strided {
   static constexpr int kChunk = kThreads * kVectorsPerThread;
 };
 
+template <typename opmath_t, int kBytes>
+__device__ __forceinline__ void average_one(const LaunchTable<kBytes>& table, int dtype,
+                                            const void* param, void* average, int64_t i) {
+  store_as(dtype, average, i,
+           new_average(read_average_weight<opmath_t>(table), load_as<opmath_t>(dtype, average, i),
+                       load_as<opmath_t>(dtype, param, i)));
+}
+
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads)
     update_strided(const LaunchTable<kBytes> __grid_constant__ table) {
@@ -392,10 +400,12 @@ __global__ void __launch_bounds__(kThreads)
     if (work.writes_buffer) store_as(buffer_dtype, buffer, at_buffer, b);
     store_as(param_dtype, param, at_param, p);
     if (average != nullptr) {
-      p = load_as<opmath_t>(param_dtype, param, at_param);
-      const auto a = load_as<opmath_t>(param_dtype, average, at_param);
-      store_as(param_dtype, average, at_param,
-               new_average(read_average_weight<opmath_t>(table), a, p));
+      // Computed in the type that goes with the parameter, whatever its gradient is.
+      if (sizeof(opmath_t) == 8 && param_dtype == static_cast<int>(Dtype::kFloat64)) {
+        average_one<opmath_t>(table, param_dtype, param, average, at_param);
+      } else {
+        average_one<float>(table, param_dtype, param, average, at_param);
+      }
     }
   }
 }

@@ -92,11 +92,12 @@ class Block {
     static_assert(sizeof(T) <= sizeof(uint64_t));
     const unsigned thread = current_->thread;
     Warp& warp = warps_[thread / kWarp];
-    std::memcpy(&warp.given[thread % kWarp], &value, sizeof(T));
+    // Two sets that take turns: nobody gives again in this one before everybody has taken from it.
+    auto& given = warp.given[warp.turn[thread % kWarp]++ & 1];
+    std::memcpy(&given[thread % kWarp], &value, sizeof(T));
     meet_in_warp(mask);
     T taken = value;
-    if ((mask >> from & 1) != 0) std::memcpy(&taken, &warp.given[from], sizeof(T));
-    meet_in_warp(mask);  // before anybody gives something else
+    if ((mask >> from & 1) != 0) std::memcpy(&taken, &given[from], sizeof(T));
     return taken;
   }
 
@@ -119,7 +120,8 @@ class Block {
     uint32_t arrived = 0;
     uint32_t ended = 0;
     std::vector<Fiber*> waiting;
-    uint64_t given[kWarp] = {};
+    uint64_t given[2][kWarp] = {};
+    uint8_t turn[kWarp] = {};
   };
 
   [[noreturn]] static void die(const char* why) {
