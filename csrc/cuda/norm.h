@@ -31,7 +31,7 @@ struct Conclusion {
   double max_norm = 0;
 };
 
-// Reads every gradient of the table once, in a launch for each 2,045 tensors (253 where driver or
+// Reads every gradient of the table once, in a launch for each 2,042 tensors (250 where driver or
 // device know only small parameters), and draws the conclusion in the last. The entries have grad,
 // numel and grad_dtype, and no layout. The same list gives the same bits on every run and device,
 // wherever its memory lies. A NaN anywhere makes the norm NaN. Uploads nothing, allocates nothing,

@@ -219,18 +219,17 @@ void test_long_lists() {
     int16_t device;
     size_t launches;
   };
-  for (const Case& c : {Case{253, 0, 1},
-                        {254, 0, 1},
-                        {1000, 0, 1},
-                        {2037, 0, 1},
-                        {2045, 0, 2},
-                        {2600, 0, 2},
-                        {245, 1, 1},
-                        {246, 1, 2},
-                        {1000, 1, 5}}) {
+  for (const Case& c : {Case{250, 0, 1},
+                        {251, 0, 1},
+                        {2042, 0, 1},
+                        {2043, 0, 2},
+                        {250, 1, 1},
+                        {251, 1, 2},
+                        {1000, 1, 4}}) {
     std::vector<Grad> list;
     for (int64_t k = 0; k < c.count; ++k) {
-      list.emplace_back(kDtypes[k % 4], k % 50 + (k == c.count - 1 ? 9000 : 0), k % 3);
+      list.emplace_back(kDtypes[k % 4], 1 + k % 50 + (k == c.count - 1 ? 9000 : 0), k % 3);
+      if (k % 20 == 0) list.emplace_back(Dtype::kFloat32, 0, 0);
     }
     for (const Norm kind : kNorms) {
       const Result result = run(kind, list, c.device, 30);
