@@ -91,6 +91,9 @@ def move_lookahead(
     On the way back, elements that were not changed in between get the very bits that they had.
     """
 
+def is_capturing(device: int) -> bool:
+    """True while a CUDA graph is being captured on the device's current stream."""
+
 def isa() -> str:
     """The instruction set in use."""
 

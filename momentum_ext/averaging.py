@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from momentum_ext import _C
+
 __all__ = ["UpdateCount", "average_weight", "check_decay", "swapped"]
 
 # A parameter's state has AVERAGE; the first group counts the updates, so that a checkpoint has the count.
@@ -59,7 +61,7 @@ class UpdateCount:
     def on_device(self, device: torch.device, goes_there: bool) -> tuple[Tensor, Tensor] | None:
         """A place for the weight, and the count; None when the host counts, and goes on to."""
         if self._on_device is None and goes_there and device.type == "cuda" and not self._stays_on_host:
-            if torch.cuda.is_current_stream_capturing():
+            if _C.is_capturing(device.index or 0):
                 raise RuntimeError(
                     "step() is being captured into a CUDA graph and the averages' count of updates is not on the "
                     "device yet; run one step before the capture"

@@ -426,12 +426,11 @@ def test_a_failed_step_keeps_the_clipping_before_it():
         optimizer.clip_grad_norm_(0.5)
     before = [cpu(p).clone() for p in twins.ours]
     group = twins.optimizer.param_groups[0]
-    group["nesterov"] = None
-    group["momentum"] = "none"
-    with pytest.raises(TypeError):
+    group["formulation"] = "none"
+    with pytest.raises(ValueError, match="formulation"):
         twins.optimizer.step()
     assert all(torch.equal(cpu(p), b) for p, b in zip(twins.ours, before))
-    group["nesterov"], group["momentum"] = False, 0
+    group["formulation"] = "torch"
     twins.optimizer.step()
     other.step()
     for ours, theirs in zip(twins.ours, twins.theirs):
@@ -530,8 +529,8 @@ def check_averages(twins, other):
 @pytest.mark.parametrize("warmup", [False, True])
 def test_averages_in_the_same_launch(dtype, warmup):
     twins, other = averaged_twins(SHAPES, dtype, ema_decay=0.9, ema_warmup=warmup)
-    for step in range(12):
-        twins.set_grads(None if step % 3 else range(5))
+    for _ in range(12):
+        twins.set_grads()
         launches()
         twins.optimizer.step()
         log, reads = launches()
@@ -563,6 +562,20 @@ def test_averages_when_the_device_finds_an_overflow(warmup):
         other.step()
         check_averages(twins, other)
     assert twins.optimizer.state_dict()["param_groups"][0]["ema_step"] == 6
+
+
+@emulated
+@pytest.mark.parametrize("overflows", [False, True])
+def test_averages_of_tensors_without_a_gradient(overflows):
+    twins, other = averaged_twins(SHAPES, ema_decay=0.75, ema_warmup=True)
+    for step, which in enumerate([range(4), None, [1], None, range(5), None]):
+        twins.set_grads(which)
+        if overflows:
+            twins.optimizer.found_inf = cuda(torch.tensor(float(step in (0, 3))))
+        twins.optimizer.step()
+        if not overflows or step not in (0, 3):
+            other.step()
+            check_averages(twins, other)
 
 
 @emulated
