@@ -19,7 +19,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-constexpr bool is_8_bit(Dtype dtype) {
+MOMENTUM_EXT_INLINE constexpr bool is_8_bit(Dtype dtype) {
   return dtype == Dtype::kInt8 || dtype == Dtype::kFloat8E4M3;
 }
 

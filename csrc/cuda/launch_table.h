@@ -5,7 +5,8 @@
 // A parameter may have 32,764 bytes on sm_70 and newer with a driver for CUDA 12.1, else 4,096. A
 // tensor takes 32 bytes and a group in fp32 as many: one fp32 group and 1,021 tensors fit, or 465
 // groups with a tensor each. More groups leave room for fewer tensors; what does not fit goes into
-// further launches. Tensors whose average is kept take 40 bytes: 817 of them fit.
+// further launches. Tensors whose average is kept take 40 bytes: 817 of them fit; those with
+// low-precision state 64: 510.
 #pragma once
 
 #include <type_traits>
@@ -58,6 +59,17 @@ constexpr int kAveragedRecord = 5;
 constexpr int kFirstDim = 6;
 constexpr int kStridedRecord = kFirstDim + 4 * kMaxStridedDimsCuda;
 
+// Tensors with low-precision state have in place of what follows word 4
+//
+//   word 5        dtypes of param, grad and buffer (8 bits each), number of dimensions (4), kind of
+//                 master (3), whether it may round at random (1); its place among the optimizer's
+//                 parameters (32)
+//   word 6, 7     master, scale
+//   then          the dimensions, where they are strided
+constexpr int kFirstLowPrecisionDim = 8;
+constexpr int kLowPrecisionRecord = kFirstLowPrecisionDim;
+constexpr int kStridedLowPrecisionRecord = kFirstLowPrecisionDim + 4 * kMaxStridedDimsCuda;
+
 constexpr int kMaxChunk = 1 << 16;  // elements
 constexpr int kMaxGroups = 1 << 16;
 
@@ -103,6 +115,13 @@ constexpr uint32_t kIsDecoupled = 8;  // the weight decay
 constexpr int kCohortShift = 4;
 constexpr uint32_t kNoCohort = 0;                              // has had its first step
 constexpr uint32_t kFirstStep = ~uint32_t{0} >> kCohortShift;  // has it now, as the host knows
+
+// The last words of a group of tensors that may round at random.
+struct GroupRounding {
+  uint64_t seed;
+  uint32_t step;
+  uint32_t at_random;
+};
 
 template <typename T>
 constexpr int kWordsOf = (static_cast<int>(sizeof(T)) + 7) / 8;

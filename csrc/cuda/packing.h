@@ -1,0 +1,201 @@
+// Filling launch tables and launching them.
+#pragma once
+
+#include <cstddef>
+
+#include "kinds.h"
+#include "work.h"
+
+namespace momentum_ext::cuda {
+namespace {
+
+// The dimensions of a strided tensor, and how many they are; a flat one has one.
+inline int pack_dims(const TensorEntry& entry, uint64_t* words) {
+  const StridedDim flat = {entry.numel, 1, 1, 1};
+  const StridedLayout one_dim = {&flat, 1};
+  const StridedLayout& layout = entry.layout != nullptr ? *entry.layout : one_dim;
+  for (int d = 0; d < layout.ndim; ++d) {
+    uint64_t* const dim = words + 4 * d;
+    dim[0] = static_cast<uint64_t>(layout.dims[d].size);
+    dim[1] = static_cast<uint64_t>(layout.dims[d].param_stride);
+    dim[2] = static_cast<uint64_t>(layout.dims[d].grad_stride);
+    dim[3] = static_cast<uint64_t>(layout.dims[d].buffer_stride);
+  }
+  return layout.ndim;
+}
+
+inline uint64_t pack_dtypes(const TensorEntry& entry) {
+  return static_cast<uint64_t>(entry.param_dtype) | static_cast<uint64_t>(entry.grad_dtype) << 8 |
+         static_cast<uint64_t>(entry.buffer_dtype) << 16;
+}
+
+// Fills a table tensor by tensor. A kind of tensors tells what its records and groups have, packs
+// what comes after word 4, and has its kernel in kernel_of(Kind, table).
+template <typename Kind, int kBytes>
+class Packer {
+ public:
+  using opmath_t = typename Kind::opmath_t;
+  using Table = LaunchTable<kBytes>;
+
+  explicit Packer(const Launching& launching) : rounding_step_(launching.table.rounding_step) {
+    const Overflow& overflow = launching.overflow;
+    const bool has_device_numbers = launching.has_device_numbers;
+    TableHeader& header = table_.header;
+    header = {overflow.found_inf,
+              overflow.grad_scale,
+              overflow.settled,
+              0,
+              static_cast<uint16_t>(kWordsOf<PackedGroup<opmath_t>> +
+                                    (has_device_numbers ? kWordsOf<DeviceHyperparams> : 0) +
+                                    Kind::kRoundingWords),
+              has_device_numbers,
+              overflow.grad_scale != nullptr ? GradNumber::kScale : GradNumber::kNone};
+    if (overflow.grad_factor != nullptr) {
+      header.grad_number = overflow.grad_factor;
+      header.grad_number_is = GradNumber::kFactor;
+    }
+    if constexpr (Kind::kReserved != 0) {
+      const AverageWeight weight = {launching.table.average_weight, overflow.average_weight};
+      memcpy(table_.words + Table::kNumWords - Kind::kReserved, &weight, sizeof(weight));
+    }
+  }
+
+  // False when there is no room left: launch() first.
+  bool add(const TensorEntry& entry, const Hyperparams& h) {
+    const int64_t chunks = (entry.numel - 1) / Kind::kChunk + 1;
+    const int group = find_or_add_group(entry, h);
+    const int at = table_.header.num_tensors * Kind::kRecord;
+    if (group < 0 || at + Kind::kRecord > first_group_word(num_groups_) ||
+        num_chunks_ + chunks > INT32_MAX) {
+      return false;
+    }
+    uint64_t* const record = table_.words + at;
+    record[0] = reinterpret_cast<uint64_t>(entry.param);
+    record[1] = reinterpret_cast<uint64_t>(entry.grad);
+    record[2] = h.has_momentum ? reinterpret_cast<uint64_t>(entry.momentum_buffer) : 0;
+    record[3] = pack_chunks(static_cast<uint32_t>(num_chunks_),
+                            static_cast<uint32_t>(entry.numel - (chunks - 1) * Kind::kChunk),
+                            static_cast<uint32_t>(group));
+    if constexpr (Kind::kRecord != kFlatRecord) {
+      record[4] = reinterpret_cast<uint64_t>(entry.average);
+    }
+    if constexpr (Kind::kRecord > kAveragedRecord) Kind::pack_rest(entry, record);
+    num_chunks_ += chunks;
+    ++table_.header.num_tensors;
+    return true;
+  }
+
+  bool empty() const { return table_.header.num_tensors == 0; }
+
+  cudaError_t launch(cudaStream_t stream) {
+    void* arguments[] = {&table_};
+    const cudaError_t error =
+        cudaLaunchKernel(kernel_of(Kind(), table_), dim3(static_cast<unsigned>(num_chunks_)),
+                         dim3(kThreads), arguments, 0, stream);
+    table_.header.num_tensors = 0;
+    num_groups_ = 0;
+    num_chunks_ = 0;
+    return error;
+  }
+
+ private:
+  static constexpr int kGroupsToCompare = 8;
+
+  int first_group_word(int num_groups) const {
+    return Table::kNumWords - Kind::kReserved - num_groups * table_.header.words_per_group;
+  }
+
+  // Neighbouring tensors are mostly of one group: the last answer is mostly the next. -1: no room.
+  int find_or_add_group(const TensorEntry& entry, const Hyperparams& h) {
+    const uint32_t cohort = entry.cohort != 0     ? entry.cohort
+                            : entry.is_first_step ? kFirstStep
+                                                  : kNoCohort;
+    if (num_groups_ == 0 || entry.group != last_group_ || cohort != last_cohort_) {
+      last_answer_ = compare_or_add_group(cohort, h);
+      last_group_ = entry.group;
+      last_cohort_ = cohort;
+    }
+    return last_answer_;
+  }
+
+  // Groups are mostly of few kinds: those that were added last are compared, and one that was
+  // missed is only written twice.
+  int compare_or_add_group(uint32_t cohort, const Hyperparams& h) {
+    const uint32_t flags = (h.weight_decay == WeightDecay::kL2 ? kHasWeightDecay : 0) |
+                           (h.weight_decay == WeightDecay::kDecoupled ? kIsDecoupled : 0) |
+                           (h.has_momentum ? kHasMomentum | cohort << kCohortShift : 0) |
+                           (h.has_momentum && h.nesterov ? kHasNesterov : 0);
+    // Part by part, so that no byte between them is left unset: they are compared as words.
+    constexpr int kWords = kWordsOf<PackedGroup<opmath_t>>;
+    uint64_t words[kWords + kWordsOf<DeviceHyperparams> + Kind::kRoundingWords] = {};
+    auto* const bytes = reinterpret_cast<char*>(words);
+    memcpy(bytes, &coefficients<opmath_t>(h), sizeof(Coefficients<opmath_t>));
+    memcpy(bytes + offsetof(PackedGroup<opmath_t>, flags), &flags, sizeof(flags));
+    const bool has_numbers = table_.header.has_device_numbers != 0;
+    if (has_numbers) {
+      const DeviceNumber* const numbers[] = {&h.on_device.lr, &h.on_device.weight_decay,
+                                             &h.on_device.momentum};
+      for (int i = 0; i < 3; ++i) {
+        words[kWords + 2 * i] = reinterpret_cast<uint64_t>(numbers[i]->data);
+        words[kWords + 2 * i + 1] = static_cast<uint64_t>(numbers[i]->dtype);
+      }
+    }
+    if constexpr (Kind::kRoundingWords != 0) {
+      const GroupRounding rounding = {h.rounding_seed, rounding_step_, h.stochastic_rounding};
+      memcpy(words + table_.header.words_per_group - Kind::kRoundingWords, &rounding,
+             sizeof(rounding));
+    }
+    const size_t num_bytes = 8 * static_cast<size_t>(table_.header.words_per_group);
+    const int oldest = num_groups_ > kGroupsToCompare ? num_groups_ - kGroupsToCompare : 0;
+    for (int g = num_groups_ - 1; g >= oldest; --g) {
+      if (memcmp(table_.words + first_group_word(g + 1), words, num_bytes) == 0) return g;
+    }
+    const int used = (table_.header.num_tensors + 1) * Kind::kRecord;
+    if (num_groups_ == kMaxGroups || first_group_word(num_groups_ + 1) < used) return -1;
+    memcpy(table_.words + first_group_word(num_groups_ + 1), words, num_bytes);
+    return num_groups_++;
+  }
+
+  Table table_;  // its words are written before they are read
+  uint32_t rounding_step_;
+  int num_groups_ = 0;
+  int64_t num_chunks_ = 0;
+  uint32_t last_group_ = 0;
+  uint32_t last_cohort_ = 0;
+  int last_answer_ = -1;
+};
+
+template <typename Kind, int kBytes>
+cudaError_t launch_all(const Launching& launching) {
+  const TensorTable& table = launching.table;
+  Packer<Kind, kBytes> packer(launching);
+  for (int64_t i = 0; i < table.num_entries; ++i) {
+    const TensorEntry& entry = table.entries[i];
+    if (!is_ours(entry, launching.device) || kind_of(entry) != launching.kind) continue;
+    const Hyperparams& h = table.groups[entry.group];
+    if (packer.add(entry, h)) continue;
+    if (packer.empty()) return cudaErrorInvalidValue;  // 2^31 chunks: more than any memory holds
+    if (const cudaError_t error = packer.launch(launching.stream); error != cudaSuccess) {
+      return error;
+    }
+    if (!packer.add(entry, h)) return cudaErrorInvalidValue;
+  }
+  return packer.empty() ? cudaSuccess : packer.launch(launching.stream);
+}
+
+// A short list goes into the small parameter, which costs less to hand over.
+template <typename Kind>
+cudaError_t launch_kind(const Launching& launching) {
+  constexpr int64_t kLikelyGroups = 2;
+  constexpr int64_t kGroupWords =
+      kWordsOf<PackedGroup<typename Kind::opmath_t>> + Kind::kRoundingWords;
+  const int64_t words =
+      launching.count * Kind::kRecord + Kind::kReserved + kLikelyGroups * kGroupWords;
+  if (words > LaunchTable<kSmallTable>::kNumWords && has_large_parameters(launching.device)) {
+    return launch_all<Kind, kLargeTable>(launching);
+  }
+  return launch_all<Kind, kSmallTable>(launching);
+}
+
+}  // namespace
+}  // namespace momentum_ext::cuda
