@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 SANITIZER_TESTS = ["tests/test_cuda.py", "--device", "cuda", "-q", "-x", "-p", "no:cacheprovider", "-k",
                    "test_bits_of_torch or test_16_bit or test_layouts or test_groups or test_an_overflow or "
-                   "test_norm or test_clip_and_step or test_averages"]  # fmt: skip
+                   "test_norm or test_clip_and_step or test_averages or test_low_precision"]  # fmt: skip
 PROFILED = """
 import torch, momentum_ext
 params = [torch.nn.Parameter(torch.randn(2**26, device="cuda"))]
@@ -63,7 +63,7 @@ def main() -> int:
             "--set",
             "basic",
             "--kernel-name",
-            "regex:update_flat|norm_of_all",
+            "regex:update_flat|update_low_precision|norm_of_all",
             sys.executable,
             "-c",
             PROFILED,
@@ -75,6 +75,9 @@ def main() -> int:
         command = [sys.executable, "benchmarks/bench_step.py", "--device", "cuda"]
         command += ["--json", f"benchmarks/results/{name}.json", *(["--pipeline", pipeline] if pipeline else [])]
         passed[f"benchmark {pipeline}".strip()] = stage(f"benchmark {pipeline}", *command)
+    command = [sys.executable, "benchmarks/bench_step.py", "--precision", "--device", "cuda"]
+    command += ["--json", f"benchmarks/results/{datetime.date.today()}-{device}-precision.json"]
+    passed["benchmark precision"] = stage("benchmark precision", *command)
     print("\ngpu-check: " + ", ".join(f"{name} {'passed' if ok else 'FAILED'}" for name, ok in passed.items()))
     return int(not all(passed.values()))
 

@@ -574,6 +574,7 @@ class FusedMomentum(SGD):
         for param, state in list(self.state.items()) if unstarted else []:
             if any(state.get("momentum_buffer") is buffer for buffer in unstarted):
                 del state["momentum_buffer"]
+                state.pop("momentum_scale", None)
                 if not state:
                     del self.state[param]
 

@@ -136,6 +136,7 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
     }
     first_element_[i + 1] = first_element_[i] + numel_on_cpu;
   }
+  if (!shares_.empty()) refuse_random_capture();
   for (const DeviceShare& share : shares_) {
     if (share.newest_cohort != 0) {
       separate_first_steps();
@@ -162,8 +163,9 @@ void StepPlan::update() {
                       [this](int64_t begin, int64_t end) { bump_versions(begin, end); });
     if (scaler_.average.count.defined()) count_average(scaler_);
     for (const DeviceShare& share : shares_) {
-      launch({entries_.data(), nullptr, num_slots, hyperparams_.data(), average_weight_}, share,
-             scaler_, first_steps_, in_order_);
+      launch({entries_.data(), nullptr, num_slots, hyperparams_.data(), average_weight_,
+              rounding_step_},
+             share, scaler_, first_steps_, in_order_);
     }
   } catch (...) {  // else the next step would find buffers that were never computed
     take_back_new_state(new_state_.size());

@@ -177,6 +177,7 @@ class StepPlan {
   at::Tensor find_scale(const Slot& slot, const at::Tensor& buffer) const;
   void attach_low_precision(size_t i, const at::Tensor& param, const LowPrecisionState& state);
   bool find_known(size_t i) noexcept;
+  void refuse_random_capture() const;
   void prepare_slot(size_t i);
   const at::Tensor* find_buffer(const Slot& slot) const;
   const at::Tensor* find_state(const Slot& slot, PyObject* key) const;

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "quantization.h"
@@ -25,6 +26,13 @@ bool is_16_bit(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
 }
 
+bool rounds_at_random(const TensorEntry& entry, const Hyperparams& h) {
+  if (entry.low_precision == nullptr || !h.stochastic_rounding) return false;
+  const bool has_master = entry.low_precision->master_kind != Master::kNone;
+  return (itemsize(entry.param_dtype) == 2 && !has_master) ||
+         (h.has_momentum && itemsize(entry.buffer_dtype) <= 2);
+}
+
 }  // namespace
 
 // False for what torch.optim.SGD would have, too.
@@ -45,9 +53,17 @@ StepPlan::LowPrecisionState StepPlan::plan_low_precision(size_t i, const at::Ten
                           "a group with momentum_dtype=None");
   }
   LowPrecisionState state;
-  if (!kernel_device(param).has_value() || !kernel_dtype(param.scalar_type())) return state;
+  const std::optional<int16_t> device = kernel_device(param);
+  if (!device.has_value() || !kernel_dtype(param.scalar_type())) return state;
   if (hyperparams_[slot.group].has_momentum) plan_buffer(slot, param, buffer, state);
   plan_master(slot, param, state);
+  if (!state.changes.empty() && *device != kCpu && is_capturing(*device)) {
+    throw std::runtime_error(
+        name_of(slot) +
+        ": its state is not stored yet as momentum_dtype and master_weights say, and step() is "
+        "being captured into a CUDA graph, whose replays would each convert it; run one step "
+        "before the capture");
+  }
   return state;
 }
 
@@ -177,6 +193,25 @@ void StepPlan::attach_low_precision(size_t i, const at::Tensor& param,
   const bool needed = state.master.defined() || state.scale.defined() ||
                       hyperparams_[slot.group].stochastic_rounding;
   entries_[i].low_precision = needed ? &low : nullptr;
+}
+
+// Once all slots are prepared.
+void StepPlan::refuse_random_capture() const {
+  const bool may_be_random =
+      std::any_of(hyperparams_.begin(), hyperparams_.end(),
+                  [](const Hyperparams& each) { return each.stochastic_rounding; });
+  for (const DeviceShare& share : shares_) {
+    if (!may_be_random || !is_capturing(share.device)) continue;
+    for (size_t i = 0; i < slots_.size(); ++i) {
+      if (entries_[i].numel == 0 || entries_[i].device != share.device) continue;
+      if (!rounds_at_random(entries_[i], hyperparams_[slots_[i].group])) continue;
+      throw std::runtime_error(
+          name_of(slots_[i]) +
+          ": stochastic_rounding, and step() is being captured into a CUDA graph, whose replays "
+          "would each use the same random numbers; keep step() out of the graph, or set "
+          "stochastic_rounding=False");
+    }
+  }
 }
 
 // In a step's quick look: true when the slot's further tensors are as they were.

@@ -114,7 +114,10 @@ void StepPlan::prepare_slot(size_t i) {
       if (scaler_.found_inf.defined()) cohort = first_steps_.new_cohort(slot.device);
     }
     if (!buffer.defined()) buffer = at::empty_like(param, {}, at::MemoryFormat::Preserve);
-    if (cohort != 0) buffer.zero_();  // a step that overflows leaves the new buffer as it is
+    if (cohort != 0) {  // a step that overflows leaves the new buffer as it is
+      buffer.zero_();
+      if (low_precision.scale.defined()) low_precision.scale.zero_();
+    }
     examine(slot, param, grad, buffer);
     if (slot.path != Path::kTorch) put(buffer_key_, buffer, cohort);  // torch makes its own
   }
@@ -123,7 +126,11 @@ void StepPlan::prepare_slot(size_t i) {
     for_torch_.push_back(i);
     return;
   }
-  for (const auto& [key, tensor] : low_precision.changes) put(key, tensor, 0);
+  // A converted buffer is as old as the one that it comes from.
+  if (found != nullptr) cohort = first_steps_.cohort_of(*found);
+  for (const auto& [key, tensor] : low_precision.changes) {
+    put(key, tensor, key == buffer_key_ ? cohort : 0);
+  }
   tensors_[i] = {param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(),
                  buffer.defined() ? buffer.unsafeGetTensorImpl() : nullptr};
   TensorEntry& entry = entries_[i];
@@ -144,7 +151,7 @@ void StepPlan::prepare_slot(size_t i) {
       conversions_.back().buffer.defined()) {
     conversions_.back().buffer = low_precision.scale.defined() ? low_precision.scale : buffer;
   }
-  entry.cohort = is_first_step || !buffer.defined() ? cohort : first_steps_.cohort_of(buffer);
+  entry.cohort = cohort;
   if (is_low_precision) attach_low_precision(i, param, low_precision);
   if (has_shared_storage(*grad.unsafeGetTensorImpl())) status_[i] = Status::kSharedGrad;
 }

@@ -573,9 +573,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
   }
 }
 
-template <typename Kind, int kBytes>
-auto kernel_of(Kind, const LaunchTable<kBytes>&) {
-  return update_low_precision<Kind, kBytes>;
+template <typename opmath_t, bool kIsStrided, int kBytes>
+auto kernel_of(LowPrecisionKind<opmath_t, kIsStrided>, const LaunchTable<kBytes>&) {
+  return update_low_precision<LowPrecisionKind<opmath_t, kIsStrided>, kBytes>;
 }
 
 }  // namespace

@@ -256,13 +256,13 @@ __global__ void count_update(const float* found_inf, double decay, int warms_up,
 
 // ---- which kernel takes which tensors -----------------------------------------------------------
 
-template <typename Kind, int kBytes>
-auto kernel_of(Kind, const LaunchTable<kBytes>&) {
-  if constexpr (Kind::kRecord != kStridedRecord) {
-    return update_flat<Kind, kBytes>;
-  } else {
-    return update_strided<Kind, kBytes>;
-  }
+template <bool kHasAverage, typename param_t, typename grad_t, typename buffer_t, int kBytes>
+auto kernel_of(Flat<kHasAverage, param_t, grad_t, buffer_t>, const LaunchTable<kBytes>&) {
+  return update_flat<Flat<kHasAverage, param_t, grad_t, buffer_t>, kBytes>;
+}
+template <typename opmath_t, int kBytes>
+auto kernel_of(Strided<opmath_t>, const LaunchTable<kBytes>&) {
+  return update_strided<Strided<opmath_t>, kBytes>;
 }
 
 template <bool kHasAverage, typename Visitor>

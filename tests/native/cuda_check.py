@@ -22,19 +22,21 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = (ROOT / "csrc/cuda/step.cu", ROOT / "csrc/cuda/norm.cu")
+SOURCES = (ROOT / "csrc/cuda/step.cu", ROOT / "csrc/cuda/low_precision.cu", ROOT / "csrc/cuda/norm.cu")
 ARCHS = (80, 90, 100)
 FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
 
-# For two sizes of parameter each, 16 flat kernels (half of them keep averages) and 2 strided, or 4 norms; and by
-# themselves record_settled and count_update, or conclude_alone.
-NUM_KERNELS = {"step": 38, "norm": 9}
-NUM_WITHOUT_TABLE = {"step": 2, "norm": 1}
+# For two sizes of parameter each, 16 flat kernels (half of them keep averages) and 2 strided, or 3 of low-precision
+# state (flat, strided, in double), or 4 norms; and by themselves record_settled and count_update, or conclude_alone.
+NUM_KERNELS = {"step": 38, "low_precision": 6, "norm": 9}
+NUM_WITHOUT_TABLE = {"step": 2, "low_precision": 0, "norm": 1}
 FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
 FLAT_16_BIT_REGISTERS = 40
 AVERAGED_REGISTERS = 40
 AVERAGED_16_BIT_REGISTERS = 48
 STRIDED_REGISTERS = 48
+LOW_PRECISION_REGISTERS = 128  # two blocks at once; in double one
+LOW_PRECISION_DOUBLE_REGISTERS = 240
 NORM_REGISTERS = 40
 NORM_OF_DOUBLES_REGISTERS = 48
 PARAMETER_BYTES = {4096: 4096, 32760: 32764}
@@ -65,14 +67,21 @@ class Kernel:
         self.is_flat = "update_flat" in name
         self.is_averaged = "FlatILb1E" in name
         self.is_strided = "update_strided" in name
+        self.is_low_precision = "update_low_precision" in name
         # Also the three kernels of one thread that work with doubles, and the norm, which sums up in double.
-        self.is_double = "Eddd" in name or "StridedIdE" in name or self.is_norm or "count_update" in name
+        self.is_double = (
+            "Eddd" in name
+            or "StridedIdE" in name
+            or "LowPrecisionKindIdL" in name
+            or self.is_norm
+            or "count_update" in name
+        )
         self.is_16_bit = self.is_flat and re.search(r"ENS_\d+(BFloat16|Float16)ES\d?_S\d?_E", name) is not None
         found = re.search(r"Li(\d+)EEEv", name)
         self.table = int(found[1]) if found else 0
 
     def __str__(self) -> str:
-        kinds = re.search(r"(Flat|Strided|norm_of_all)I(.*)ELi", self.name)
+        kinds = re.search(r"(Flat|Strided|LowPrecisionKind|norm_of_all)I(.*)ELi", self.name)
         return f"{kinds[1].lower()}<{kinds[2]}>, {self.table} bytes" if kinds else self.name
 
     @property
@@ -81,6 +90,8 @@ class Kernel:
             return NORM_OF_DOUBLES_REGISTERS if "WideSums" in self.name else NORM_REGISTERS
         if self.is_strided:
             return STRIDED_REGISTERS
+        if self.is_low_precision:
+            return LOW_PRECISION_DOUBLE_REGISTERS if self.is_double else LOW_PRECISION_REGISTERS
         if self.is_averaged:
             return AVERAGED_16_BIT_REGISTERS if self.is_16_bit else AVERAGED_REGISTERS
         return FLAT_16_BIT_REGISTERS if self.is_16_bit else FLAT_REGISTERS
@@ -112,6 +123,8 @@ def check_resources(arch: int, file: str, log: str) -> str:
         )
         if kernel.table:
             sort = "averaged" if kernel.is_averaged else "flat" if kernel.is_flat else ""
+            if kernel.is_low_precision:
+                sort = "low-precision, in double" if kernel.is_double else "low-precision"
             used_by.setdefault(sort or ("norm" if kernel.is_norm else "strided"), []).append(registers)
     return ", ".join(f"{sort} {min(used)} to {max(used)}" for sort, used in sorted(used_by.items()))
 
@@ -147,8 +160,9 @@ def check_machine_code(arch: int, file: str, sass: str) -> None:
             "double arithmetic": r"$^" if kernel.is_double else r"D(FMA|ADD|MUL|SETP|MNMX)(\..*)?",
         }.items():
             expect(not (found := having(pattern)), f"sm_{arch} {kernel}: {what}: {' '.join(found)}")
-        if kernel.is_flat or (kernel.is_norm and kernel.table):
-            for access in ("LDG", "STG") if kernel.is_flat else ("LDG",):
+        # Of low-precision state, whatever is dense is moved like that: in strided kernels the masters.
+        if kernel.is_flat or kernel.is_low_precision or (kernel.is_norm and kernel.table):
+            for access in ("LDG",) if kernel.is_norm else ("LDG", "STG"):
                 expect(bool(having(rf"{access}\.E(\..*)?\.128(\..*)?")), f"sm_{arch} {kernel}: no 128-bit {access}")
 
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/low_precision.cu"
 #include "../../csrc/cuda/step.cu"
 #include "../../csrc/momentum.h"
 
