@@ -630,6 +630,186 @@ def test_a_capture_needs_what_outlives_it():
     twins.check()
 
 
+# ----------------------------------------------------------------------------------------- low-precision state
+
+LOW_SHAPES = [(1,), (8,), (257,), (64, 33), (), (0,), (5000,), (6, 5, 7, 3)]
+EXTRA_STATE = ("momentum_buffer", "momentum_scale", "param_remainder", "master_param", "ema")
+
+
+class LowPrecisionTwins:
+    """The same parameters and options on an emulated CUDA device and on the CPU."""
+
+    def __init__(self, dtype, options, shapes=LOW_SHAPES, ema_decay=None):
+        torch.manual_seed(0)
+        values = [torch.randn(shape).to(dtype) for shape in shapes]
+        self.ours = [torch.nn.Parameter(cuda(v.clone())) for v in values]
+        self.theirs = [torch.nn.Parameter(v.clone()) for v in values]
+        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "dampening": 0.3, **options}
+        self.optimizer = FusedMomentum(self.ours, **options, ema_decay=ema_decay)
+        self.oracle = FusedMomentum(self.theirs, **options, ema_decay=ema_decay)
+
+    def set_grads(self, which=None, dtype=None, scale=1.0):
+        for i, (ours, theirs) in enumerate(zip(self.ours, self.theirs)):
+            ours.grad = theirs.grad = None
+            if which is not None and i not in which:
+                continue
+            grad = torch.randn(theirs.shape).to(dtype or theirs.dtype)
+            ours.grad_dtype = theirs.grad_dtype = None  # any
+            theirs.grad = grad.clone()
+            ours.grad = cuda(grad * scale)
+
+    def check(self):
+        for ours, theirs in zip(self.ours, self.theirs):
+            assert torch.equal(cpu(ours), theirs.detach())
+            state, other = self.optimizer.state.get(ours, {}), self.oracle.state.get(theirs, {})
+            assert set(state) == set(other) <= set(EXTRA_STATE)
+            for name, value in state.items():
+                assert (value.dtype, value.device) == (other[name].dtype, ours.device), name
+                assert torch.equal(bytes_of(cpu(value)), bytes_of(other[name])), name
+
+    def step(self, which=None, dtype=None):
+        self.set_grads(which, dtype)
+        self.optimizer.step()
+        self.oracle.step()
+        self.check()
+
+    def scaler_step(self, found_inf):
+        self.set_grads(scale=1024.0)
+        self.optimizer.found_inf = cuda(torch.tensor(float(found_inf)))
+        self.optimizer.grad_scale = cuda(torch.tensor(1024.0))
+        self.optimizer.step()
+        del self.optimizer.found_inf, self.optimizer.grad_scale
+
+
+def bytes_of(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+@emulated
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+@pytest.mark.parametrize(
+    "momentum_dtype", [None, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize(
+    "dtype, master_weights",
+    [(torch.float32, False), (torch.float64, False)]
+    + [(d, m) for d in (torch.bfloat16, torch.float16) for m in (False, True)],
+)
+def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, stochastic_rounding):
+    options = {"momentum_dtype": momentum_dtype, "master_weights": master_weights}
+    options |= {"stochastic_rounding": stochastic_rounding, "rounding_seed": 12345678901}
+    twins = LowPrecisionTwins(dtype, options)
+    launches()
+    for which, grad_dtype in ((None, None), (range(5), torch.float32), (None, torch.bfloat16), (None, None)):
+        if dtype != torch.float64 or grad_dtype is None:
+            twins.step(which, grad_dtype)
+            assert launches() == ([(0, 4096)], 0)
+
+
+@emulated
+@pytest.mark.parametrize("momentum_dtype", [torch.bfloat16, torch.int8])
+def test_low_precision_layouts_and_averages(momentum_dtype):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        options = {"momentum_dtype": momentum_dtype, "master_weights": True, "stochastic_rounding": True}
+        twins = LowPrecisionTwins(dtype, options, [(4, 6, 5, 7), (30, 40), (20, 30)], ema_decay=0.75)
+        for params, on in ((twins.ours, cuda), (twins.theirs, lambda tensor: tensor)):
+            params[0].data = on(cpu(params[0]).contiguous(memory_format=torch.channels_last))
+            params[1].data = on(cpu(params[1]).repeat(1, 2)[:, ::2])
+        for _ in range(3):
+            twins.set_grads()
+            for params, on in ((twins.ours, cuda), (twins.theirs, lambda tensor: tensor)):
+                params[2].grad = on(cpu(params[2].grad).t().contiguous().t())
+            twins.optimizer.step()
+            twins.oracle.step()
+            if dtype == torch.float32:
+                twins.check()
+            else:  # torch's lerp follows the step on the CPU where tensors lie differently
+                for ours, theirs in zip(twins.ours, twins.theirs):
+                    assert torch.equal(cpu(ours), theirs.detach())
+
+
+@emulated
+@pytest.mark.parametrize("momentum_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_overflow_leaves_low_precision_state(dtype, momentum_dtype):
+    twins = LowPrecisionTwins(dtype, {"momentum_dtype": momentum_dtype, "master_weights": True})
+    before = [cpu(p).clone() for p in twins.ours]
+    launches()
+    for _ in range(2):
+        twins.scaler_step(True)
+        for ours, value in zip(twins.ours, before):
+            assert torch.equal(cpu(ours), value)
+            state = twins.optimizer.state[ours]
+            for name in ("momentum_buffer", "momentum_scale", "param_remainder"):
+                assert name not in state or not bytes_of(cpu(state[name])).any()
+            if "master_param" in state:
+                assert torch.equal(cpu(state["master_param"]), value.float())
+    for _ in range(2):
+        twins.scaler_step(False)
+        twins.oracle.step()
+        twins.check()
+    kept = [{name: bytes_of(cpu(v)).clone() for name, v in twins.optimizer.state[p].items()} for p in twins.ours]
+    twins.scaler_step(True)
+    for ours, state in zip(twins.ours, kept):
+        assert all(torch.equal(bytes_of(cpu(twins.optimizer.state[ours][name])), v) for name, v in state.items())
+    assert launches()[1] == 0
+
+
+@emulated
+def test_unstarted_scales_do_not_leave():
+    twins = LowPrecisionTwins(torch.bfloat16, {"momentum_dtype": torch.int8})
+    twins.scaler_step(True)
+    assert all("momentum_scale" in twins.optimizer.state[p] for p in twins.ours)
+    assert twins.optimizer.state_dict()["state"] == {}
+    twins.scaler_step(False)
+    twins.oracle.step()
+    twins.check()
+
+
+@emulated
+def test_a_buffer_that_is_converted_before_its_first_step():
+    twins = LowPrecisionTwins(torch.float32, {"momentum_dtype": torch.bfloat16})
+    twins.scaler_step(True)
+    for optimizer in (twins.optimizer, twins.oracle):
+        optimizer.param_groups[0]["momentum_dtype"] = torch.float16
+    for _ in range(2):
+        twins.scaler_step(False)
+        twins.oracle.step()
+        twins.check()
+
+
+@emulated
+def test_random_numbers_are_not_captured():
+    for dtype, options in (
+        (torch.bfloat16, {}),
+        (torch.float32, {"momentum_dtype": torch.float16}),
+        (torch.bfloat16, {"momentum_dtype": torch.int8, "master_weights": True}),
+    ):
+        twins = LowPrecisionTwins(dtype, {"stochastic_rounding": True, **options})
+        twins.step()
+        before = [cpu(p).clone() for p in twins.ours]
+        twins.set_grads()
+        ops.set(True, False)
+        with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[0\]: stochastic_rounding.*captured"):
+            twins.optimizer.step()
+        assert all(torch.equal(cpu(p), b) for p, b in zip(twins.ours, before))
+        if not options.get("master_weights"):
+            ops.set(False, False)
+            twins.optimizer.step()
+            twins.oracle.step()
+            twins.check()
+    ops.set(True, False)
+    twins = LowPrecisionTwins(torch.float32, {"momentum_dtype": torch.int8})
+    twins.set_grads()
+    with pytest.raises(RuntimeError, match=r"state is not stored yet.*run one step before the capture"):
+        twins.optimizer.step()
+    ops.set(False, False)
+    twins.optimizer.step()
+    ops.set(True, False)
+    twins.optimizer.step()
+    ops.set(False, False)
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 
