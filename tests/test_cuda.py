@@ -167,6 +167,74 @@ def test_more_than_2_to_the_31_elements():
     assert param.detach().min().item() == 0.5 == param.detach().max().item()
 
 
+# ------------------------------------------------------------------------------------------- low-precision state
+
+
+def same_state(one, other):
+    assert set(one) == set(other)
+    for name in one:
+        if one[name].is_floating_point() and one[name].element_size() > 1:
+            assert same(one[name], other[name]), name
+        else:
+            assert torch.equal(one[name].cpu().view(torch.uint8), other[name].cpu().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+@pytest.mark.parametrize(
+    "momentum_dtype", [None, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize(
+    "dtype, master_weights",
+    [(torch.float32, False), (torch.float64, False)]
+    + [(d, m) for d in (torch.bfloat16, torch.float16) for m in (False, True)],
+)
+def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, stochastic_rounding):
+    options = {**FULL, "momentum_dtype": momentum_dtype, "master_weights": master_weights}
+    options |= {"stochastic_rounding": stochastic_rounding, "rounding_seed": 12345678901}
+    shapes = [shape for shape in SHAPES if shape != ()]  # a tensor of no dimension cannot be seen as bytes
+    params = make_params(shapes, dtype)
+    on_cpu = clones(params, "cpu")
+    params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
+    on_cpu[-1].data = on_cpu[-1].data.contiguous(memory_format=torch.channels_last)
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step in range(4):
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        ours.step()
+        cpus.step()
+    for p, q in zip(params, on_cpu):
+        assert same(p, q)
+        same_state(ours.state[p], cpus.state[q])
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_state_after_overflows(dtype, momentum_dtype):
+    options = {**FULL, "momentum_dtype": momentum_dtype, "master_weights": True}
+    params = make_params([(7,), (300, 1001)], dtype)
+    on_cpu = clones(params, "cpu")
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step, overflow in enumerate([True, True, False, True, False]):
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        ours.found_inf = torch.tensor(float(overflow), device="cuda")
+        ours.step()
+        if not overflow:
+            cpus.step()
+    for p, q in zip(params, on_cpu):
+        assert same(p, q)
+        same_state(ours.state[p], cpus.state[q])
+
+
+def test_low_precision_rounding_is_not_captured():
+    params = make_params([(300,)], torch.bfloat16)
+    set_grads(params, 0)
+    optimizer = FusedMomentum(params, **FULL, stochastic_rounding=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="stochastic_rounding"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
 # ------------------------------------------------------------------------------------- nothing waits, everything graphs
 
 

@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 
 
-@pytest.mark.parametrize("program", ["test_kernels", "test_cuda_kernels", "test_cuda_low_precision", "test_cuda_norm", "test_cuda_on_host"])
+@pytest.mark.parametrize(
+    "program", ["test_kernels", "test_cuda_kernels", "test_cuda_low_precision", "test_cuda_norm", "test_cuda_on_host"]
+)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_kernels_under_sanitizers(compiler, program, tmp_path):
     sources = [ROOT / f"tests/native/{program}.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]

@@ -11,12 +11,11 @@
 //   strided  one element at a time; in double also flat tensors
 //
 // Compile with --fmad=false, as all kernels.
-#include "../low_precision.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "../low_precision.h"
 #include "packing.h"
 #include "work.h"
 
@@ -380,8 +379,7 @@ __device__ __forceinline__ void decode_block_as(const Stored<opmath_t>& stored, 
 // A warp's values, of which each lane has `count`; all lanes are here. Returns the block's scale.
 template <typename scalar_t, typename opmath_t>
 __device__ __forceinline__ float encode_block_as(const opmath_t (&values)[kEight], int count,
-                                                 const Randoms& randoms,
-                                                 Stored<opmath_t>& stored) {
+                                                 const Randoms& randoms, Stored<opmath_t>& stored) {
   uint32_t largest = 0;
 #pragma unroll
   for (int k = 0; k < kEight; ++k) {

@@ -327,10 +327,10 @@ cudaError_t launch_kinds(const TensorTable& table, int device, const Overflow& o
                                  stream,
                                  static_cast<KindIndex>(k),
                                  census.of_kind[k]};
-    const cudaError_t error = k >= kLowPrecisionFlat ? launch_low_precision(launching)
-                                                     : visit_kind(k, [&](auto type) {
-                                                         return launch_kind<decltype(type)>(launching);
-                                                       });
+    const cudaError_t error =
+        k >= kLowPrecisionFlat
+            ? launch_low_precision(launching)
+            : visit_kind(k, [&](auto type) { return launch_kind<decltype(type)>(launching); });
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -163,7 +163,8 @@ __device__ __forceinline__ Position split_index(uint64_t index, uint64_t size) {
   return {static_cast<int64_t>(index - quotient * size), quotient};
 }
 
-// ---- machine words ----------------------------------------------------------------------------------
+// ---- machine words
+// ----------------------------------------------------------------------------------
 
 // The machine words in which a thread moves its elements.
 template <int kBytes>

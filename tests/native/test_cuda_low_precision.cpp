@@ -2,8 +2,6 @@
 // compiled as C++ with cuda_on_host/cuda_runtime.h in place of CUDA's header, against the CPU
 // backend, bit for bit. Built and run by tests/test_native.py under sanitizers. Exits 0 when
 // everything holds.
-#include "../../csrc/cuda/low_precision.cu"
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/low_precision.cu"
 #include "../../csrc/cuda/step.cu"
 #include "../../csrc/momentum.h"
 
@@ -294,8 +293,7 @@ std::vector<Mix> all_mixes() {
                              {Dtype::kFloat16, Master::kNone},
                              {Dtype::kFloat16, Master::kCopy},
                              {Dtype::kFloat64, Master::kNone}}) {
-    for (const Dtype grad :
-         {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat64}) {
+    for (const Dtype grad : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat64}) {
       for (const Dtype buffer : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8,
                                  Dtype::kFloat8E4M3, Dtype::kFloat64}) {
         all.push_back({param.dtype, param.master, grad, buffer});
@@ -352,9 +350,11 @@ void test_layouts(const std::vector<Hyperparams>& groups) {
 
 // Blocks that are zero, tiny, or have an Inf or a NaN; and steps after them.
 void test_special_values(const std::vector<Hyperparams>& groups) {
-  const double specials[] = {0.0,  std::numeric_limits<double>::infinity(),
-                             NAN,  -std::numeric_limits<double>::infinity(),
-                             1e-38, 1e-42, 3e38, 6e-8, 70000};
+  const double specials[] = {0.0,   std::numeric_limits<double>::infinity(),
+                             NAN,   -std::numeric_limits<double>::infinity(),
+                             1e-38, 1e-42,
+                             3e38,  6e-8,
+                             70000};
   for (const Mix& mix : all_mixes()) {
     std::vector<Tensors> list;
     for (const uint32_t group : {1u, 5u, 10u, 14u}) {
@@ -409,8 +409,9 @@ void test_averages(const std::vector<Hyperparams>& groups) {
     for (int64_t i = 0; i < each.param.size(); i += 3) {
       const auto at = static_cast<size_t>(i * each.param.itemsize);
       const bool inside = i % (3 * 67) / 3 < 67;
-      if (inside) std::memcpy(each.average.twin.data() + at, each.param.data() + at,
-                              static_cast<size_t>(each.param.itemsize));
+      if (inside)
+        std::memcpy(each.average.twin.data() + at, each.param.data() + at,
+                    static_cast<size_t>(each.param.itemsize));
     }
     expect(same(each.average, mix.param), "the average of a strided tensor");
   }
