@@ -12,16 +12,16 @@ namespace {
 // The dimensions of a strided tensor, and how many they are; a flat one has one.
 inline int pack_dims(const TensorEntry& entry, uint64_t* words) {
   const StridedDim flat = {entry.numel, 1, 1, 1};
-  const StridedLayout one_dim = {&flat, 1};
-  const StridedLayout& layout = entry.layout != nullptr ? *entry.layout : one_dim;
-  for (int d = 0; d < layout.ndim; ++d) {
+  const StridedDim* const dims = entry.layout != nullptr ? entry.layout->dims : &flat;
+  const int ndim = entry.layout != nullptr ? entry.layout->ndim : 1;
+  for (int d = 0; d < ndim; ++d) {
     uint64_t* const dim = words + 4 * d;
-    dim[0] = static_cast<uint64_t>(layout.dims[d].size);
-    dim[1] = static_cast<uint64_t>(layout.dims[d].param_stride);
-    dim[2] = static_cast<uint64_t>(layout.dims[d].grad_stride);
-    dim[3] = static_cast<uint64_t>(layout.dims[d].buffer_stride);
+    dim[0] = static_cast<uint64_t>(dims[d].size);
+    dim[1] = static_cast<uint64_t>(dims[d].param_stride);
+    dim[2] = static_cast<uint64_t>(dims[d].grad_stride);
+    dim[3] = static_cast<uint64_t>(dims[d].buffer_stride);
   }
-  return layout.ndim;
+  return ndim;
 }
 
 inline uint64_t pack_dtypes(const TensorEntry& entry) {
