@@ -101,6 +101,9 @@ MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
 // ---- stochastic rounding ------------------------------------------------------------------------
 
 // `random` has 16 random bits. What is dropped is added to them; a carry rounds up.
+MOMENTUM_EXT_INLINE void store_finite_stochastic(BFloat16& out, float value, uint32_t random) {
+  out.bits = static_cast<uint16_t>((detail::bits_of(value) + random) >> 16);
+}
 MOMENTUM_EXT_INLINE void store_stochastic(BFloat16& out, float value, uint32_t random) {
   const uint32_t bits = detail::bits_of(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
