@@ -107,9 +107,10 @@ class FusedMomentum(SGD):
             norm is then in the attribute ``grad_norm`` (default: None).
         ema_decay: keep an exponential moving average of each parameter in its state, ``"ema"``, in the same pass: that
             of ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(ema_decay)``, updated after each
-            step; see :meth:`ema_weights`. On CUDA, and where the layouts differ, torch's lerp follows the step
-            (default: None).
-        ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps (default: False).
+            step; see :meth:`ema_weights`. Where the layouts differ, and for parameters without a gradient, torch's
+            lerp follows the step (default: None).
+        ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps; for parameters on one CUDA device
+            it counts them, so that a captured graph warms up too (default: False).
         momentum_dtype: dtype of the momentum buffers: float32, bfloat16, float16, int8 or float8_e4m3fn; None is
             torch's, the parameter's own. Those of 8 bits have one fp32 scale for each 256 elements
             (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022 (default: None).
@@ -527,8 +528,10 @@ class FusedMomentum(SGD):
 
         Takes the place of ``torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)``. The norm is computed now,
         in one pass that only reads; the step multiplies with the coefficient while it reads the gradients anyway, so
-        ``param.grad`` keeps its values. Norms 1, 2 and inf of dense CPU gradients are computed in double, with the same
-        bits for every number of threads; for all else torch's own functions are called, which write to the gradients.
+        ``param.grad`` keeps its values. Norms 1, 2 and inf of gradients that are all on the CPU, or all dense on one
+        CUDA device, are computed in double, with the same bits on every run; for all else torch's own functions are
+        called, which write to the gradients. On a CUDA device nothing waits: norm and coefficient stay there, and both
+        can be captured into a graph, max_norm as the number that it is then.
 
         Called again, it clips what the first call has left, as torch's function does. Gradients that have all been
         replaced before the step (``p.grad = p.grad + noise`` too) are not clipped, and what is written to them through
@@ -540,10 +543,11 @@ class FusedMomentum(SGD):
             max_norm: what the norm shall not exceed.
             norm_type: the p of the p-norm, may be ``inf``.
             foreach: accepted as torch's function does; has no effect.
-            error_if_nonfinite: raise if the norm is inf or NaN, instead of multiplying with what comes out.
+            error_if_nonfinite: raise if the norm is inf or NaN, instead of multiplying with what comes out; waits for
+                a CUDA device.
 
         Returns:
-            The norm before clipping, a tensor of no dimension in the gradients' dtype.
+            The norm before clipping, a tensor of no dimension in the gradients' dtype, on their device.
 
         Raises:
             RuntimeError: for a norm that is not finite, if asked for; for gradients that were written to after the

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <unordered_set>
+#include <utility>
 
 #include "tensor_access.h"
 
@@ -66,9 +67,10 @@ py::tuple GradNorm::conclude(const std::optional<at::Tensor>& factor,
   const DeviceNorm::Factors factors = {factor.value_or(at::Tensor()),
                                        inv_scale.value_or(at::Tensor()),
                                        grad_scale.value_or(at::Tensor())};
-  const DeviceNorm::Result result = on_device_.conclude(*device_, is_pending_ ? &grads : nullptr,
-                                                        kind_, factors, max_norm, dtype_);
-  is_pending_ = false;
+  // Should the launch fail, these gradients are not looked at again: they may be gone by then.
+  const bool reads = std::exchange(is_pending_, false);
+  const DeviceNorm::Result result =
+      on_device_.conclude(*device_, reads ? &grads : nullptr, kind_, factors, max_norm, dtype_);
   const auto wrap = [](const at::Tensor& tensor) {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
   };
