@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -21,6 +22,9 @@ class GradNorm {
   // it; None where a gradient is not one for the kernels. Remembers which gradients these were.
   py::object compute(const py::list& param_groups, double norm_type);
 
+  // The same for a list of gradients.
+  py::object compute_of(const std::vector<at::Tensor>& grads, double norm_type);
+
   // What has become of them: "same", "replaced" (none of them is there any more) or "changed" (some
   // are not, or were written to).
   const char* compare(const py::list& param_groups);
@@ -32,6 +36,8 @@ class GradNorm {
     uint32_t version;
   };
 
+  py::object compute(double norm_type, const std::function<bool(bool)>& collect);
+  void start_collecting();
   bool read_params(const py::list& param_groups);
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;
