@@ -59,8 +59,30 @@ class GradNorm:
     def compute(self, param_groups: list[dict[str, Any]], norm_type: float) -> tuple[float, torch.dtype] | None:
         """The p-norm (1, 2 or inf) and the dtype that torch would return it in; None where it takes torch's path."""
 
+    def compute_of(self, grads: list[Tensor], norm_type: float) -> tuple[float, torch.dtype] | None:
+        """The same for a list of gradients."""
+
     def compare(self, param_groups: list[dict[str, Any]]) -> str:
         """What has become of those gradients: ``"same"``, ``"replaced"`` (all of them) or ``"changed"``."""
+
+class ListStep:
+    """A step over lists of tensors: what a compiled graph calls. Made, it has checked everything and written nothing."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffers: list[Tensor | None],
+        averages: list[Tensor | None],
+        is_first_step: list[bool],
+        inv_grad_scale: float,
+        average_weight: float,
+    ) -> None: ...
+    def for_torch(self) -> list[tuple[int, int]]:
+        """The (group, index in group) that torch is to update before :meth:`run` updates the rest."""
+
+    def run(self) -> None: ...
 
 HAS_CUDA_KERNELS: bool
 

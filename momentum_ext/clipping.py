@@ -11,7 +11,7 @@ from torch import Tensor
 
 from momentum_ext import _C
 
-__all__ = ["GradFactor"]
+__all__ = ["GradFactor", "clip_by_norm"]
 
 
 class GradFactor:
@@ -24,6 +24,7 @@ class GradFactor:
 
     def __init__(self) -> None:
         self.is_active = False  # an attribute, because each step asks
+        self.traced: Tensor | None = None  # the factor of a compiled function, where nobody has read its value
         self._norms = _C.GradNorm()
         self._factor = 1.0
         self._unscales = False
@@ -37,6 +38,8 @@ class GradFactor:
         Raises:
             RuntimeError: for gradients that are partly others than those that were clipped.
         """
+        if self.traced is not None:
+            return float(self.traced)
         if self._factor == 1.0:
             return 1.0
         found = self._norms.compare(param_groups)
@@ -64,6 +67,7 @@ class GradFactor:
 
     def clear(self) -> None:
         """After the step."""
+        self.traced = None
         self._factor = 1.0
         self._unscales = False
         self._known = None
@@ -75,6 +79,7 @@ class GradFactor:
         computed = self._norms.compute(param_groups, 2.0)
         if computed is None:
             return None
+        self.traced = None
         self._factor = factor * inv_scale
         self._unscales = self._unscales or inv_scale != 1.0
         self.is_active = True
@@ -105,17 +110,11 @@ class GradFactor:
         _, norm, dtype = known
         # In double until here: only what is returned may overflow a 16-bit dtype.
         norm *= abs(factor * inv_grad_scale)
-        precise = torch.tensor(norm, dtype=torch.promote_types(dtype, torch.float32))
-        if error_if_nonfinite and not math.isfinite(norm):
-            raise RuntimeError(
-                f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
-                "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-                "`error_if_nonfinite=False`"
-            )
-        coefficient = (max_norm / (precise + 1e-6)).clamp(max=1.0).item()  # torch's formula and rounding
+        returned, coefficient = clip_by_norm(norm, dtype, max_norm, norm_type, error_if_nonfinite)
+        self.traced = None
         self._factor = factor * coefficient
         self.is_active = True
-        return precise.to(dtype)
+        return returned
 
     def _clip_by_torch(
         self,
@@ -137,6 +136,20 @@ class GradFactor:
         norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite) * inv_grad_scale
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm
+
+
+def clip_by_norm(
+    norm: float, dtype: torch.dtype, max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> tuple[Tensor, float]:
+    """The norm as torch returns it, and the coefficient that clips: torch's formula and rounding."""
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    precise = torch.tensor(norm, dtype=torch.promote_types(dtype, torch.float32))
+    return precise.to(dtype), (max_norm / (precise + 1e-6)).clamp(max=1.0).item()
 
 
 def _with_grad(param_groups: list[dict[str, Any]]) -> Iterator[Tensor]:
