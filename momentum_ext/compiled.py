@@ -32,6 +32,13 @@ __all__ = ["Traced", "clip_grad_norm_", "step", "zero_grad"]
 _EAGER_OPTIONS = ("momentum_dtype", "master_weights", "stochastic_rounding")
 
 
+# What a graph sets to None, by names of their own: torch 2.13's Dynamo has one constant for every None that is written
+# out, and once a gradient that is None was read in some graph, it takes that constant for the gradient, in all later
+# graphs too.
+_NO_GRAD = None
+_NO_FACTOR = None
+
+
 class Traced:
     """What a graph may set: Dynamo forgets what is set on an optimizer itself."""
 
@@ -128,17 +135,16 @@ def _step(optimizer: FusedMomentum) -> None:
         torch.ops.momentum_ext.average(late, [_find(optimizer, param, AVERAGE) for param in late], weight)
     if count is not None:
         count.add_(1)
-    if optimizer._grad_factor.is_active:
-        optimizer._grad_factor.clear()
+    _clear_factor(optimizer)
 
 
 def zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
     """FusedMomentum.zero_grad() in a graph."""
-    optimizer._grad_factor.clear()
+    _clear_factor(optimizer)
     for group in optimizer.__dict__["param_groups"]:
         for param in group["params"]:
             if param.grad is not None and set_to_none:
-                param.grad = None
+                param.grad = _NO_GRAD
             elif param.grad is not None:
                 with torch.no_grad():
                     param.grad.zero_()
@@ -165,6 +171,13 @@ def _clip(optimizer: FusedMomentum, max_norm: float, norm_type: float, error_if_
     )
     factor.is_active = True
     return norm
+
+
+def _clear_factor(optimizer: FusedMomentum) -> None:
+    factor = optimizer._grad_factor
+    if factor.is_active:
+        factor.traced = factor._known = _NO_FACTOR
+        factor._factor, factor._unscales, factor.is_active = 1.0, False, False
 
 
 def _find(optimizer: FusedMomentum, param: Tensor, key: str) -> Tensor | None:
