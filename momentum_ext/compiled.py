@@ -91,7 +91,7 @@ def _step(optimizer: FusedMomentum) -> None:
 
     averages: list[Tensor] = []
     averaged: list[int] = []
-    late: list[Tensor] = []
+    is_new_average: list[bool] = []
     count: int | Tensor | None = None
     weight: Tensor | None = None
     if optimizer.ema_decay is not None:
@@ -102,13 +102,13 @@ def _step(optimizer: FusedMomentum) -> None:
         weight = torch.ops.momentum_ext.average_weight(count, optimizer.ema_decay, optimizer.ema_warmup)
         for i, param in enumerate(params):
             average = _find(optimizer, param, AVERAGE)
-            if average is None:  # starts at what the parameter was
-                _keep(optimizer, param, AVERAGE, param.clone(memory_format=torch.preserve_format))
-                late.append(param)
-            else:
-                averages.append(average)
-                averaged.append(i)
-        late.extend(param for param in idle if _find(optimizer, param, AVERAGE) is not None)
+            is_new_average.append(average is None)
+            if average is None:
+                average = torch.empty_like(param, memory_format=torch.preserve_format)
+                _keep(optimizer, param, AVERAGE, average)
+            averages.append(average)
+            averaged.append(i)
+        idle = [param for param in idle if _find(optimizer, param, AVERAGE) is not None]
 
     torch.ops.momentum_ext.step(
         params,
@@ -116,6 +116,7 @@ def _step(optimizer: FusedMomentum) -> None:
         buffers,
         averages,
         averaged,
+        is_new_average,
         is_first_step,
         sizes,
         [_number(group["lr"]) for group in groups],
@@ -131,9 +132,9 @@ def _step(optimizer: FusedMomentum) -> None:
         optimizer._grad_factor.traced,
         weight,
     )
-    if late:
-        torch.ops.momentum_ext.average(late, [_find(optimizer, param, AVERAGE) for param in late], weight)
-    if count is not None:
+    if weight is not None and idle:
+        torch.ops.momentum_ext.average(idle, [_find(optimizer, param, AVERAGE) for param in idle], weight)
+    if isinstance(count, Tensor):
         count.add_(1)
     _clear_factor(optimizer)
 
@@ -153,7 +154,7 @@ def zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
 def clip_grad_norm_(optimizer: FusedMomentum, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     """FusedMomentum.clip_grad_norm_() in a graph: the factor stays a tensor, for a step that comes in any graph."""
     if optimizer._grad_factor.is_active and optimizer._grad_factor.traced is None:
-        return _eager_clip(optimizer, max_norm, norm_type, error_if_nonfinite)
+        return _eager_clip(optimizer, max_norm, norm_type, error_if_nonfinite)  # type: ignore[no-any-return]
     return _clip(optimizer, max_norm, norm_type, error_if_nonfinite)
 
 
@@ -170,7 +171,7 @@ def _clip(optimizer: FusedMomentum, max_norm: float, norm_type: float, error_if_
         grads, float(max_norm), float(norm_type), error_if_nonfinite, factor.traced
     )
     factor.is_active = True
-    return norm
+    return norm  # type: ignore[no-any-return]
 
 
 def _clear_factor(optimizer: FusedMomentum) -> None:
@@ -261,7 +262,7 @@ def _is_plain(value: Any) -> bool:
 
 def _outside(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     """The function, run between two graphs; with fullgraph=True torch's error says why."""
-    outside = torch._disable_dynamo(function)
+    outside = torch._disable_dynamo(function)  # type: ignore[attr-defined]
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     outside._torchdynamo_disable_msg = f"FusedMomentum.step(): {reason}"  # type: ignore[attr-defined]
     return outside
