@@ -66,7 +66,7 @@ class GradNorm:
         """What has become of those gradients: ``"same"``, ``"replaced"`` (all of them) or ``"changed"``."""
 
 class ListStep:
-    """A step over lists of tensors: what a compiled graph calls. Made, it has checked everything and written nothing."""
+    """A step over lists of tensors, for a compiled graph. Made, it has checked everything and written nothing."""
 
     def __init__(
         self,

@@ -35,9 +35,10 @@ __all__: list[str] = []
 _LIBRARY = torch.library.Library("momentum_ext", "DEF")
 _LIBRARY.define(
     "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] averages, int[] averaged, "
-    "bool[] is_new_average, bool[] is_first_step, int[] group_sizes, float[] lr, Tensor?[] lr_tensors, float[] momentum, float[] dampening, "
-    "float[] weight_decay, Tensor?[] weight_decay_tensors, bool[] nesterov, bool[] maximize, "
-    "bool[] decoupled_weight_decay, str[] formulations, Tensor? grad_factor=None, Tensor? average_weight=None) -> ()"
+    "bool[] is_new_average, bool[] is_first_step, int[] group_sizes, float[] lr, Tensor?[] lr_tensors, "
+    "float[] momentum, float[] dampening, float[] weight_decay, Tensor?[] weight_decay_tensors, bool[] nesterov, "
+    "bool[] maximize, bool[] decoupled_weight_decay, str[] formulations, Tensor? grad_factor=None, "
+    "Tensor? average_weight=None) -> ()"
 )
 _LIBRARY.define(
     "clip(Tensor[] grads, float max_norm, float norm_type, bool error_if_nonfinite, Tensor? grad_factor=None)"

@@ -1,4 +1,4 @@
-"""torch.compile: the step in a graph gives the bits of the eager step, from few graphs; torch's own checks of operators."""
+"""torch.compile: the step in a graph gives the bits of the eager step, from few graphs; operators pass opcheck."""
 
 from __future__ import annotations
 
@@ -534,3 +534,17 @@ def test_nothing_is_traced_without_a_compiler():
     with torch.profiler.profile() as profile:
         train(net, opt, opt.step, 2)
     assert not [event.name for event in profile.events() if event.name.startswith("momentum_ext::")]
+
+
+def test_scheduler_around_a_compiled_function():
+    """It wraps optimizer.step in Python that Dynamo may refuse; the result is the same."""
+    (net, opt), (theirs, eager) = twins(CASES["tensors"])
+    step = torch.compile(lambda: opt.step(), backend="eager")
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (opt, eager)]
+    for i in range(5):
+        train(net, opt, step, 1, start=i)
+        train(theirs, eager, eager.step, 1, start=i)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_same_state(opt, eager)
+    assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.1 * 0.5**5)
