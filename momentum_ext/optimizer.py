@@ -301,8 +301,8 @@ class FusedMomentum(SGD):
         Args:
             closure: reevaluates the model and returns the loss.
 
-        Under ``torch.compile`` the step becomes the operator ``torch.ops.momentum_ext.step``, with the bits of the eager
-        step. lr and weight_decay as tensors may change in value without a new graph; Python numbers that change make a
+        Under ``torch.compile`` the step becomes the operator ``torch.ops.momentum_ext.step``, with the eager step's
+        bits. lr and weight_decay as tensors may change in value without a new graph; Python numbers that change make a
         new one, and so does the second step, which finds momentum buffers, as with torch's optimizers. Closures, step
         hooks, GradScaler's attributes, ``differentiable=True``, an edited formulation and a parameter that is listed
         twice are left to the eager step between two graphs; with ``fullgraph=True`` torch's error says which it was.
