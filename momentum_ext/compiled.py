@@ -39,6 +39,11 @@ _NO_GRAD = None
 _NO_FACTOR = None
 
 
+# Dynamo of torch 2.11 fixes the parameters' addresses all the same: a backward pass after zero_grad() in one graph would
+# find no parameters, and say nothing.
+_GRAPHS_ZERO_GRAD = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
 class Traced:
     """What a graph may set: Dynamo forgets what is set on an optimizer itself."""
 
@@ -140,7 +145,10 @@ def _step(optimizer: FusedMomentum) -> None:
 
 
 def zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
-    """FusedMomentum.zero_grad() in a graph."""
+    """FusedMomentum.zero_grad() in a graph, where this torch can."""
+    if not _GRAPHS_ZERO_GRAD:
+        _eager_zero_grad(optimizer, set_to_none)
+        return
     _clear_factor(optimizer)
     for group in optimizer.__dict__["param_groups"]:
         for param in group["params"]:
@@ -264,7 +272,7 @@ def _outside(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     """The function, run between two graphs; with fullgraph=True torch's error says why."""
     outside = torch._disable_dynamo(function)  # type: ignore[attr-defined]
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-    outside._torchdynamo_disable_msg = f"FusedMomentum.step(): {reason}"  # type: ignore[attr-defined]
+    outside._torchdynamo_disable_msg = f"FusedMomentum: {reason}"  # type: ignore[attr-defined]
     return outside
 
 
@@ -287,5 +295,12 @@ def _eager_step_because(reason: str) -> Callable[..., Any]:
     return _outside(eager_step, reason)
 
 
+def _run_eager_zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
+    optimizer.zero_grad(set_to_none)
+
+
 _EAGER_STEPS = {name: _eager_step_because(reason) for name, reason in _REASONS.items()}
 _eager_clip = _outside(_run_eager_clip, _REASONS["clipped"])
+_eager_zero_grad = _outside(
+    _run_eager_zero_grad, "zero_grad() in a graph needs torch 2.13; call the model's zero_grad() there, or this outside"
+)
