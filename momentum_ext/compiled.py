@@ -39,8 +39,8 @@ _NO_GRAD = None
 _NO_FACTOR = None
 
 
-# Dynamo of torch 2.11 fixes the parameters' addresses all the same: a backward pass after zero_grad() in one graph would
-# find no parameters, and say nothing.
+# Dynamo of torch 2.11 fixes the parameters' addresses all the same: a backward pass after zero_grad() in one graph
+# would find no parameters, and say nothing.
 _GRAPHS_ZERO_GRAD = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
