@@ -1,11 +1,13 @@
 // What a profiler sees of a step.
+#include "quantization.h"
 #include "step_plan.h"
 
 namespace momentum_ext::binding {
 
 // The bytes that the prepared step must move: parameter, gradient and momentum buffer read (in a
 // tensor's first step there is no buffer to read), parameter and buffer written, an average read
-// and written. Tensors that torch updates are not counted.
+// and written, a master too, and the scales of 8-bit buffers. Tensors that torch updates are not
+// counted.
 int64_t StepPlan::bytes_to_move() const {
   int64_t bytes = 0;
   for (size_t i = 0; i < slots_.size(); ++i) {
@@ -16,6 +18,12 @@ int64_t StepPlan::bytes_to_move() const {
       per_element += (entry.is_first_step ? 1 : 2) * itemsize(entry.buffer_dtype);
     }
     if (entry.average != nullptr) per_element += 2 * itemsize(entry.param_dtype);
+    if (const LowPrecision* const low = entry.low_precision; low != nullptr) {
+      if (low->master_kind != Master::kNone) {
+        per_element += low->master_kind == Master::kRemainder ? 4 : 8;
+      }
+      if (low->scale != nullptr) bytes += (entry.is_first_step ? 4 : 8) * num_scales(entry.numel);
+    }
     bytes += per_element * entry.numel;
   }
   for (const auto* const slots : {&averaged_by_torch_, &without_average_}) {
