@@ -125,6 +125,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("run", &ListStep::run);
   m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lookaheads"), py::arg("distances"), py::arg("back"));
+  m.def("clip_by_norm", &clip_by_norm, py::arg("norm"), py::arg("dtype"), py::arg("max_norm"));
   m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
   m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"));
   m.def("is_capturing", [](int16_t device) { return is_capturing(device); }, py::arg("device"));

@@ -116,6 +116,9 @@ def move_lookahead(
     On the way back, elements that were not changed in between get the very bits that they had.
     """
 
+def clip_by_norm(norm: float, dtype: torch.dtype, max_norm: float) -> tuple[Tensor, float]:
+    """The norm as torch.nn.utils.clip_grad_norm_ returns it, and the coefficient that clips, with torch's roundings."""
+
 def quantize(value: Tensor, dtype: torch.dtype, param: Tensor) -> tuple[Tensor, Tensor]:
     """`value` in int8 or float8_e4m3fn, laid out as `param` without gaps, and the fp32 scales of its blocks of 256."""
 

@@ -200,8 +200,7 @@ def clip_by_norm(
     """The norm as torch returns it, and the coefficient that clips: torch's formula and rounding."""
     if error_if_nonfinite and not math.isfinite(norm):
         _raise_nonfinite(norm_type)
-    precise = torch.tensor(norm, dtype=torch.promote_types(dtype, torch.float32))
-    return precise.to(dtype), (max_norm / (precise + 1e-6)).clamp(max=1.0).item()
+    return _C.clip_by_norm(norm, dtype, max_norm)
 
 
 def _with_grad(param_groups: list[dict[str, Any]]) -> Iterator[Tensor]:

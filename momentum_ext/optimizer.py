@@ -446,7 +446,8 @@ class FusedMomentum(SGD):
     def _launch(
         self, found_inf: Tensor | None, grad_scale: Tensor | None, factor: float | Tensor, differentiable: bool
     ) -> Any:
-        average = self._prepare_average(self.ema_decay, left_out_by_device=found_inf is not None)
+        averages = self.ema_decay is not None or self._is_averaging
+        average = self._prepare_average(self.ema_decay, found_inf is not None) if averages else None
         waits_for_average = found_inf is not None and self._is_averaging and average is None
         if waits_for_average or not (isinstance(factor, Tensor) or factor == 1.0):
             return NotImplemented
@@ -467,16 +468,9 @@ class FusedMomentum(SGD):
 
     def _update(self, inv_grad_scale: float, differentiable: bool) -> None:
         """The compiled pass, and what only torch can update."""
-        factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
-        average = self._prepare_average(self.ema_decay)
-        for_torch: Any = NotImplemented
-        if inv_grad_scale == 1.0 and (average is not None or isinstance(factor, Tensor)):
-            for_torch = self._launch(None, None, factor, differentiable)
-        if for_torch is NotImplemented:
-            if average is not None:  # the host must know
-                self._ema_count.bring_back()
-                self._prepare_average(self.ema_decay)
-            inv_grad_scale *= float(factor)
+        if self._grad_factor.is_active or self.ema_decay is not None or self._is_averaging:
+            for_torch, inv_grad_scale = self._update_and_more(inv_grad_scale, differentiable)
+        else:
             for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         if for_torch is not None:
             try:
@@ -488,10 +482,24 @@ class FusedMomentum(SGD):
                 raise
             self._plan.run()
 
+    def _update_and_more(self, inv_grad_scale: float, differentiable: bool) -> tuple[Any, float]:
+        """The same with a factor for the gradients, or averages; and what gradients were multiplied with."""
+        factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
+        averages = self.ema_decay is not None or self._is_averaging
+        average = self._prepare_average(self.ema_decay) if averages else None
+        for_torch: Any = NotImplemented
+        if inv_grad_scale == 1.0 and (average is not None or isinstance(factor, Tensor)):
+            for_torch = self._launch(None, None, factor, differentiable)
+        if for_torch is NotImplemented:
+            if average is not None:  # the host must know
+                self._ema_count.bring_back()
+                self._prepare_average(self.ema_decay)
+            inv_grad_scale *= float(factor)
+            for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
+        return for_torch, inv_grad_scale
+
     def _prepare_average(self, decay: float | None, left_out_by_device: bool = False) -> tuple[Tensor, Tensor] | None:
         """Tell the plan the averages' weight; or where on the device it is worked out."""
-        if decay is None and not self._is_averaging:
-            return None
         self._check_not_swapped()
         self._is_averaging = decay is not None
         on_device = None

@@ -1,6 +1,7 @@
 #include "grad_norm.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -204,6 +205,26 @@ double GradNorm::sum(Norm kind, double scale) {
   block_norms_.resize(static_cast<size_t>(first_block_.back()));
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   return cpu::norm(kind, table(), scale, block_norms_.data(), threads);
+}
+
+namespace {
+
+// torch divides by multiplying with the reciprocal.
+template <typename opmath_t>
+double coefficient_of(double norm, double max_norm) {
+  const opmath_t inverse = 1 / (static_cast<opmath_t>(norm) + static_cast<opmath_t>(1e-6));
+  const opmath_t coefficient = inverse * static_cast<opmath_t>(max_norm);
+  return coefficient > 1 ? 1 : coefficient;  // a NaN stays
+}
+
+}  // namespace
+
+std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm) {
+  // Only what is returned may overflow a 16-bit dtype.
+  const double coefficient = dtype == at::kDouble ? coefficient_of<double>(norm, max_norm)
+                                                  : coefficient_of<float>(norm, max_norm);
+  const double precise = dtype == at::kDouble ? norm : static_cast<float>(norm);
+  return {at::scalar_tensor(precise, at::TensorOptions().dtype(dtype)), coefficient};
 }
 
 }  // namespace momentum_ext::binding

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../momentum.h"
@@ -69,5 +70,9 @@ class GradNorm {
   bool is_pending_ = false;  // no pass has read them yet
   DeviceNorm on_device_;
 };
+
+// The norm as torch.nn.utils.clip_grad_norm_ returns it, a tensor of no dimension, and the
+// coefficient that clips, with torch's formula and roundings: max_norm / (norm + 1e-6), at most 1.
+std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm);
 
 }  // namespace momentum_ext::binding

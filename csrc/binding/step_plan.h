@@ -247,13 +247,15 @@ class StepPlan {
   FirstSteps first_steps_;  // on CUDA devices, of tensors that began under a GradScaler
 
   // This step. The vectors keep their capacity, so that a step allocates nothing once warm. The
-  // first five have one element for each slot; a slot without a gradient has an entry of no
+  // first six vectors have one element for each slot; a slot without a gradient has an entry of no
   // elements.
   struct Tensors {
     c10::TensorImpl* param = nullptr;  // nullptr: nothing to update
     c10::TensorImpl* grad = nullptr;
     c10::TensorImpl* buffer = nullptr;
     c10::TensorImpl* average = nullptr;
+  };
+  struct MoreTensors {
     c10::TensorImpl* master = nullptr;
     c10::TensorImpl* scale = nullptr;
   };
@@ -261,6 +263,8 @@ class StepPlan {
   std::vector<Tensors> tensors_;
   std::vector<TensorEntry> entries_;
   std::vector<LowPrecision> low_precision_;
+  std::vector<MoreTensors> more_tensors_;
+  bool any_low_precision_ = false;  // else nobody looks at the two
   std::vector<int64_t> first_element_;
   std::vector<PyObject*> groups_;  // the dicts, borrowed
   std::vector<PyObject*> params_;  // and their lists, borrowed

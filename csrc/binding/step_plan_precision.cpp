@@ -162,6 +162,7 @@ void StepPlan::attach_low_precision(size_t i, const at::Tensor& param,
     return {key, data(tensor), tensor.dtype(), shape_of(tensor)};
   };
   const bool is_split = param.scalar_type() == at::kBFloat16;
+  any_low_precision_ = true;
   LowPrecision& low = low_precision_[i];
   low.master = data(state.master);
   low.scale = static_cast<float*>(data(state.scale));
@@ -172,8 +173,8 @@ void StepPlan::attach_low_precision(size_t i, const at::Tensor& param,
   slot.known = std::make_unique<KnownState>();
   slot.known->master = known(is_split ? remainder_key_ : master_key_, state.master);
   slot.known->scale = known(scale_key_, state.scale);
-  tensors_[i].master = state.master.defined() ? state.master.unsafeGetTensorImpl() : nullptr;
-  tensors_[i].scale = state.scale.defined() ? state.scale.unsafeGetTensorImpl() : nullptr;
+  more_tensors_[i].master = state.master.defined() ? state.master.unsafeGetTensorImpl() : nullptr;
+  more_tensors_[i].scale = state.scale.defined() ? state.scale.unsafeGetTensorImpl() : nullptr;
   const bool needed = state.master.defined() || state.scale.defined() ||
                       hyperparams_[slot.group].stochastic_rounding;
   entries_[i].low_precision = needed ? &low : nullptr;
@@ -199,7 +200,8 @@ bool StepPlan::find_known(size_t i) noexcept {
       return false;
     }
   };
-  return find(slot.known->master, tensors_[i].master) && find(slot.known->scale, tensors_[i].scale);
+  return find(slot.known->master, more_tensors_[i].master) &&
+         find(slot.known->scale, more_tensors_[i].scale);
 }
 
 }  // namespace momentum_ext::binding

@@ -68,6 +68,7 @@ void StepPlan::prepare_slot(size_t i) {
   Slot& slot = slots_[i];
   slot.path = Path::kUnknown;  // whatever happens below, the next step examines it again
   tensors_[i] = {};
+  more_tensors_[i] = {};
   entries_[i] = {};
   if (!THPVariable_Check(param_objects_[i])) {
     throw py::type_error(name_of(slot) + ": expected a tensor, got " +
