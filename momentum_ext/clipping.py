@@ -60,12 +60,12 @@ class GradFactor:
             self.clear()
         return self._factor
 
-    def snapshot(self) -> tuple[float | Tensor, bool, bool]:
+    def snapshot(self) -> tuple[float | Tensor, bool, bool, Tensor | None]:
         """To be given to :meth:`restore` when a step fails."""
-        return self._factor, self._unscales, self.is_active
+        return self._factor, self._unscales, self.is_active, self.traced
 
-    def restore(self, snapshot: tuple[float | Tensor, bool, bool]) -> None:
-        self._factor, self._unscales, self.is_active = snapshot
+    def restore(self, snapshot: tuple[float | Tensor, bool, bool, Tensor | None]) -> None:
+        self._factor, self._unscales, self.is_active, self.traced = snapshot
         self._known = None
 
     def clear(self) -> None:

@@ -141,6 +141,11 @@ def _step(optimizer: FusedMomentum) -> None:
     _clear_factor(optimizer)
 
 
+def stored_as(group: dict[str, Any]) -> tuple[str, bool]:
+    """The formulation of a group's buffers, and whether its state is in other bits than torch's."""
+    return group.get("formulation", "torch"), any(bool(group.get(option)) for option in _EAGER_OPTIONS)
+
+
 def zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
     """FusedMomentum.zero_grad() in a graph, where this torch can."""
     if not _GRAPHS_ZERO_GRAD:
@@ -216,7 +221,7 @@ _REASONS = {
     "differentiable": "differentiable=True takes torch's own path",
     "mode": "parameters and their averages or iterates have changed places (ema_weights(), eval())",
     "clipped": "the gradients were clipped or unscaled outside of the compiled function; clip inside",
-    "formulation": "a group's formulation was edited, so that momentum buffers are to be converted first",
+    "formulation": "a group's formulation or precision was edited, so that its state is to be converted first",
     "options": "a group has momentum_dtype, master_weights or stochastic_rounding",
     "count": "the averages' count of updates is on the CUDA device, since an overflow or a warm-up there",
     "hyperparameters": "a hyperparameter is neither a number nor a tensor that needs no gradient",
@@ -242,10 +247,10 @@ def _why_not(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, 
         return "clipped"
     if optimizer.ema_decay is not None and optimizer._traced.ema_count.is_on_device:
         return "count"
-    if [group.get("formulation", "torch") for group in groups] != optimizer._formulations:
-        return "formulation"
     if any(group.get(option) for group in groups for option in _EAGER_OPTIONS):
         return "options"
+    if [stored_as(group) for group in groups] != optimizer._formulations:
+        return "formulation"
     for group in groups:
         if not (_is_number(group["momentum"]) and _is_number(group["dampening"])):
             return "hyperparameters"

@@ -34,6 +34,7 @@ from momentum_ext.precision import (
     keep_dtypes,
     low_precision_step,
     needs_low_precision_step,
+    settle,
     unpack,
 )
 
@@ -44,7 +45,8 @@ class FusedMomentum(SGD):
     r"""Momentum and Nesterov SGD that updates a whole list of tensors in one pass.
 
     Takes the place of :class:`torch.optim.SGD`: the same arguments, the same ``param_groups`` and state
-    (``"momentum_buffer"``), state dicts that load into either, and in fp32 and fp64 the same bits as
+    (``"momentum_buffer"``), state dicts that load into either
+    (those of a low-precision optimizer into torch's by :meth:`torch_state_dict`), and in fp32 and fp64 the same bits as
     ``SGD(foreach=False, fused=False)``. For each element, with :math:`g` the gradient (negated if ``maximize``),
     :math:`p` the parameter and :math:`b` the momentum buffer:
 
@@ -211,8 +213,8 @@ class FusedMomentum(SGD):
         return self._traced.ema_count
 
     def _note_formulations(self) -> None:
-        """The formulations that the buffers are in, for a compiled step, which does not convert."""
-        self._formulations = [group.get("formulation", "torch") for group in self.param_groups]
+        """How the state is stored, for a compiled step, which does not convert."""
+        self._formulations = [compiled.stored_as(group) for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
@@ -234,7 +236,7 @@ class FusedMomentum(SGD):
             raise
         if "_plan" in self.__dict__:  # not while the optimizer is made
             self._plan.adopt_formulations([group])
-            self._formulations = [*self._formulations, group["formulation"]]
+            self._formulations = [*self._formulations, compiled.stored_as(group)]
         if num_groups and not self.param_groups[0].get(TRAIN_MODE, True):
             hold_iterate([group], self.state)
 
@@ -248,7 +250,8 @@ class FusedMomentum(SGD):
 
         The formulation stays that of this optimizer: momentum buffers of another one are converted where that is
         exact, at the loaded learning rate. So do momentum_dtype, master_weights, stochastic_rounding and its seed:
-        what was stored in another way keeps its dtype here, and is converted in the next step.
+        what was stored in another way is converted in the next step. A group without momentum_dtype gets its buffers
+        in the parameters' dtype, as from torch, but fp32 stays fp32 beside 16-bit parameters.
 
         Raises:
             ValueError: where it is not; the optimizer is then as it was.
@@ -268,6 +271,7 @@ class FusedMomentum(SGD):
                     group.pop(name, None)
                     if name in old:
                         group[name] = old[name]
+                settle(group, self.state)
             self._plan.convert(self.param_groups, self.state)
         except BaseException:
             self.__dict__.update(before)
@@ -616,7 +620,7 @@ class FusedMomentum(SGD):
         for group in self.param_groups if count else ():
             group[COUNT] = count  # in every group: any of them may go
         for group in self.param_groups:
-            if group.get("stochastic_rounding", False):
+            if group.get("stochastic_rounding", False) or ROUNDING_STEP in group:
                 group[ROUNDING_STEP] = self._plan.rounding_step
         self._plan.convert(self.param_groups, self.state)
         unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU

@@ -182,6 +182,7 @@ class StepPlan {
   void prepare_slot(size_t i);
   const at::Tensor* find_buffer(const Slot& slot) const;
   const at::Tensor* find_state(const Slot& slot, PyObject* key) const;
+  const NewState* find_planned(const Slot& slot, PyObject* key) const;
   bool is_unchanged(const Slot& slot, const c10::TensorImpl& param, const c10::TensorImpl& grad,
                     const c10::TensorImpl* buffer) const;
   bool is_unchanged_layout(const Slot& slot, const c10::TensorImpl& param,

@@ -1,5 +1,6 @@
 // Slots whose state is stored in fewer bits, or in more, than torch.optim.SGD would: what they
 // need, what must be converted for it, and the errors.
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -37,6 +38,7 @@ bool StepPlan::has_low_precision(const Slot& slot, const at::Tensor& buffer) con
 // What slot i needs; `buffer` becomes the one to use. Raises, and writes nothing.
 StepPlan::LowPrecisionState StepPlan::plan_low_precision(size_t i, const at::Tensor& param,
                                                          at::Tensor& buffer) const {
+  const at::NoGradGuard no_grad;
   const Slot& slot = slots_[i];
   const Storage& wanted = readers_[slot.group].storage();
   if (param.is_complex() && wanted.momentum_dtype.has_value()) {
