@@ -78,10 +78,12 @@ class Twin:
 
     def edit(self, **options: Any) -> None:
         """Edits the groups; the next step converts the state of the tensors it updates."""
+        entries = iter(self.entries)
         for group in self.opt.param_groups:
+            converts = any(group[key] != options.get(key, group[key]) for key in ("momentum_dtype", "master_weights"))
             group.update(options)
-        for entry in self.entries:
-            entry.edited = True
+            for _ in group["params"]:
+                next(entries).edited |= converts
 
     def step(self, times: int = 1, dtype: torch.dtype | None = None) -> None:
         for _ in range(times):

@@ -1,4 +1,4 @@
-"""Every mode gives the oracle's bits: all combinations of dtypes and options, sizes around every edge, every machine."""
+"""Every mode gives the oracle's bits: all combinations of dtypes and options, every size, every instruction set."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from precision_twin import BF16, FP8, FP16, FP32, HALVES, HYPERS, INT8, LARGE, MOMENTUM_DTYPES, SIZES, Twin, dtype_name
 
-from momentum_ext import _C
+from momentum_ext import _C, FusedMomentum
 
 GRADS = (FP32, BF16, FP16)
 MODES = [
@@ -140,18 +140,13 @@ def test_seeds_streams_steps_and_tensors_differ():
 
     def rounded(seed=0, steps=1, position=0):
         params = [torch.nn.Parameter(torch.full((4096,), 1.0, dtype=BF16)) for _ in range(3)]
-        opt = torch_like(params, seed)
+        opt = FusedMomentum(params, lr=1.0, stochastic_rounding=True, rounding_seed=seed)
         for _ in range(steps):
             for param in params:
                 param.data.fill_(1.0)
                 param.grad = torch.full((4096,), 2.0**-9, dtype=BF16)
             opt.step()
         return params[position].detach().clone()
-
-    def torch_like(params, seed):
-        from momentum_ext import FusedMomentum
-
-        return FusedMomentum(params, lr=1.0, stochastic_rounding=True, rounding_seed=seed)
 
     base = rounded()
     assert torch.equal(base, rounded())
