@@ -29,7 +29,7 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Mode:
-    """How parameter, gradient and momentum are held; `options` of FusedMomentum, or else `build` makes torch's step."""
+    """How a parameter, its gradient and momentum are held; `options` of FusedMomentum, or `build` for torch's step."""
 
     key: str
     label: str

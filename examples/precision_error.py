@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -32,7 +33,7 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "precision_e
 
 ELEMENTS = 1 << 15
 STEPS = 1000
-HYPER = {"lr": 1e-4, "momentum": 0.9}
+HYPER: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9}
 SMALLEST = 2.0**-12
 """Values are at least this large, so that fp16 holds all that bf16 does."""
 
@@ -136,8 +137,8 @@ def draw(trials: Sequence[Trial], steps: int, path: Path) -> None:
     headline(
         figure,
         f"How far from exact after {steps:,} steps",
-        f"{ELEMENTS:,} elements, lr {HYPER['lr']:g}, momentum {HYPER['momentum']:g}; root mean square error against fp64, "
-        f"relative to how far fp64 has moved; torch {torch.__version__}",
+        f"{ELEMENTS:,} elements, lr {HYPER['lr']:g}, momentum {HYPER['momentum']:g}; root mean square error against "
+        f"fp64, relative to how far fp64 has moved; torch {torch.__version__}",
     )
     style(axes, "At 1 all that was learned was lost again", "logarithmic; rings: the parameter where it has a master")
     for y, trial in enumerate(trials):

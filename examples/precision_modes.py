@@ -76,5 +76,6 @@ def truth(optimizer: torch.optim.SGD, param: Tensor) -> Tensor:
         return master
     if "param_remainder" in state:
         upper = param.detach().view(torch.int16).int() << 16
-        return (upper + state["param_remainder"].int()).view(FP32)
+        joined: Tensor = upper + state["param_remainder"].int()
+        return joined.view(FP32)
     return param.detach().float()

@@ -1,0 +1,102 @@
+"""Draws what precision_training.py found: the losses of all modes, and where each ends beside what chance does to fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from picture_style import BLUE, GREEN, GRID, HALO, INK, ORANGE, QUIET, headline, style
+from precision_modes import Mode
+
+import momentum_ext
+
+SMOOTHED = 20
+"""Steps whose losses are averaged."""
+COLORS = {torch.float32: BLUE, torch.bfloat16: ORANGE, torch.float16: GREEN}
+DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (2.5, 1)))
+
+
+class Result(Protocol):
+    """What is drawn of a run."""
+
+    mode: Mode
+    nudge: int
+    losses: list[float]
+    final: float
+
+
+def smooth(losses: Sequence[float]) -> np.ndarray:
+    """Means of `SMOOTHED` losses in a row, the first ones of as many as there are."""
+    sums = np.cumsum(np.concatenate([[0.0], losses]))
+    ends = np.arange(1, len(losses) + 1)
+    starts = np.maximum(ends - SMOOTHED, 0)
+    means: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
+    return means
+
+
+def draw(found: Mapping[str, Sequence[Result]], path: Path) -> None:
+    """Writes the picture: a row for each training, curves on the left, final losses on the right."""
+    rows = len(found)
+    height = 1.0 + 5.1 * rows
+    figure, panels = plt.subplots(
+        rows, 2, figsize=(13.5, height), squeeze=False, width_ratios=(1.1, 1),
+        gridspec_kw={
+            "left": 0.045, "right": 0.985, "top": 1 - 1.55 / height, "bottom": 0.5 / height, "wspace": 0.42,
+            "hspace": 0.38,
+        },
+    )  # fmt: skip
+    headline(
+        figure,
+        "The same trainings, with parameters and momentum in fewer bits",
+        "Same first weights, same batches. Blue: fp32 parameters, orange: bf16, green: fp16; forward and backward compute "
+        f"in fp32 with their values. torch {torch.__version__}; momentum_ext {momentum_ext.__version__}",
+    )
+    for (left, right), (title, results) in zip(panels, found.items()):
+        shown = [result for result in results if not result.nudge]
+        draw_curves(left, title, shown)
+        draw_finals(right, shown, [result.final for result in results if result.mode is shown[0].mode])
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
+def draw_curves(axes: Axes, title: str, shown: Sequence[Result]) -> None:
+    """Smoothed training losses; fp32 wide and light, under the others."""
+    style(axes, title, f"training loss, cross-entropy, mean of {SMOOTHED} steps, logarithmic")
+    seen: dict[torch.dtype, int] = {}
+    for index, result in enumerate(shown):
+        dtype = result.mode.param
+        seen[dtype] = seen.get(dtype, -1) + 1
+        steps = np.arange(1, len(result.losses) + 1)
+        axes.plot(
+            steps, smooth(result.losses), color=COLORS[dtype], linestyle=DASHES[seen[dtype] % len(DASHES)],
+            linewidth=1.3 if index else 5, alpha=1 if index else 0.3, label=result.mode.name,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8.5, handlelength=4, loc="upper right", labelcolor=INK)
+    axes.set_xlabel("steps", fontsize=9, color=QUIET)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+
+
+def draw_finals(axes: Axes, shown: Sequence[Result], chance: Sequence[float]) -> None:
+    """The held-out loss of each mode, upon the band of fp32 runs that started a millionth apart."""
+    style(axes, "Where each ends", "loss on what was held out; band: fp32 from weights nudged by a millionth")
+    axes.axvspan(min(chance), max(chance), color=BLUE, alpha=0.15, linewidth=0)
+    for y, result in enumerate(shown):
+        axes.plot(result.final, y, "o", color=COLORS[result.mode.param], markersize=8)
+        axes.annotate(
+            f"{result.final:.4f}", (result.final, y), xytext=(9, 0), textcoords="offset points", va="center",
+            fontsize=9, color=INK, path_effects=HALO,
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), [result.mode.name for result in shown], fontsize=9.5, color=INK)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.margins(x=0.25)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
