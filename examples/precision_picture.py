@@ -1,4 +1,4 @@
-"""Draws what precision_training.py found: the losses of all modes, and where each ends beside what chance does to fp32."""
+"""Draws what precision_training.py found: the losses of all modes, and where each ends."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def draw(found: Mapping[str, Sequence[Result]], path: Path) -> None:
     headline(
         figure,
         "The same trainings, with parameters and momentum in fewer bits",
-        "Same first weights, same batches. Blue: fp32 parameters, orange: bf16, green: fp16; forward and backward compute "
-        f"in fp32 with their values. torch {torch.__version__}; momentum_ext {momentum_ext.__version__}",
+        "Same first weights, same batches. Blue: fp32 parameters, orange: bf16, green: fp16; forward and backward "
+        f"compute in fp32 with their values. torch {torch.__version__}; momentum_ext {momentum_ext.__version__}",
     )
     for (left, right), (title, results) in zip(panels, found.items()):
         shown = [result for result in results if not result.nudge]

@@ -5,9 +5,9 @@
     python examples/precision_training.py --only digits        under three minutes
     python examples/precision_training.py --steps 200          of the character GPT, each mode
 
-Parameters and gradients have the mode's dtype; forward and backward compute in fp32 with the values that the parameters
-hold, so that what differs is what the optimizer keeps. How much two runs differ by chance is measured by fp32 runs whose
-first weights were nudged by a millionth. Prints a table and draws all runs.
+Parameters and gradients have the mode's dtype; forward and backward compute in fp32 with the parameters' values, so that
+what differs is what the optimizer keeps. How much two runs differ by chance is measured by fp32 runs whose first weights
+were nudged by a millionth. Prints a table and draws all runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from tqdm import tqdm
+
+from momentum_ext import FusedMomentum
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "precision_training.png"
 EPOCHS = 20
@@ -137,7 +139,7 @@ def train_char_gpt(steps: int, seed: int) -> list[Result]:
     with tqdm(total=steps * len(results), unit="step", desc="char-GPT") as bar:
         for result in results:
             wrap = cast(Any, wrapper(result.mode, result.nudge))
-            make = partial(char_gpt_training.FusedMomentum, **(result.mode.options or {}))
+            make = partial(FusedMomentum, **(result.mode.options or {}))
             run = char_gpt_training.Run.start(settings, corpus, wrap, make)
             bar.set_postfix_str(result.name)
             for _ in range(steps):
