@@ -81,7 +81,7 @@ def run(modes: Sequence[Mode], steps: int, seed: int) -> list[Trial]:
     exactly = torch.optim.SGD([reference], **HYPER, foreach=False)
     trials = []
     for mode in modes:
-        param = torch.nn.Parameter(start.to(mode.param))
+        param = torch.nn.Parameter(start.to(mode.param, copy=True))
         trials.append(Trial(mode, param, mode.optimizer([param], **HYPER)))
     for grad in tqdm(gradients(generator, steps), total=steps, unit="step", dynamic_ncols=True):
         reference.grad = grad.double()

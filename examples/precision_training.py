@@ -5,9 +5,9 @@
     python examples/precision_training.py --only digits        under three minutes
     python examples/precision_training.py --steps 200          of the character GPT, each mode
 
-Parameters and gradients have the mode's dtype; forward and backward compute in fp32 with the parameters' values, so that
-what differs is what the optimizer keeps. How much two runs differ by chance is measured by fp32 runs whose first weights
-were nudged by a millionth. Prints a table and draws all runs.
+Parameters and gradients have the mode's dtype; forward and backward compute in fp32 with the parameters' values, so
+that what differs is what the optimizer keeps. How much two runs differ by chance is measured by fp32 runs whose first
+weights were nudged by a millionth. Prints a table and draws all runs.
 """
 
 from __future__ import annotations
@@ -132,9 +132,7 @@ def train_digits(epochs: int, seed: int) -> list[Result]:
 def train_char_gpt(steps: int, seed: int) -> list[Result]:
     """The character GPT in every mode, one after the other."""
     corpus = char_gpt_data.load()
-    settings = replace(
-        char_gpt_training.Settings(), steps=steps, seed=seed, validate_every=steps, validation_batches=32
-    )
+    settings = char_gpt_training.Settings(steps=steps, seed=seed, validate_every=steps, validation_batches=32)
     results = runs()
     with tqdm(total=steps * len(results), unit="step", desc="char-GPT") as bar:
         for result in results:
