@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from picture_style import BLUE, GREEN, GRID, HALO, INK, ORANGE, QUIET, headline, style
 from precision_modes import Mode
 
@@ -81,6 +82,9 @@ def draw_curves(axes: Axes, title: str, shown: Sequence[Result]) -> None:
             linewidth=1.3 if index else 5, alpha=1 if index else 0.3, label=result.mode.name,
         )  # fmt: skip
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(frameon=False, fontsize=8.5, handlelength=4, loc="upper right", labelcolor=INK)
     axes.set_xlabel("steps", fontsize=9, color=QUIET)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -98,5 +102,7 @@ def draw_finals(axes: Axes, shown: Sequence[Result], chance: Sequence[float]) ->
         )  # fmt: skip
     axes.set_yticks(range(len(shown)), [result.mode.name for result in shown], fontsize=9.5, color=INK)
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.margins(x=0.25)
+    finals = [*chance, *(result.final for result in shown)]
+    room = 0.05 * (max(finals) - min(finals)) + 1e-6
+    axes.set_xlim(min(finals) - room, max(finals) + 5 * room)  # the figures stand on the right
     axes.grid(axis="x", color=GRID, linewidth=0.8)

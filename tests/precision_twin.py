@@ -37,9 +37,9 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 def state_names(param: Tensor, group: dict[str, Any]) -> set[str]:
     """What a parameter's state has once it has had a step."""
     names = {"momentum_buffer"} if group["momentum"] else set()
-    if names and group["momentum_dtype"] in (INT8, FP8):
+    if names and group.get("momentum_dtype") in (INT8, FP8):
         names.add("momentum_scale")
-    if group["master_weights"] and param.dtype in HALVES:
+    if group.get("master_weights") and param.dtype in HALVES:
         names.add("param_remainder" if param.dtype is BF16 else "master_param")
     return names
 
@@ -80,8 +80,9 @@ class Twin:
         """Edits the groups; the next step converts the state of the tensors it updates."""
         entries = iter(self.entries)
         for group in self.opt.param_groups:
-            converts = any(group[key] != options.get(key, group[key]) for key in ("momentum_dtype", "master_weights"))
+            before = {key: group.get(key) or None for key in ("momentum_dtype", "master_weights")}
             group.update(options)
+            converts = any((group.get(key) or None) != value for key, value in before.items())
             for _ in group["params"]:
                 next(entries).edited |= converts
 
