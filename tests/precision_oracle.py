@@ -84,18 +84,16 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 def random_16(numel: int, options: Options, stream: int, first: int = 0) -> np.ndarray:
     """16 random bits for each of the elements first, first + 1, ...: uint32 [numel]."""
-    element = np.arange(first, first + numel, dtype=U64)
-    block = element // U64(8)
-    counter = np.empty((numel, 4), U64)
+    block = np.arange(first // 8, -(-(first + numel) // 8), dtype=U64)
+    counter = np.empty((len(block), 4), U64)
     counter[:, 0] = block & U64(0xFFFFFFFF)
     counter[:, 1] = options.tensor
     counter[:, 2] = options.step & 0xFFFFFFFF
     counter[:, 3] = U64(stream << 24) | block >> U64(32)
     seed = options.rounding_seed & 0xFFFFFFFFFFFFFFFF
     words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    half = element % U64(8)
-    word = words[np.arange(numel), (half // U64(2)).astype(int)]
-    return word >> (16 * (half % U64(2))).astype(U32) & U32(0xFFFF)
+    halves = np.stack([words & U32(0xFFFF), words >> U32(16)], 2).reshape(-1)  # of each word the low one first
+    return halves[first % 8 : first % 8 + numel]
 
 
 # ---------------------------------------------------------------------------------------------------------- 16 bits
