@@ -11,6 +11,7 @@
 
 #include "binding/grad_norm.h"
 #include "binding/lookahead.h"
+#include "binding/quantization.h"
 #include "binding/step_plan.h"
 #include "momentum.h"
 
@@ -82,6 +83,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("discard", &StepPlan::discard)
       .def("convert", &StepPlan::convert, py::arg("param_groups"), py::arg("state"))
       .def("set_average_weight", &StepPlan::set_average_weight, py::arg("weight"))
+      .def_property("rounding_step", &StepPlan::rounding_step, &StepPlan::set_rounding_step)
       .def("begin_torch_step", &StepPlan::begin_torch_step)
       .def("adopt_formulations", &StepPlan::adopt_formulations, py::arg("param_groups"))
       .def("unstarted_buffers", &StepPlan::unstarted_buffers);
@@ -92,6 +94,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("compare", &GradNorm::compare, py::arg("param_groups"));
   m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lookaheads"), py::arg("distances"), py::arg("back"));
+  m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
+  m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"));
   m.def("isa", &cpu::isa);
   m.def("isas", &cpu::isas);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));

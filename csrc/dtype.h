@@ -9,7 +9,8 @@
 
 namespace momentum_ext {
 
-enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// The 8-bit ones are for momentum buffers alone, see low_precision.h.
+enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kFloat8E4M3 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -18,8 +19,12 @@ struct Float16 {
   uint16_t bits;
 };
 
+constexpr bool is_8_bit(Dtype dtype) {
+  return dtype == Dtype::kInt8 || dtype == Dtype::kFloat8E4M3;
+}
+
 constexpr int64_t itemsize(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : is_8_bit(dtype) ? 1 : 2;
 }
 
 // The type in which an element of type scalar_t is computed.

@@ -28,6 +28,8 @@ struct Hyperparams {
   Coefficients<double> f64{};
   Coefficients<float> f32{};
   DeviceHyperparams on_device;
+  bool stochastic_rounding = false;  // of what is stored in 16 or 8 bits
+  uint64_t rounding_seed = 0;
 };
 
 template <typename opmath_t>

@@ -24,6 +24,22 @@ struct StridedLayout {
   int ndim;
 };
 
+// Where the exact value of a 16-bit parameter is kept.
+enum class Master : uint8_t {
+  kNone,       // the parameter is all there is
+  kRemainder,  // int16: what rounding to bf16 has cut off, see split() in low_precision.h
+  kCopy,       // fp32
+};
+
+// What low-precision state needs besides the three tensors. Its arrays are dense, in the order in
+// which the parameter is walked: its own order in memory.
+struct LowPrecision {
+  void* master;
+  float* scale;     // of an 8-bit momentum buffer: one for each kScaleBlock elements
+  uint32_t tensor;  // its place among the optimizer's parameters, for random numbers
+  Master master_kind;
+};
+
 constexpr int16_t kCpu = -1;
 
 struct TensorEntry {
@@ -32,6 +48,7 @@ struct TensorEntry {
   void* momentum_buffer;        // nullptr when the group has no momentum
   void* average;                // of the parameter, in its dtype and layout; nullptr: none is kept
   const StridedLayout* layout;  // nullptr when all three share one dense layout
+  const LowPrecision* low_precision;  // nullptr: values are stored as they are, rounded to nearest
   int64_t numel;
   uint32_t group;  // index into TensorTable::groups
   Dtype param_dtype;
@@ -69,6 +86,7 @@ struct TensorTable {
   const Hyperparams* groups;
   double average_weight =
       0;  // of the new parameter in its average; 1: the average becomes the parameter
+  uint32_t rounding_step = 0;  // how many steps there have been, for random numbers
 };
 
 // The entry that holds element `position` of the concatenated range [first_element[0],

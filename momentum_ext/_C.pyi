@@ -43,6 +43,9 @@ class StepPlan:
     def set_average_weight(self, weight: float) -> None:
         """Keep averages at ``state[p]["ema"]``, with this weight of the new parameter in the next step; 0: none."""
 
+    rounding_step: int
+    """How many steps there have been: random numbers depend on it."""
+
     def begin_torch_step(self) -> None:
         """What a prepared step does before torch's path: conversions, and averages that start with it."""
 
@@ -71,6 +74,12 @@ def move_lookahead(
 
     On the way back, elements that were not changed in between get the very bits that they had.
     """
+
+def quantize(value: Tensor, dtype: torch.dtype, param: Tensor) -> tuple[Tensor, Tensor]:
+    """`value` in int8 or float8_e4m3fn, laid out as `param` without gaps, and the fp32 scales of its blocks of 256."""
+
+def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
+    """The values in fp32, in the same layout."""
 
 def isa() -> str:
     """The instruction set in use."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
+from momentum_ext.precision import EIGHT_BITS, SCALE
 
 __all__ = ["hold_iterate", "hold_lookahead"]
 
@@ -33,6 +34,7 @@ def hold_iterate(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -
             buffer = state[param].get("momentum_buffer") if param in state else None
             if buffer is not None and param not in seen:
                 seen.add(param)
+                buffer = _as_float(buffer, state[param])
                 moves.append((param, buffer, torch.empty_like(param).detach(), group_distance))
     _move(moves, back=False)
     for param, _, lookahead, _ in moves:
@@ -52,7 +54,7 @@ def hold_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, Any])
         if param in state and LOOKAHEAD in state[param]
     ]
     moves = [
-        (param, buffer, state[param][LOOKAHEAD], distance)
+        (param, _as_float(buffer, state[param]), state[param][LOOKAHEAD], distance)
         for param, distance in moved
         if (buffer := state[param].get("momentum_buffer")) is not None  # without momentum the two points are one
     ]
@@ -71,6 +73,11 @@ def check_train_mode(param_groups: list[dict[str, Any]]) -> None:
             "step(): the parameters are where optimizer.eval() has moved them, not where the gradients belong; call "
             "optimizer.train() before the backward pass"
         )
+
+
+def _as_float(buffer: Tensor, state: dict[str, Any]) -> Tensor:
+    """A momentum buffer that the kernel can read."""
+    return _C.dequantize(buffer, state[SCALE]) if buffer.dtype in EIGHT_BITS else buffer
 
 
 def _distance(group: dict[str, Any]) -> float:

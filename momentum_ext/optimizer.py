@@ -23,6 +23,18 @@ from momentum_ext.averaging import COUNT, average_weight, check_decay, swapped
 from momentum_ext.clipping import GradFactor
 from momentum_ext.formulation import check_group, torch_step
 from momentum_ext.lookahead import TRAIN_MODE, check_train_mode, hold_iterate, hold_lookahead
+from momentum_ext.memory import MemorySummary, summarize
+from momentum_ext.precision import (
+    OPTIONS,
+    ROUNDING_STEP,
+    as_torch_state_dict,
+    check_low_precision_step,
+    check_options,
+    keep_dtypes,
+    low_precision_step,
+    needs_low_precision_step,
+    unpack,
+)
 
 __all__ = ["FusedMomentum"]
 
@@ -98,6 +110,15 @@ class FusedMomentum(SGD):
             step; see :meth:`ema_weights`. On CUDA, and where the layouts differ, torch's lerp follows the step
             (default: None).
         ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps (default: False).
+        momentum_dtype: dtype of the momentum buffers: float32, bfloat16, float16, int8 or float8_e4m3fn; None is
+            torch's, the parameter's own. Those of 8 bits have one fp32 scale for each 256 elements
+            (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022 (default: None).
+        master_weights: keep the exact fp32 value of 16-bit parameters: for bf16 as 16 more bits
+            (``"param_remainder"``), for fp16 as a copy (``"master_param"``) (default: False).
+        stochastic_rounding: round what is stored in 16 or 8 bits up or down at random, with probabilities that make
+            the mean right; parameters with a master are rounded to nearest (default: False).
+        rounding_seed: of these random numbers, which depend on nothing else but the step, the parameter's place in
+            ``param_groups`` and the element's in the parameter. Data-parallel replicas need the same (default: 0).
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that
@@ -132,11 +153,19 @@ class FusedMomentum(SGD):
         max_grad_norm: float | None = None,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         check_decay(ema_decay, ema_warmup)
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         self._own_defaults = {"formulation": formulation, "decoupled_weight_decay": decoupled_weight_decay}
+        precision = (momentum_dtype, master_weights, stochastic_rounding, rounding_seed)
+        # Groups have these keys only where they say something: each key costs every step a comparison.
+        if precision != tuple(OPTIONS.values()):
+            self._own_defaults.update(zip(OPTIONS, precision))
         super().__init__(
             params,
             lr,
@@ -158,6 +187,7 @@ class FusedMomentum(SGD):
     def _start(self) -> None:
         """What is not part of the state."""
         self._plan = _C.StepPlan()
+        self._plan.rounding_step = max((group.get(ROUNDING_STEP, 0) for group in self.param_groups), default=0)
         self._grad_factor = GradFactor()
         self._is_swapped = False
         self._is_averaging = False
@@ -168,7 +198,8 @@ class FusedMomentum(SGD):
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: also for a formulation that the group's other hyperparameters do not go with.
+            ValueError: also for a formulation that the group's other hyperparameters do not go with, and for a
+                momentum_dtype that is not supported.
         """
         num_groups = len(self.param_groups)
         super().add_param_group(param_group)
@@ -177,7 +208,8 @@ class FusedMomentum(SGD):
             group.setdefault(name, value)
         try:
             check_group(group)
-        except ValueError:
+            check_options(group)
+        except (TypeError, ValueError):
             del self.param_groups[num_groups:]
             raise
         if num_groups and not self.param_groups[0].get(TRAIN_MODE, True):
@@ -192,7 +224,8 @@ class FusedMomentum(SGD):
         """Load what :meth:`state_dict` of this class or of torch.optim.SGD has returned.
 
         The formulation stays that of this optimizer: momentum buffers of another one are converted where that is
-        exact, at the loaded learning rate.
+        exact, at the loaded learning rate. So do momentum_dtype, master_weights, stochastic_rounding and its seed:
+        what was stored in another way keeps its dtype here, and is converted in the next step.
 
         Raises:
             ValueError: where it is not; the optimizer is then as it was.
@@ -200,7 +233,7 @@ class FusedMomentum(SGD):
         self._check_not_swapped()
         before = dict(self.__dict__)
         groups = self.param_groups
-        super().load_state_dict(state_dict)
+        keep_dtypes(self, lambda: super(FusedMomentum, self).load_state_dict(state_dict))
         try:
             for group, old in zip(self.param_groups, groups):
                 formulation = old.get("formulation", "torch")
@@ -208,6 +241,10 @@ class FusedMomentum(SGD):
                     self._own_buffers(group)
                 group["formulation"] = formulation
                 group.setdefault("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
+                for name in OPTIONS:
+                    group.pop(name, None)
+                    if name in old:
+                        group[name] = old[name]
             self._plan.convert(self.param_groups, self.state)
         except BaseException:
             self.__dict__.update(before)
@@ -218,8 +255,9 @@ class FusedMomentum(SGD):
         """Before buffers that were loaded are converted: torch may have taken the checkpoint's own tensors."""
         for param in group["params"]:
             entry = self.state.get(param, {})
-            if isinstance(entry.get("momentum_buffer"), Tensor):
-                entry["momentum_buffer"] = entry["momentum_buffer"].clone()
+            for name in ("momentum_buffer", "momentum_scale"):
+                if isinstance(entry.get(name), Tensor):
+                    entry[name] = entry[name].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
@@ -231,12 +269,14 @@ class FusedMomentum(SGD):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        unpack(state["state"])
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("formulation", "torch")
         self._own_defaults = {
             "formulation": self.defaults.get("formulation", "torch"),
             "decoupled_weight_decay": self.defaults.get("decoupled_weight_decay", False),
+            **{name: self.defaults[name] for name in OPTIONS if name in self.defaults},
         }
         for name, default in (("max_grad_norm", None), ("ema_decay", None), ("ema_warmup", False)):
             self.__dict__.setdefault(name, default)
@@ -394,6 +434,26 @@ class FusedMomentum(SGD):
             finally:
                 self._is_swapped = False
 
+    def torch_state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim.SGD.load_state_dict takes it: momentum buffers, in its formulation.
+
+        Buffers of 8 bits are decoded to fp32, others keep their dtype (torch casts them as it loads). What torch has
+        no place for is left out: averages, and masters, whose parameters are in the model, rounded. The exponential
+        moving average of gradients becomes ``dampening = momentum``.
+
+        Raises:
+            ValueError: for what torch.optim.SGD cannot do: decoupled weight decay, Nesterov in the ema formulation.
+            RuntimeError: while :meth:`eval` holds the iterate.
+        """
+        return as_torch_state_dict(self.state_dict())
+
+    def memory_summary(self) -> MemorySummary:
+        """Bytes of parameters, gradients and state by kind, with today's options; prints as a table.
+
+        Counts what a step with all gradients will have allocated, so it is the same before the first step and after.
+        """
+        return summarize(self.param_groups, self.state, self.ema_decay is not None)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; what was to clip the gradients goes with them."""
         self._grad_factor.clear()
@@ -443,6 +503,9 @@ class FusedMomentum(SGD):
         self._check_not_swapped()
         for group in self.param_groups if self._ema_count else ():
             group[COUNT] = self._ema_count  # in every group: any of them may go
+        for group in self.param_groups:
+            if group.get("stochastic_rounding", False):
+                group[ROUNDING_STEP] = self._plan.rounding_step
         self._plan.convert(self.param_groups, self.state)
         unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU
         for param, state in list(self.state.items()) if unstarted else []:
@@ -458,6 +521,9 @@ class FusedMomentum(SGD):
                 group = self.param_groups[g]
                 param = group["params"][i]
                 grad = param.grad if inv_grad_scale == 1.0 else param.grad * inv_grad_scale
+                if needs_low_precision_step(group, self.state.get(param, {})):
+                    low_precision_step(group, param, grad, self.state[param], torch_step)
+                    continue
                 has_momentum = group["momentum"] != 0
                 buffer = self.state[param].get("momentum_buffer") if has_momentum else None
                 buffer = torch_step(group, param, grad, buffer)
@@ -473,6 +539,10 @@ class FusedMomentum(SGD):
                 if param.is_cuda and not _C.HAS_CUDA_KERNELS:
                     _warn_of_missing_kernels()
                 buffer = self.state[param].get("momentum_buffer") if param in self.state else None
+                if needs_low_precision_step(group, self.state.get(param, {})):
+                    name = f"param_groups[{g}]['params'][{i}]"
+                    check_low_precision_step(group, param, self.defaults["differentiable"], name)
+                    buffer = None  # torch gets a value of its parameter's kind
                 stand_in = _stand_in(buffer) if isinstance(buffer, Tensor) else None
                 torch_step(group, _stand_in(param), _stand_in(param.grad), stand_in)
 

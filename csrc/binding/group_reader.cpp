@@ -1,8 +1,11 @@
 #include "group_reader.h"
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
 
@@ -22,12 +25,26 @@ enum Key {
   kDecoupledWeightDecay,
   kFormulation,
   kTrainMode,
+  kMomentumDtype,
+  kMasterWeights,
+  kStochasticRounding,
+  kRoundingSeed,
   kNumKeys
 };
-constexpr const char* kNames[kNumKeys] = {
-    "params",       "lr",        "momentum", "dampening",
-    "weight_decay", "nesterov",  "maximize", "decoupled_weight_decay",
-    "formulation",  "train_mode"};
+constexpr const char* kNames[kNumKeys] = {"params",
+                                          "lr",
+                                          "momentum",
+                                          "dampening",
+                                          "weight_decay",
+                                          "nesterov",
+                                          "maximize",
+                                          "decoupled_weight_decay",
+                                          "formulation",
+                                          "train_mode",
+                                          "momentum_dtype",
+                                          "master_weights",
+                                          "stochastic_rounding",
+                                          "rounding_seed"};
 
 PyObject* interned(Key key) {
   static PyObject* const* const strings = [] {
@@ -110,7 +127,40 @@ bool find_bool(PyObject* group, Key key) {
 
 bool is_immutable(PyObject* value) {
   return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
-         PyUnicode_CheckExact(value);
+         PyUnicode_CheckExact(value) || THPDtype_Check(value) || value == Py_None;
+}
+
+// Groups without low-precision state have none of these keys.
+Storage read_storage(PyObject* group, size_t index) {
+  Storage storage;
+  PyObject* const dtype = find(group, kMomentumDtype);
+  if (dtype != nullptr && dtype != Py_None) {
+    constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kChar,
+                                          at::kFloat8_e4m3fn};
+    if (THPDtype_Check(dtype)) {
+      storage.momentum_dtype = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+    }
+    if (std::find(std::begin(kDtypes), std::end(kDtypes), storage.momentum_dtype) ==
+        std::end(kDtypes)) {
+      throw py::value_error(where(index, kMomentumDtype) +
+                            ": expected None, torch.float32, torch.bfloat16, torch.float16, "
+                            "torch.int8 or torch.float8_e4m3fn, got " +
+                            std::string(py::repr(dtype)));
+    }
+  }
+  storage.master_weights = find_bool(group, kMasterWeights);
+  storage.stochastic_rounding = find_bool(group, kStochasticRounding);
+  return storage;
+}
+
+uint64_t read_rounding_seed(PyObject* group, size_t index) {
+  PyObject* const seed = find(group, kRoundingSeed);
+  if (seed == nullptr) return 0;
+  if (!PyLong_Check(seed)) {
+    throw py::type_error(where(index, kRoundingSeed) + ": expected an int, got " +
+                         std::string(py::repr(seed)));
+  }
+  return PyLong_AsUnsignedLongLongMask(seed);
 }
 
 // Which of ours a dict's key is; kNumKeys when it is none. Keys of a loaded state_dict need not be
@@ -225,6 +275,9 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
   } else {
     h.weight_decay = WeightDecay::kL2;
   }
+  storage_ = read_storage(group, index);
+  h.stochastic_rounding = storage_.stochastic_rounding;
+  h.rounding_seed = read_rounding_seed(group, index);
   hyperparams = h;
 
   items_.clear();

@@ -8,6 +8,7 @@
 
 #include "../hyperparams.h"
 #include "formulation.h"
+#include "storage.h"
 
 namespace momentum_ext::binding {
 
@@ -43,6 +44,9 @@ class GroupReader {
   // How the group wants its momentum written.
   Formulation formulation() const { return formulation_; }
 
+  // And how it wants its state stored.
+  const Storage& storage() const { return storage_; }
+
  private:
   // One item of the dict as it was last read. The value of a hyperparameter is kept alive: as long
   // as it lives, no other number can stand at its address, so the same address is the same number.
@@ -57,6 +61,7 @@ class GroupReader {
   bool needs_torch_ = false;
   bool in_train_mode_ = true;
   Formulation formulation_ = Formulation::kTorch;
+  Storage storage_;
   bool scaled_ = false;  // the coefficients are those of inv_grad_scale_
   double inv_grad_scale_ = 1.0;
   bool maximize_ = false;

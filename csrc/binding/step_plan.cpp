@@ -94,7 +94,8 @@ void StepPlan::clear_step() {
   is_prepared_ = false;
   scaler_ = {};
   state_ = py::object();
-  new_buffers_.clear();
+  new_state_.clear();
+  newly_stored_.clear();
   conversions_.clear();
   without_average_.clear();
   averaged_by_torch_.clear();
@@ -150,8 +151,8 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
 }
 
 void StepPlan::update() {
-  if (!new_buffers_.empty() || !without_average_.empty()) keep_alive();  // Python code is called
-  insert_new_buffers();
+  if (!new_state_.empty() || !without_average_.empty()) keep_alive();  // Python code is called
+  insert_new_state();
   const int threads = max_threads();
   const auto num_slots = static_cast<int64_t>(slots_.size());
   try {
@@ -164,14 +165,16 @@ void StepPlan::update() {
              first_steps_, in_order_);
     }
   } catch (...) {  // else the next step would find buffers that were never computed
-    take_back_new_buffers(new_buffers_.size());
+    take_back_new_state(new_state_.size());
     throw;
   }
-  for (const NewBuffer& made : new_buffers_) {
+  for (const NewState& made : new_state_) {
     if (made.cohort != 0) first_steps_.add(made.tensor, made.cohort, made.device);
   }
   if (first_element_[slots_.size()] != 0) update_cpu();
   if (!averaged_by_torch_.empty()) update_averages_by_torch();
+  for (const size_t i : newly_stored_) slots_[i].storage = readers_[slots_[i].group].storage();
+  ++rounding_step_;
   clear_step();
 }
 
@@ -201,8 +204,9 @@ bool StepPlan::has_cpu_tensors() const {
 void StepPlan::update_cpu() {
   const bool release = first_element_[slots_.size()] >= kElementsToReleaseGil;
   if (release) keep_alive();
-  TensorTable table = {entries_.data(), first_element_.data(), static_cast<int64_t>(slots_.size()),
-                       hyperparams_.data(), average_weight_};
+  TensorTable table = {
+      entries_.data(),     first_element_.data(), static_cast<int64_t>(slots_.size()),
+      hyperparams_.data(), average_weight_,       rounding_step_};
   if (!shares_.empty()) {
     cpu_entries_.clear();
     cpu_first_element_.assign(1, 0);
@@ -220,44 +224,41 @@ void StepPlan::update_cpu() {
 }
 
 // Through the dict's own __setitem__ (an OrderedDict keeps more than its items), which may run
-// Python code and raise: then what was inserted is taken back, so that no step can find a buffer
-// that was never computed.
-void StepPlan::insert_new_buffers() {
-  for (size_t k = 0; k < new_buffers_.size(); ++k) {
-    NewBuffer& made = new_buffers_[k];
+// Python code and raise: then what was inserted is taken back, so that no step can find state that
+// was never computed.
+void StepPlan::insert_new_state() {
+  for (size_t k = 0; k < new_state_.size(); ++k) {
+    NewState& made = new_state_[k];
     try {
-      const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
-      const bool has_average =
-          !made.state_dict && PyDict_Contains(state_.ptr(), made.param.ptr()) == 1;
-      if (made.state_dict || has_average) {
-        const py::dict target = has_average ? py::dict(state_[made.param])
-                                            : py::reinterpret_borrow<py::dict>(made.state_dict);
-        const auto key = py::reinterpret_borrow<py::object>(buffer_key_);
-        if (target.contains(key)) made.replaced = target[key];
-        target[key] = buffer;
-      } else {
-        py::dict fresh;
-        fresh[py::reinterpret_borrow<py::object>(buffer_key_)] = buffer;
-        state_[made.param] = fresh;
+      const auto key = py::reinterpret_borrow<py::object>(made.key);
+      const bool has_dict = made.state_dict || PyDict_Contains(state_.ptr(), made.param.ptr()) == 1;
+      if (!has_dict) state_[made.param] = py::dict();
+      const py::dict target = made.state_dict ? py::reinterpret_borrow<py::dict>(made.state_dict)
+                                              : py::dict(state_[made.param]);
+      if (target.contains(key)) made.replaced = target[key];
+      if (made.tensor.defined()) {
+        target[key] = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
+      } else if (made.replaced && PyObject_DelItem(target.ptr(), key.ptr()) != 0) {
+        throw py::error_already_set();
       }
     } catch (...) {
-      take_back_new_buffers(k + 1);
+      take_back_new_state(k + 1);
       throw;
     }
   }
 }
 
-void StepPlan::take_back_new_buffers(size_t count) noexcept {
+void StepPlan::take_back_new_state(size_t count) noexcept {
   const py::error_scope keep_the_error;
-  for (size_t k = 0; k < count; ++k) {
-    const NewBuffer& made = new_buffers_[k];
+  for (size_t k = count; k-- > 0;) {
+    const NewState& made = new_state_[k];
     int failed = 0;
     if (!made.state_dict) {
       failed = PyObject_DelItem(state_.ptr(), made.param.ptr());
     } else if (made.replaced) {
-      failed = PyObject_SetItem(made.state_dict.ptr(), buffer_key_, made.replaced.ptr());
+      failed = PyObject_SetItem(made.state_dict.ptr(), made.key, made.replaced.ptr());
     } else {
-      failed = PyObject_DelItem(made.state_dict.ptr(), buffer_key_);
+      failed = PyObject_DelItem(made.state_dict.ptr(), made.key);
     }
     if (failed != 0) PyErr_Clear();  // it was not there yet
   }
@@ -268,7 +269,8 @@ void StepPlan::bump_versions(int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Tensors& tensors = tensors_[i];
     if (tensors.param == nullptr) continue;
-    for (c10::TensorImpl* const written : {tensors.param, tensors.buffer, tensors.average}) {
+    for (c10::TensorImpl* const written :
+         {tensors.param, tensors.buffer, tensors.average, tensors.master, tensors.scale}) {
       if (written != nullptr && !written->is_inference()) written->bump_version();
     }
   }
@@ -278,7 +280,8 @@ void StepPlan::bump_versions(int64_t begin, int64_t end) {
 void StepPlan::keep_alive() {
   if (!kept_alive_.empty()) return;
   for (const Tensors& tensors : tensors_) {
-    for (c10::TensorImpl* tensor : {tensors.param, tensors.grad, tensors.buffer, tensors.average}) {
+    for (c10::TensorImpl* tensor : {tensors.param, tensors.grad, tensors.buffer, tensors.average,
+                                    tensors.master, tensors.scale}) {
       if (tensor == nullptr) continue;
       kept_alive_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
                                tensor->unsafe_storage());
@@ -353,7 +356,7 @@ bool StepPlan::read_state(PyObject* state) {
 
 void StepPlan::rebuild(PyObject* state) {
   for (size_t i = 0; i < slots_.size(); ++i) {
-    formulations_[param_objects_[i]] = slots_[i].formulation;
+    stored_as_[param_objects_[i]] = {slots_[i].formulation, slots_[i].storage};
   }
   slots_.clear();
   param_objects_.clear();
@@ -368,8 +371,11 @@ void StepPlan::rebuild(PyObject* state) {
       Slot slot;
       slot.group = static_cast<uint32_t>(g);
       slot.index = static_cast<uint32_t>(i);
-      const auto known = formulations_.find(param);
-      slot.formulation = known != formulations_.end() ? known->second : readers_[g].formulation();
+      slot.formulation = readers_[g].formulation();
+      if (const auto known = stored_as_.find(param); known != stored_as_.end()) {
+        slot.formulation = known->second.formulation;
+        slot.storage = known->second.storage;
+      }
       const auto [first, is_new] = slot_of.try_emplace(param, slots_.size());
       if (!is_new) repeated_.emplace_back(slots_.size(), first->second);
       slots_.push_back(std::move(slot));
@@ -380,6 +386,7 @@ void StepPlan::rebuild(PyObject* state) {
   status_.assign(slots_.size(), Status::kNeedsCare);
   tensors_.assign(slots_.size(), {});
   entries_.assign(slots_.size(), {});
+  low_precision_.assign(slots_.size(), {});
   first_element_.assign(slots_.size() + 1, 0);
   state_keys_.clear();
   PyObject* key;
@@ -391,14 +398,14 @@ void StepPlan::rebuild(PyObject* state) {
                              found == slot_of.end() ? -1 : static_cast<ptrdiff_t>(found->second));
   }
   read_state(state);
-  // A parameter that is in no group now keeps its buffer's formulation for when it comes back. As
+  // A parameter that is in no group now keeps how its state is stored for when it comes back. As
   // long as the state holds it, no other tensor has its address.
-  std::unordered_map<PyObject*, Formulation> away;
+  std::unordered_map<PyObject*, StoredAs> away;
   for (const auto& [param, slot] : state_keys_) {
-    const auto known = formulations_.find(param);
-    if (slot < 0 && known != formulations_.end()) away.insert(*known);
+    const auto known = stored_as_.find(param);
+    if (slot < 0 && known != stored_as_.end()) away.insert(*known);
   }
-  formulations_ = std::move(away);
+  stored_as_ = std::move(away);
 }
 
 // A quick look at all slots: are they as the plan says? Writes nothing but the plan, so that
@@ -412,12 +419,11 @@ void StepPlan::check_slots() {
                                      first_slot_.begin() - 1);
         for (; i < static_cast<size_t>(end); ++g) {
           const bool has_momentum = hyperparams_[g].has_momentum;
-          const Formulation formulation = readers_[g].formulation();
           const bool needs_torch = all_for_torch_ || readers_[g].needs_torch();
           const size_t stop = std::min(first_slot_[g + 1], static_cast<size_t>(end));
           for (; i < stop; ++i) {
             status_[i] =
-                needs_torch ? Status::kNeedsCare : check_slot(i, has_momentum, formulation);
+                needs_torch ? Status::kNeedsCare : check_slot(i, has_momentum, readers_[g]);
           }
         }
       });

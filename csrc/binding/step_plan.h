@@ -57,6 +57,10 @@ class StepPlan {
   // Takes the buffers to be in the formulation that their group names now.
   void adopt_formulations(const py::list& param_groups);
 
+  // How many steps there have been: random numbers depend on it.
+  uint32_t rounding_step() const { return rounding_step_; }
+  void set_rounding_step(uint32_t count) { rounding_step_ = count; }
+
   // Buffers in the state whose tensor has yet to have its first step, because it overflowed. Waits
   // for the devices.
   py::list unstarted_buffers();
@@ -87,6 +91,18 @@ class StepPlan {
     std::unique_ptr<OwnedLayout> layout;  // nullptr: one dense layout, walked as flat arrays
   };
 
+  // A tensor of a slot's low-precision state, as it was when the slot was examined.
+  struct Known {
+    PyObject* key = nullptr;  // in the parameter's state; nullptr: there is none
+    const void* data = nullptr;
+    caffe2::TypeMeta dtype;
+    c10::impl::SizesAndStrides shape;
+  };
+  struct KnownState {
+    Known master;
+    Known scale;
+  };
+
   // One position in one parameter list, with what was true of its tensors when its path was chosen.
   struct Slot {
     // What each step compares, together.
@@ -102,6 +118,7 @@ class StepPlan {
     int16_t device = kCpu;
     Path path = Path::kUnknown;
     Formulation formulation{};  // of the buffer
+    Storage storage;            // of the state
     bool has_buffer = false;
     uint8_t param_itemsize = 0;
     uint8_t grad_itemsize = 0;
@@ -113,15 +130,25 @@ class StepPlan {
     uint32_t group = 0;
     uint32_t index = 0;  // in the group's list
     std::unique_ptr<Shapes> shapes;
+    std::unique_ptr<KnownState> known;  // of a slot with low-precision state
   };
 
-  struct NewBuffer {
-    at::Tensor tensor;
+  // A change of a parameter's state that a step makes before it updates.
+  struct NewState {
+    at::Tensor tensor;  // undefined: the key goes
+    PyObject* key;
     py::object param;
     py::object state_dict;  // null: to be made
     py::object replaced;    // what the state had in its place; null: nothing
     uint32_t cohort = 0;
     int16_t device = kCpu;
+  };
+
+  // The state of a slot that is stored in its group's way, and what must be put into it for that.
+  struct LowPrecisionState {
+    at::Tensor master;
+    at::Tensor scale;
+    std::vector<std::pair<PyObject*, at::Tensor>> changes;  // an undefined tensor: the key goes
   };
 
   // A momentum buffer in another formulation than its group's.
@@ -139,11 +166,20 @@ class StepPlan {
   void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
                bool all_for_torch);
   void check_slots();
-  Status check_slot(size_t i, bool has_momentum, Formulation formulation) noexcept;
+  Status check_slot(size_t i, bool has_momentum, const GroupReader& reader) noexcept;
   void plan_conversion(size_t i);
   bool is_repeated(size_t i) const;
+  bool has_low_precision(const Slot& slot, const at::Tensor& buffer) const;
+  LowPrecisionState plan_low_precision(size_t i, const at::Tensor& param, at::Tensor& buffer) const;
+  void plan_buffer(const Slot& slot, const at::Tensor& param, at::Tensor& buffer,
+                   LowPrecisionState& state) const;
+  void plan_master(const Slot& slot, const at::Tensor& param, LowPrecisionState& state) const;
+  at::Tensor find_scale(const Slot& slot, const at::Tensor& buffer) const;
+  void attach_low_precision(size_t i, const at::Tensor& param, const LowPrecisionState& state);
+  bool find_known(size_t i) noexcept;
   void prepare_slot(size_t i);
   const at::Tensor* find_buffer(const Slot& slot) const;
+  const at::Tensor* find_state(const Slot& slot, PyObject* key) const;
   bool is_unchanged(const Slot& slot, const c10::TensorImpl& param, const c10::TensorImpl& grad,
                     const c10::TensorImpl* buffer) const;
   bool is_unchanged_layout(const Slot& slot, const c10::TensorImpl& param,
@@ -162,13 +198,16 @@ class StepPlan {
   void separate_first_steps();
   bool has_cpu_tensors() const;
   void update_cpu();
-  void insert_new_buffers();
-  void take_back_new_buffers(size_t count) noexcept;
+  void insert_new_state();
+  void take_back_new_state(size_t count) noexcept;
   void bump_versions(int64_t begin, int64_t end);
   std::string name_of(const Slot& slot) const;
 
   PyObject* const buffer_key_ = PyUnicode_InternFromString("momentum_buffer");
   PyObject* const average_key_ = PyUnicode_InternFromString("ema");
+  PyObject* const scale_key_ = PyUnicode_InternFromString("momentum_scale");
+  PyObject* const remainder_key_ = PyUnicode_InternFromString("param_remainder");
+  PyObject* const master_key_ = PyUnicode_InternFromString("master_param");
   std::mutex mutex_;  // a second thread that steps the same optimizer waits its turn
   std::atomic<std::thread::id> owner_{};  // who holds the mutex
   std::thread::id half_done_by_{};        // who has prepared a step and not yet run it
@@ -183,7 +222,12 @@ class StepPlan {
       state_keys_;  // the state's keys in order; their slot, or -1
   std::vector<std::pair<size_t, size_t>>
       repeated_;  // a slot, and the earlier one of the same parameter
-  std::unordered_map<PyObject*, Formulation> formulations_;  // of parameters, for the next rebuild
+  // Of parameters, for the next rebuild.
+  struct StoredAs {
+    Formulation formulation;
+    Storage storage;
+  };
+  std::unordered_map<PyObject*, StoredAs> stored_as_;
   // The memory of all parameters and buffers, by address; where two of them meet, order matters.
   struct Range {
     ByteRange bytes;
@@ -196,17 +240,20 @@ class StepPlan {
   FirstSteps first_steps_;  // on CUDA devices, of tensors that began under a GradScaler
 
   // This step. The vectors keep their capacity, so that a step allocates nothing once warm. The
-  // first four have one element for each slot; a slot without a gradient has an entry of no
+  // first five have one element for each slot; a slot without a gradient has an entry of no
   // elements.
   struct Tensors {
     c10::TensorImpl* param = nullptr;  // nullptr: nothing to update
     c10::TensorImpl* grad = nullptr;
     c10::TensorImpl* buffer = nullptr;
     c10::TensorImpl* average = nullptr;
+    c10::TensorImpl* master = nullptr;
+    c10::TensorImpl* scale = nullptr;
   };
   std::vector<Status> status_;
   std::vector<Tensors> tensors_;
   std::vector<TensorEntry> entries_;
+  std::vector<LowPrecision> low_precision_;
   std::vector<int64_t> first_element_;
   std::vector<PyObject*> groups_;  // the dicts, borrowed
   std::vector<PyObject*> params_;  // and their lists, borrowed
@@ -218,7 +265,9 @@ class StepPlan {
   std::vector<int64_t> cpu_first_element_;
   bool is_prepared_ = false;
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
-  std::vector<NewBuffer> new_buffers_;
+  std::vector<NewState> new_state_;
+  std::vector<size_t> newly_stored_;  // slots whose state is stored in another way from now on
+  uint32_t rounding_step_ = 0;
   std::vector<Conversion> conversions_;
   double average_weight_ = 0;
   bool has_averages_ = false;            // some entry may have one

@@ -6,19 +6,12 @@
 
 #include <algorithm>
 
+#include "state_access.h"
 #include "step_plan.h"
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
 namespace {
-
-// The tensor at state_dict[key]; nullptr when there is none.
-const at::Tensor* find_tensor(PyObject* state_dict, PyObject* key) {
-  if (state_dict == nullptr || !PyDict_Check(state_dict)) return nullptr;
-  PyObject* const value = PyDict_GetItemWithError(state_dict, key);
-  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return value != nullptr && THPVariable_Check(value) ? &THPVariable_Unpack(value) : nullptr;
-}
 
 bool has_flat_average(const TensorEntry& entry, const at::Tensor& param,
                       const at::Tensor& average) {
@@ -39,7 +32,7 @@ void StepPlan::attach_averages() {
     tensors_[i].average = nullptr;
     if (average_weight_ == 0 || !THPVariable_Check(param_objects_[i]) || is_repeated(i)) continue;
     const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
-    const at::Tensor* const average = find_tensor(slots_[i].state_dict, average_key_);
+    const at::Tensor* const average = find_state(slots_[i], average_key_);
     if (average == nullptr) {
       // What has never had a gradient has never moved: it is its own average.
       if (!param.unsafeGetTensorImpl()->grad().defined()) continue;

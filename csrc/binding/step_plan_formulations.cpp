@@ -12,7 +12,7 @@ void StepPlan::adopt_formulations(const py::list& param_groups) {
   for (size_t g = 0; g < param_groups.size(); ++g) {
     const py::dict group = param_groups[g];
     const Formulation formulation = read_formulation(group.ptr(), g);
-    for (const py::handle param : group["params"]) formulations_[param.ptr()] = formulation;
+    for (const py::handle param : group["params"]) stored_as_[param.ptr()] = {formulation, {}};
   }
 }
 
@@ -63,7 +63,9 @@ void StepPlan::plan_conversion(size_t i) {
                           ": the momentum buffers are converted at the current lr, which is 0; "
                           "set lr first");
   }
-  conversions_.push_back({is_repeated(i) ? at::Tensor() : *buffer, lr, i});
+  at::Tensor factor_of = *buffer;  // what the buffer's values are multiples of
+  if (is_8_bit(buffer->scalar_type())) factor_of = find_scale(slot, *buffer);
+  conversions_.push_back({is_repeated(i) ? at::Tensor() : factor_of, lr, i});
 }
 
 // True for a parameter that an earlier slot has too.

@@ -24,6 +24,12 @@ void StepPlan::find_shared_memory() {
     if (slot.has_buffer) {
       add(slot.buffer_data, slot.buffer_itemsize, shapes ? &shapes->buffer : nullptr);
     }
+    if (slot.known == nullptr) continue;
+    for (const Known* const known : {&slot.known->master, &slot.known->scale}) {
+      if (known->key != nullptr) {
+        add(known->data, static_cast<int64_t>(known->dtype.itemsize()), &known->shape);
+      }
+    }
   }
   std::sort(ranges_.begin(), ranges_.end(),
             [](const Range& a, const Range& b) { return a.bytes.begin < b.bytes.begin; });

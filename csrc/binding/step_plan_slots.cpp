@@ -1,12 +1,12 @@
 // One tensor of the plan: the quick look, the examination, and the errors.
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
+#include "state_access.h"
 #include "step_plan.h"
 #include "tensor_access.h"
 
@@ -22,12 +22,11 @@ std::string to_string(const T& value) {
 
 }  // namespace
 
-// Runs on other threads too, while the calling thread holds the GIL: calls nothing of Python's but
-// PyDict_Next, which only reads.
+// Runs on other threads too, while the calling thread holds the GIL.
 StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
-                                      Formulation formulation) noexcept {
+                                      const GroupReader& reader) noexcept {
   Slot& slot = slots_[i];
-  if (slot.formulation != formulation) return Status::kNeedsCare;
+  if (slot.formulation != reader.formulation()) return Status::kNeedsCare;
   if (!THPVariable_CheckTypeExact(Py_TYPE(param_objects_[i]))) return Status::kNeedsCare;
   const c10::TensorImpl& param = *THPVariable_Unpack(param_objects_[i]).unsafeGetTensorImpl();
   const at::Tensor& grad_tensor = grad_of(param);
@@ -36,20 +35,12 @@ StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
     entries_[i].numel = 0;
     return Status::kIdle;
   }
+  if (!(slot.storage == reader.storage())) return Status::kNeedsCare;
   const c10::TensorImpl& grad = *grad_tensor.unsafeGetTensorImpl();
   const c10::TensorImpl* buffer = nullptr;
   if (has_momentum) {
-    PyObject* key;
-    PyObject* value;
-    Py_ssize_t position = 0;
-    if (slot.state_dict == nullptr || !PyDict_Check(slot.state_dict)) return Status::kNeedsCare;
-    bool found = false;
-    while (!found && PyDict_Next(slot.state_dict, &position, &key, &value)) {
-      // The key of a loaded state need not be the interned string.
-      found = key == buffer_key_ || (PyUnicode_Check(key) &&
-                                     PyUnicode_CompareWithASCIIString(key, "momentum_buffer") == 0);
-    }
-    if (!found || !THPVariable_CheckTypeExact(Py_TYPE(value))) return Status::kNeedsCare;
+    PyObject* const value = find_item(slot.state_dict, buffer_key_);
+    if (value == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(value))) return Status::kNeedsCare;
     buffer = THPVariable_Unpack(value).unsafeGetTensorImpl();
   }
   try {
@@ -64,6 +55,7 @@ StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
   }
   tensors_[i] = {const_cast<c10::TensorImpl*>(&param), const_cast<c10::TensorImpl*>(&grad),
                  const_cast<c10::TensorImpl*>(buffer)};
+  if (slot.known != nullptr && !find_known(i)) return Status::kNeedsCare;
   TensorEntry& entry = entries_[i];
   entry.grad = const_data_of(grad, slot.grad_itemsize);
   entry.numel = slot.num_reals;
@@ -94,9 +86,20 @@ void StepPlan::prepare_slot(size_t i) {
       grad_field.is_neg() || grad_field.is_conj() ? resolved_grads_.back() : grad_field;
 
   const bool has_momentum = hyperparams_[slot.group].has_momentum;
-  const at::Tensor* buffer = has_momentum ? find_buffer(slot) : nullptr;
-  const bool is_first_step = has_momentum && buffer == nullptr;
-  examine(slot, param, grad, buffer == nullptr ? at::Tensor() : *buffer);
+  const at::Tensor* const found = has_momentum ? find_buffer(slot) : nullptr;
+  const bool is_first_step = has_momentum && found == nullptr;
+  at::Tensor buffer = found == nullptr ? at::Tensor() : *found;
+  LowPrecisionState low_precision;
+  const bool is_low_precision = has_low_precision(slot, buffer);
+  if (is_low_precision) low_precision = plan_low_precision(i, param, buffer);
+  examine(slot, param, grad, buffer);
+  const auto put = [&](PyObject* key, const at::Tensor& tensor, uint32_t cohort) {
+    const auto object = [](PyObject* borrowed) {
+      return py::reinterpret_borrow<py::object>(borrowed);
+    };
+    new_state_.push_back({tensor, key, object(param_objects_[i]), object(slot.state_dict),
+                          py::object(), cohort, slot.device});
+  };
   uint32_t cohort = 0;
   if (slot.path != Path::kTorch && is_first_step) {
     slot.path = Path::kUnknown;
@@ -110,24 +113,19 @@ void StepPlan::prepare_slot(size_t i) {
       }
       if (scaler_.any()) cohort = first_steps_.new_cohort(slot.device);
     }
-    const auto object = [](PyObject* borrowed) {
-      return py::reinterpret_borrow<py::object>(borrowed);
-    };
-    // A step that overflows leaves the new buffer as it is.
-    const auto format = at::MemoryFormat::Preserve;
-    new_buffers_.push_back(
-        {cohort != 0 ? at::zeros_like(param, {}, format) : at::empty_like(param, {}, format),
-         object(param_objects_[i]), object(slot.state_dict), py::object(), cohort, slot.device});
-    buffer = &new_buffers_.back().tensor;
-    examine(slot, param, grad, *buffer);
-    if (slot.path == Path::kTorch) new_buffers_.pop_back();  // torch makes its own
+    if (!buffer.defined()) buffer = at::empty_like(param, {}, at::MemoryFormat::Preserve);
+    if (cohort != 0) buffer.zero_();  // a step that overflows leaves the new buffer as it is
+    examine(slot, param, grad, buffer);
+    if (slot.path != Path::kTorch) put(buffer_key_, buffer, cohort);  // torch makes its own
   }
+  if (!(slot.storage == readers_[slot.group].storage())) newly_stored_.push_back(i);
   if (slot.path == Path::kTorch) {
     for_torch_.push_back(i);
     return;
   }
+  for (const auto& [key, tensor] : low_precision.changes) put(key, tensor, 0);
   tensors_[i] = {param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(),
-                 buffer == nullptr ? nullptr : buffer->unsafeGetTensorImpl()};
+                 buffer.defined() ? buffer.unsafeGetTensorImpl() : nullptr};
   TensorEntry& entry = entries_[i];
   entry.param = slot.param_data;
   entry.grad = const_data_of(*grad.unsafeGetTensorImpl(), slot.grad_itemsize);
@@ -142,7 +140,12 @@ void StepPlan::prepare_slot(size_t i) {
   entry.buffer_dtype = slot.buffer_kernel_dtype;
   entry.is_first_step = is_first_step;
   entry.device = slot.device;
-  entry.cohort = is_first_step || buffer == nullptr ? cohort : first_steps_.cohort_of(*buffer);
+  if (!conversions_.empty() && conversions_.back().slot == i &&
+      conversions_.back().buffer.defined()) {
+    conversions_.back().buffer = low_precision.scale.defined() ? low_precision.scale : buffer;
+  }
+  entry.cohort = is_first_step || !buffer.defined() ? cohort : first_steps_.cohort_of(buffer);
+  if (is_low_precision) attach_low_precision(i, param, low_precision);
   if (has_shared_storage(*grad.unsafeGetTensorImpl())) status_[i] = Status::kSharedGrad;
 }
 
@@ -153,14 +156,8 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
     throw py::type_error("state of " + name_of(slot) + ": expected a dict, got " +
                          Py_TYPE(slot.state_dict)->tp_name);
   }
-  PyObject* key;
-  PyObject* buffer;
-  Py_ssize_t position = 0;
-  if (!PyDict_Next(slot.state_dict, &position, &key, &buffer)) return nullptr;
-  if (key != buffer_key_) {
-    buffer = PyDict_GetItemWithError(slot.state_dict, buffer_key_);
-    if (buffer == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  }
+  PyObject* const buffer = PyDict_GetItemWithError(slot.state_dict, buffer_key_);
+  if (buffer == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   if (buffer == nullptr || buffer == Py_None) return nullptr;
   if (!THPVariable_Check(buffer)) {
     throw py::type_error("state of " + name_of(slot) +
@@ -168,6 +165,11 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
                          Py_TYPE(buffer)->tp_name + "; delete the entry to start from no momentum");
   }
   return &THPVariable_Unpack(buffer);
+}
+
+// The tensor at opt.state[p][key]; nullptr when there is none.
+const at::Tensor* StepPlan::find_state(const Slot& slot, PyObject* key) const {
+  return find_tensor(slot.state_dict, key);
 }
 
 // Everything that the slot's path was chosen for still holds. The gradient's address alone may
@@ -231,6 +233,7 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
                        const at::Tensor& buffer) {
   slot.path = Path::kUnknown;
   slot.shapes.reset();
+  slot.known.reset();
   ranges_changed_ = true;
   const auto check_written = [&](const at::Tensor& tensor, const std::string& name) {
     if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
@@ -276,8 +279,9 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
     if (!kernel_dtype(tensor.scalar_type())) return false;
     return param.is_complex() ? tensor.scalar_type() == param.scalar_type() : !tensor.is_complex();
   };
-  const bool all_dtypes =
-      has_kernel(param) && has_kernel(grad) && (!buffer.defined() || has_kernel(buffer));
+  const bool is_quantized = buffer.defined() && is_8_bit(buffer.scalar_type());
+  const bool all_dtypes = has_kernel(param) && has_kernel(grad) &&
+                          (!buffer.defined() || is_quantized || has_kernel(buffer));
   const auto shares_memory = [](const at::Tensor& a, const at::Tensor& b) {
     return byte_range(a).overlaps(byte_range(b));
   };
@@ -323,7 +327,8 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   if (buffer.defined()) {
     slot.buffer_itemsize = static_cast<uint8_t>(buffer.element_size());
     slot.buffer_dtype = buffer.dtype();
-    slot.buffer_kernel_dtype = *kernel_dtype(buffer.scalar_type());
+    slot.buffer_kernel_dtype =
+        is_quantized ? quantized_dtype(buffer.scalar_type()) : *kernel_dtype(buffer.scalar_type());
   }
   slot.param_data = mutable_data_of(*param.unsafeGetTensorImpl(), slot.param_itemsize);
   slot.buffer_data = buffer.defined()
@@ -338,7 +343,8 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   slot.shapes->param = shape_of(param);
   slot.shapes->grad = shape_of(grad);
   if (buffer.defined()) slot.shapes->buffer = shape_of(buffer);
-  slot.shapes->layout = common_layout(param, grad, buffer);
+  // A buffer of 8 bits lies in the order of the walk.
+  slot.shapes->layout = common_layout(param, grad, is_quantized ? at::Tensor() : buffer);
   const bool too_many_dims = slot.device != kCpu && slot.shapes->layout != nullptr &&
                              slot.shapes->layout->layout.ndim > kMaxStridedDimsCuda;
   slot.path = too_many_dims ? Path::kTorch : Path::kLayout;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../low_precision.h"
 #include "../momentum.h"
 
 namespace momentum_ext::cpu {

@@ -17,8 +17,7 @@ namespace {
 using FmaPolicy = FusedMultiplyAdd;
 
 #include "half_f16c.h"
-#include "loop.h"
-#include "norm_loop.h"
+#include "loops.h"
 }  // namespace
 }  // namespace avx2
 

@@ -16,8 +16,7 @@ void float_to_half(const float* tile, int64_t n, Float16* target) {
   for (int64_t i = 0; i < n; ++i) store(target[i], tile[i]);
 }
 
-#include "loop.h"
-#include "norm_loop.h"
+#include "loops.h"
 }  // namespace
 }  // namespace baseline
 

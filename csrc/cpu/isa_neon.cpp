@@ -26,8 +26,7 @@ void float_to_half(const float* tile, int64_t n, Float16* target) {
   for (; i < n; ++i) store(target[i], tile[i]);
 }
 
-#include "loop.h"
-#include "norm_loop.h"
+#include "loops.h"
 }  // namespace
 }  // namespace neon
 

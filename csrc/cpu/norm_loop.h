@@ -125,9 +125,3 @@ void run_norm(const TensorTable& table, int64_t begin, int64_t end, double scale
                              : norm_of_block<kNorm, float>(entry, from, to, scale);
   }
 }
-
-constexpr Loops kLoops = {
-    run_step,
-    run_move<false>,
-    run_move<true>,
-    {run_norm<Norm::kSumOfSquares>, run_norm<Norm::kSumOfAbs>, run_norm<Norm::kMax>}};

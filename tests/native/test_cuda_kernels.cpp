@@ -48,7 +48,7 @@ void put(Dtype dtype, char* to, double value) {
       store(b, single);
       std::memcpy(to, &b, 2);
       break;
-    case Dtype::kFloat16:
+    default:
       store(h, single);
       std::memcpy(to, &h, 2);
       break;

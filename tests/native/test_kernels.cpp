@@ -104,7 +104,7 @@ void put(Array& array, int64_t offset, double value) {
       store(b, single);
       std::memcpy(at, &b, 2);
       break;
-    case Dtype::kFloat16:
+    default:
       store(h, single);
       std::memcpy(at, &h, 2);
       break;

@@ -1,0 +1,41 @@
+// Reading the tensors of a parameter's state, a dict that anyone may have edited.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace momentum_ext::binding {
+
+namespace py = pybind11;
+
+// An item of a dict; nullptr when there is none. Calls nothing of Python's but PyDict_Next, which
+// only reads, so that several threads can look at once.
+inline PyObject* find_item(PyObject* dict, PyObject* interned_key) noexcept {
+  if (dict == nullptr || !PyDict_Check(dict)) return nullptr;
+  PyObject* key;
+  PyObject* value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (key == interned_key) return value;
+  }
+  // The key of a loaded state need not be the interned string.
+  const char* const name = PyUnicode_AsUTF8(interned_key);  // ASCII: a pointer into the string
+  position = 0;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (PyUnicode_Check(key) && !PyUnicode_CHECK_INTERNED(key) &&
+        PyUnicode_CompareWithASCIIString(key, name) == 0) {
+      return value;
+    }
+  }
+  return nullptr;
+}
+
+// The tensor at dict[key]; nullptr when there is none. Needs the GIL.
+inline const at::Tensor* find_tensor(PyObject* dict, PyObject* key) {
+  if (dict == nullptr || !PyDict_Check(dict)) return nullptr;
+  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value != nullptr && THPVariable_Check(value) ? &THPVariable_Unpack(value) : nullptr;
+}
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,205 @@
+// Low-precision slots: parameters with a master and buffers of 8 bits, a tile at a time, and stores
+// that round at random. Included like loop.h.
+//
+// The arrays are dense here; what belongs to a strided tensor goes through a tile of its own bits.
+
+// `source` itself, or its elements at the offsets, in `tile`.
+template <typename scalar_t>
+const scalar_t* gathered(const scalar_t* source, const int64_t* offsets, int64_t n,
+                         scalar_t* tile) {
+  if (offsets == nullptr) return source;
+  for (int64_t i = 0; i < n; ++i) tile[i] = source[offsets[i]];
+  return tile;
+}
+
+template <typename scalar_t>
+void scatter_bits(const scalar_t* tile, const int64_t* offsets, int64_t n, scalar_t* target) {
+  for (int64_t i = 0; i < n; ++i) target[offsets[i]] = tile[i];
+}
+
+// Random numbers for one tile: 16 bits for each element.
+struct RandomTile {
+  uint16_t bits[kTile];
+};
+
+// Of elements [at, at + n), where `at` is a multiple of kTile.
+void fill_random(RandomTile& random, const RandomKey& key, int64_t at, int64_t n) {
+  constexpr int kBlocks = kTile / kRandomsPerBlock;
+  const int needed = static_cast<int>((n + kRandomsPerBlock - 1) / kRandomsPerBlock);
+  alignas(64) uint32_t words[kBlocks][4];
+  const auto first = static_cast<uint64_t>(at / kRandomsPerBlock);
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int i = 0; i < needed; ++i) {
+    uint32_t block[4];
+    random_block(key, first + static_cast<uint64_t>(i), block);
+    words[i][0] = block[0];
+    words[i][1] = block[1];
+    words[i][2] = block[2];
+    words[i][3] = block[3];
+  }
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "random numbers are taken from little-endian words"
+#endif
+  memcpy(random.bits, words, static_cast<size_t>(needed) * sizeof(words[0]));
+}
+
+// ---- storing at random --------------------------------------------------------------------------
+
+template <typename scalar_t, typename opmath_t>
+void store_tile_stochastic(const opmath_t* tile, const RandomTile& random, int64_t n,
+                           scalar_t* target) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) {
+    store_stochastic(target[i], static_cast<float>(tile[i]), random.bits[i]);
+  }
+}
+
+template <typename scalar_t, typename opmath_t>
+void scatter_stochastic_as(const opmath_t* tile, const RandomTile& random, const int64_t* offsets,
+                           int64_t n, void* base) {
+  auto* const target = static_cast<scalar_t*>(base);
+  if (offsets == nullptr) return store_tile_stochastic(tile, random, n, target);
+  scalar_t stored[kTile];
+  store_tile_stochastic(tile, random, n, stored);
+  scatter_bits(stored, offsets, n, target);
+}
+
+bool is_16_bit(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16; }
+
+// Of a dtype of 16 bits.
+template <typename opmath_t>
+void scatter_stochastic(Dtype dtype, const opmath_t* tile, const RandomTile& random,
+                        const int64_t* offsets, int64_t n, void* base) {
+  if (dtype == Dtype::kBFloat16) {
+    scatter_stochastic_as<BFloat16>(tile, random, offsets, n, base);
+  } else {
+    scatter_stochastic_as<Float16>(tile, random, offsets, n, base);
+  }
+}
+
+// ---- parameters with a master -------------------------------------------------------------------
+
+template <typename opmath_t>
+void load_split(const BFloat16* param, const int16_t* remainder, int64_t n, opmath_t* tile) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) tile[i] = join(param[i], remainder[i]);
+}
+
+template <typename opmath_t>
+void store_split(const opmath_t* tile, int64_t n, BFloat16* param, int16_t* remainder) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) split(static_cast<float>(tile[i]), param[i], remainder[i]);
+}
+
+// A parameter that is no longer its master rounded was written by someone else, who is believed.
+template <typename opmath_t>
+void load_copy(const Float16* param, const float* master, int64_t n, opmath_t* tile) {
+  alignas(64) Float16 rounded[kTile];
+  alignas(64) float widened[kTile];
+  float_to_half(master, n, rounded);
+  half_to_float(param, n, widened);
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) {
+    const bool both_nan = widened[i] != widened[i] && master[i] != master[i];
+    tile[i] = rounded[i].bits == param[i].bits || both_nan ? master[i] : widened[i];
+  }
+}
+
+template <typename opmath_t>
+void store_copy(const opmath_t* tile, int64_t n, Float16* param, float* master) {
+  for (int64_t i = 0; i < n; ++i) master[i] = static_cast<float>(tile[i]);
+  float_to_half(master, n, param);
+}
+
+// Elements [at, at + n) of a parameter at `param`, which points to them unless there are offsets.
+template <typename opmath_t>
+void load_master(const LowPrecision& low, const void* param, const int64_t* offsets, int64_t at,
+                 int64_t n, opmath_t* tile) {
+  if (low.master_kind == Master::kRemainder) {
+    BFloat16 bits[kTile];
+    const auto* const from = gathered(static_cast<const BFloat16*>(param), offsets, n, bits);
+    load_split(from, static_cast<const int16_t*>(low.master) + at, n, tile);
+  } else {
+    Float16 bits[kTile];
+    const auto* const from = gathered(static_cast<const Float16*>(param), offsets, n, bits);
+    load_copy(from, static_cast<const float*>(low.master) + at, n, tile);
+  }
+}
+
+template <typename opmath_t>
+void store_master(const LowPrecision& low, const opmath_t* tile, const int64_t* offsets, int64_t at,
+                  int64_t n, void* param) {
+  if (low.master_kind == Master::kRemainder) {
+    BFloat16 bits[kTile];
+    auto* const target = static_cast<BFloat16*>(param);
+    store_split(tile, n, offsets == nullptr ? target : bits,
+                static_cast<int16_t*>(low.master) + at);
+    if (offsets != nullptr) scatter_bits(bits, offsets, n, target);
+  } else {
+    Float16 bits[kTile];
+    auto* const target = static_cast<Float16*>(param);
+    store_copy(tile, n, offsets == nullptr ? target : bits, static_cast<float*>(low.master) + at);
+    if (offsets != nullptr) scatter_bits(bits, offsets, n, target);
+  }
+}
+
+// ---- buffers of 8 bits --------------------------------------------------------------------------
+// A tile is a block: both begin at multiples of kTile.
+
+static_assert(kTile == kScaleBlock);
+
+template <typename scalar_t, typename opmath_t>
+void load_block_as(const scalar_t* block, float scale, int64_t n, opmath_t* tile) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) tile[i] = load(block[i]) * scale;
+}
+
+template <typename scalar_t, typename opmath_t>
+void store_block_as(const opmath_t* tile, const RandomTile* random, int64_t n, scalar_t* block,
+                    float* scale) {
+  alignas(64) float values[kTile];
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    values[i] = static_cast<float>(tile[i]);
+    const auto magnitude = static_cast<int32_t>(detail::bits_of(values[i]) & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const BlockScale found = block_scale<scalar_t>(static_cast<uint32_t>(largest));
+  *scale = found.scale;
+  if (found.inverse == 0) {
+    memset(block, 0, static_cast<size_t>(n));
+    return;
+  }
+  const float inverse = found.inverse;
+  if (random == nullptr) {
+    MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+    for (int64_t i = 0; i < n; ++i) store(block[i], values[i] * inverse);
+  } else {
+    MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+    for (int64_t i = 0; i < n; ++i) {
+      store_stochastic(block[i], values[i] * inverse, random->bits[i]);
+    }
+  }
+}
+
+template <typename opmath_t>
+void load_block(Dtype dtype, const void* buffer, const float* scales, int64_t at, int64_t n,
+                opmath_t* tile) {
+  const float scale = scales[at / kScaleBlock];
+  if (dtype == Dtype::kInt8) {
+    load_block_as(static_cast<const Int8*>(buffer) + at, scale, n, tile);
+  } else {
+    load_block_as(static_cast<const Float8E4M3*>(buffer) + at, scale, n, tile);
+  }
+}
+
+template <typename opmath_t>
+void store_block(Dtype dtype, const opmath_t* tile, const RandomTile* random, int64_t at, int64_t n,
+                 void* buffer, float* scales) {
+  float* const scale = scales + at / kScaleBlock;
+  if (dtype == Dtype::kInt8) {
+    store_block_as(tile, random, n, static_cast<Int8*>(buffer) + at, scale);
+  } else {
+    store_block_as(tile, random, n, static_cast<Float8E4M3*>(buffer) + at, scale);
+  }
+}

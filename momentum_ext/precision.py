@@ -1,0 +1,212 @@
+"""State in fewer bits, or in more, than the parameters: options, checkpoints, and torch's own path.
+
+What is stored, and how it is rounded, is described in docs/precision.md; the kernels' own text is
+``csrc/low_precision.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momentum_ext import _C
+
+__all__ = ["OPTIONS", "check_options", "keep_dtypes", "low_precision_step", "needs_low_precision_step"]
+
+# Keys of a parameter group, with their defaults. A group without low-precision state has none of them.
+OPTIONS = {"momentum_dtype": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
+MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+HALVES = (torch.bfloat16, torch.float16)
+
+# The number of steps so far, in a group's checkpoint: random numbers depend on it.
+ROUNDING_STEP = "rounding_step"
+
+# Keys of a parameter's state.
+BUFFER = "momentum_buffer"
+SCALE = "momentum_scale"
+REMAINDER = "param_remainder"
+MASTER = "master_param"
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Refuse what no step could do, when a group is made.
+
+    Raises:
+        ValueError: for a momentum_dtype that is none of those that buffers can have.
+        TypeError: for a seed that is no int.
+    """
+    if group.get("momentum_dtype") not in MOMENTUM_DTYPES:
+        raise ValueError(
+            f"Invalid momentum_dtype: {group['momentum_dtype']!r}; expected None, torch.float32, torch.bfloat16, "
+            "torch.float16, torch.int8 or torch.float8_e4m3fn"
+        )
+    if not isinstance(group.get("rounding_seed", 0), int):
+        raise TypeError(f"Invalid rounding_seed: {group['rounding_seed']!r}; expected an int")
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+class _Kept:
+    """A tensor that torch's load_state_dict does not look into, and so does not cast."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def keep_dtypes(optimizer: torch.optim.Optimizer, load: Callable[[], None]) -> None:
+    """Call `load`, which is the optimizer's load_state_dict, with state that keeps its dtypes; see :func:`unpack`."""
+
+    def hide(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        hidden = {
+            key: {
+                name: _Kept(value) if name in (BUFFER, SCALE, REMAINDER, MASTER) and type(value) is Tensor else value
+                for name, value in entry.items()
+            }
+            if isinstance(entry, dict)
+            else entry
+            for key, entry in state_dict["state"].items()
+        }
+        return {**state_dict, "state": hidden}
+
+    handle = optimizer.register_load_state_dict_pre_hook(hide)  # after the user's own
+    try:
+        load()
+    finally:
+        handle.remove()
+
+
+def unpack(state: dict[Any, Any]) -> None:
+    """Take the tensors that :func:`keep_dtypes` has hidden to their parameters' devices."""
+    for param, entry in state.items():
+        for name, value in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(value, _Kept):
+                entry[name] = _on_device(param, value.tensor)
+
+
+def _on_device(param: Any, tensor: Tensor) -> Tensor:
+    if not isinstance(param, Tensor):
+        return tensor
+    # Wider than what is computed with: from a model of another dtype, and cast as torch casts it.
+    is_too_wide = tensor.dtype == torch.float64 and param.is_floating_point()
+    return tensor.to(param.device, param.dtype if is_too_wide else None)
+
+
+# ---- torch's own path -----------------------------------------------------------------------------------------------
+
+
+def needs_low_precision_step(group: dict[str, Any], state: dict[str, Any]) -> bool:
+    """True where torch's functional sgd cannot be given the tensors as they are stored."""
+    buffer = state.get(BUFFER)
+    is_8_bit = isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS
+    return is_8_bit or any(group.get(name, default) != default for name, default in OPTIONS.items())
+
+
+def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiable: bool, name: str) -> None:
+    """Raises RuntimeError for what only the kernels can do."""
+    if differentiable:
+        raise RuntimeError(f"{name}: momentum_dtype, master_weights and stochastic_rounding need differentiable=False")
+    stored_randomly = param.dtype in HALVES or group.get("momentum_dtype") in (*HALVES, *EIGHT_BITS)
+    if group.get("stochastic_rounding", False) and stored_randomly:
+        raise RuntimeError(
+            f"{name}: stochastic_rounding needs tensors that the kernels are made for (dense and plain, gradient too); "
+            "put it into a group without"
+        )
+
+
+def low_precision_step(
+    group: dict[str, Any],
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    step: Callable[[dict[str, Any], Tensor, Tensor, Tensor | None], Tensor | None],
+) -> None:
+    """`step` with values in fp32, which are then stored as the group wants them."""
+    has_master = group.get("master_weights", False) and param.dtype in HALVES
+    is_low = param.dtype in HALVES
+    value = _exact_param(param, state) if has_master else param.float() if is_low else param
+    buffer = state.get(BUFFER)
+    if isinstance(buffer, Tensor):
+        scale = state.pop(SCALE, None)
+        buffer = _C.dequantize(buffer, scale) if buffer.dtype in EIGHT_BITS else buffer.to(value.dtype)
+    buffer = step(group, value, grad.to(value.dtype), buffer)
+    if buffer is not None:
+        dtype = group.get("momentum_dtype") or param.dtype
+        if dtype in EIGHT_BITS:
+            state[BUFFER], state[SCALE] = _C.quantize(buffer, dtype, param)
+        else:
+            state[BUFFER] = buffer.to(dtype)
+    if has_master:
+        _store_exact_param(param, state, value)
+    else:
+        state.pop(REMAINDER, None)
+        state.pop(MASTER, None)
+        if is_low:
+            param.copy_(value)
+
+
+def _exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """The fp32 value of a 16-bit parameter with a master."""
+    if param.dtype == torch.bfloat16:
+        bits = param.float().view(torch.int32)
+        return (bits + state[REMAINDER] if REMAINDER in state else bits).view(torch.float32)
+    if MASTER not in state:
+        return param.float()
+    rounded = state[MASTER].to(param.dtype)
+    is_own = (rounded.view(torch.int16) == param.view(torch.int16)) | (rounded.isnan() & param.isnan())
+    return torch.where(is_own, state[MASTER], param.float())
+
+
+def _store_exact_param(param: Tensor, state: dict[str, Any], value: Tensor) -> None:
+    if param.dtype == torch.float16:
+        state[MASTER] = value
+        param.copy_(value)
+        return
+    bits = torch.where(value.isnan(), torch.full_like(value, torch.nan), value).view(torch.int32)
+    param.copy_(((bits + 0x8000) & -0x10000).view(torch.float32))
+    state[REMAINDER] = bits.to(torch.int16)
+
+
+# ---- for torch.optim.SGD --------------------------------------------------------------------------------------------
+
+_OWN_KEYS = (*OPTIONS, ROUNDING_STEP, "formulation", "decoupled_weight_decay", "ema_step")
+
+
+def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What torch.optim.SGD can load, of what FusedMomentum.state_dict() has returned; see torch_state_dict()."""
+    groups = []
+    for g, group in enumerate(state_dict["param_groups"]):
+        if "train_mode" in group:
+            raise RuntimeError("torch_state_dict(): optimizer.eval() holds the iterate; call optimizer.train() first")
+        if group.get("decoupled_weight_decay", False) and group["weight_decay"] != 0:
+            raise ValueError(
+                f"torch_state_dict(): param_groups[{g}] has decoupled_weight_decay, which torch.optim.SGD has not"
+            )
+        plain = {key: value for key, value in group.items() if key not in _OWN_KEYS}
+        if group.get("formulation") == "ema" and group["momentum"] != 0:
+            if group["nesterov"]:
+                raise ValueError(
+                    f"torch_state_dict(): param_groups[{g}] is Nesterov in the ema formulation, for which "
+                    "torch.optim.SGD would need dampening"
+                )
+            plain["dampening"] = group["momentum"]
+        groups.append(plain)
+    group_of = {index: group for group in state_dict["param_groups"] for index in group["params"]}
+    state = {}
+    for index, entry in state_dict["state"].items():
+        buffer = entry.get(BUFFER)
+        if not isinstance(buffer, Tensor):
+            continue
+        if buffer.dtype in EIGHT_BITS:
+            buffer = _C.dequantize(buffer, entry[SCALE])
+        group = group_of.get(index, {})
+        if group.get("formulation") == "classical" and group["momentum"] != 0:
+            if float(group["lr"]) == 0:
+                raise ValueError("torch_state_dict(): classical buffers are divided by the lr, which is 0")
+            buffer = buffer / group["lr"]
+        state[index] = {BUFFER: buffer}
+    return {"state": state, "param_groups": groups}
