@@ -6,12 +6,27 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same, clone_exact, clone_params
+from helpers import assert_same, clone_params
 from precision_oracle import buffer_values, order_of
 from precision_twin import FP8, FP16, FP32, INT8, Twin, dtype_name
 from test_precision_steps import FEW, mode_name
 
 from momentum_ext import FusedMomentum
+
+
+def plain_pickle_takes_fp8():
+    """torch 2.13's does not, whoever pickles: an fp8 tensor comes back from torch.save alone."""
+    try:
+        pickle.loads(pickle.dumps(torch.zeros(1).to(FP8)))
+    except AttributeError:
+        return False
+    return True
+
+
+def needs_pickle(way, mode):
+    if way == "pickle" and mode["momentum_dtype"] is FP8 and not plain_pickle_takes_fp8():
+        pytest.skip("this torch cannot pickle fp8 tensors")
+
 
 MODES = pytest.mark.parametrize("mode", FEW, ids=mode_name)
 SIZES = (300, 9, 0, 1025)
@@ -69,6 +84,7 @@ def go_on(twin, state, mode, **options):
 @MODES
 @pytest.mark.parametrize("way", WAYS)
 def test_resume_from_a_state_dict(mode, way, tmp_path):
+    needs_pickle(way, mode)
     twin = twin_in_training(mode)
     go_on(twin, WAYS[way](twin.opt.state_dict(), tmp_path), mode, rounding_seed=77)
     twin.step(3)
@@ -77,6 +93,7 @@ def test_resume_from_a_state_dict(mode, way, tmp_path):
 @MODES
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_resume_from_a_copy_of_the_optimizer(mode, way):
+    needs_pickle(way, mode)
     twin = twin_in_training(mode)
     both = (twin.params, twin.opt)
     copies = {
@@ -176,15 +193,13 @@ def test_options_stay_those_of_the_optimizer_that_loads(target, source):
     saved = {**target, "momentum_dtype": source, "master_weights": not target.get("master_weights", False)}
     twin = twin_in_training(saved)
     state = through_file(twin.opt.state_dict())
-    edited = [(clone_exact(entry.param), dict(entry.state)) for entry in twin.entries]
+    found_states = [dict(entry.state) for entry in twin.entries]
     twin.edit(momentum_dtype=target["momentum_dtype"], master_weights=target.get("master_weights", False))
     wanted = target["momentum_dtype"]
-    if wanted is None:  # what is found is used as it is
-        for entry, (_, found) in zip(twin.entries, edited):
+    if wanted is None and source not in (INT8, FP8):  # what is found is used as it is, but for 8 bits
+        for entry, found in zip(twin.entries, found_states):
             entry.edited = False
-            entry.state = {k: v for k, v in found.items() if k in ("momentum_buffer", "momentum_scale")}
-        if source in (INT8, FP8):
-            pytest.skip("8 bits without a momentum_dtype: not said")
+            entry.state = {"momentum_buffer": found["momentum_buffer"]}
     twin.params = clone_params(twin.params)
     for param in twin.params:
         param.grad_dtype = None
