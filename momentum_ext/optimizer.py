@@ -504,7 +504,7 @@ class FusedMomentum(SGD):
         for group in self.param_groups if self._ema_count else ():
             group[COUNT] = self._ema_count  # in every group: any of them may go
         for group in self.param_groups:
-            if group.get("stochastic_rounding", False):
+            if group.get("stochastic_rounding", False) or ROUNDING_STEP in group:  # it may be turned on again
                 group[ROUNDING_STEP] = self._plan.rounding_step
         self._plan.convert(self.param_groups, self.state)
         unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU
