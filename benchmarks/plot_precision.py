@@ -80,7 +80,7 @@ def draw(report: Report, path: Path) -> None:
     shares = [row.of_memory_limit for row in rows]
     bars(panels[1], rows, shares, [reports.number(share, ".0%") for share in shares])
     panels[1].axvline(1, color=INK, linewidth=1.2)
-    plain_axes(panels[2], "Bytes for each element", "moved in a step; in the label, of them state that stays in memory")
+    plain_axes(panels[2], "Bytes for each element", "moved in a step; state: kept beside the parameter")
     bars(
         panels[2], rows, [row.moved_bytes for row in rows],
         [f"{row.moved_bytes:.3g}, state {row.state_bytes:.3g}" for row in rows],

@@ -5,14 +5,15 @@
 
 Every mode starts from the same weights and gets the same gradients, which bf16 and fp16 hold exactly; the reference is
 torch.optim.SGD in fp64. Errors are root mean squares, relative to how far the reference has moved: at 1.0 nothing was
-learned that was not lost again. Prints a table and draws it.
+learned that was not lost again. The drift is what is systematic in them: by how much each element is ahead of the
+reference (or, negative, behind) along its own slope. Prints a table and draws it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Trial:
     optimizer: torch.optim.SGD
     of_truth: float = float("nan")
     of_param: float = float("nan")
+    drift: float = float("nan")
 
     def step(self, grad: Tensor) -> None:
         """One step with this gradient."""
@@ -60,12 +62,28 @@ def exact(values: Tensor) -> Tensor:
     return (sign * values.abs().clamp(SMALLEST, 2.0**15)).to(BF16).float()
 
 
-def gradients(generator: torch.Generator, steps: int) -> Iterator[Tensor]:
+@dataclass
+class Gradients:
     """A steady slope of each element's own sign under ten times as much noise; sizes that differ as a layer's do."""
-    size = torch.randn(ELEMENTS, generator=generator).exp()
-    slope = torch.where(torch.rand(ELEMENTS, generator=generator) < 0.5, -0.1, 0.1)
-    for _ in range(steps):
-        yield exact(size * (slope + torch.randn(ELEMENTS, generator=generator)))
+
+    size: Tensor
+    slope: Tensor
+    generator: torch.Generator
+
+    @classmethod
+    def random(cls, generator: torch.Generator) -> Gradients:
+        """Sizes are lognormal, as many slopes go up as down."""
+        size = torch.randn(ELEMENTS, generator=generator).exp()
+        up = torch.rand(ELEMENTS, generator=generator) < 0.5
+        return cls(size, torch.where(up, -0.1, 0.1), generator)
+
+    def draw(self) -> Tensor:
+        """The next one."""
+        return exact(self.size * (self.slope + torch.randn(ELEMENTS, generator=self.generator)))
+
+    def along(self, values: Tensor) -> float:
+        """The mean over elements of how far they are down their slopes, in units of each element's size."""
+        return float((values.double() * -self.slope.sign() / self.size).mean())
 
 
 def rms(values: Tensor) -> float:
@@ -83,15 +101,19 @@ def run(modes: Sequence[Mode], steps: int, seed: int) -> list[Trial]:
     for mode in modes:
         param = torch.nn.Parameter(start.to(mode.param, copy=True))
         trials.append(Trial(mode, param, mode.optimizer([param], **HYPER)))
-    for grad in tqdm(gradients(generator, steps), total=steps, unit="step", dynamic_ncols=True):
+    gradients = Gradients.random(generator)
+    for _ in tqdm(range(steps), unit="step", dynamic_ncols=True):
+        grad = gradients.draw()
         reference.grad = grad.double()
         exactly.step()
         for trial in trials:
             trial.step(grad)
     moved = rms(reference.detach() - start.double())
+    distance = gradients.along(reference.detach() - start)
     for trial in trials:
         trial.of_param = rms(trial.param.detach().double() - reference.detach()) / moved
-        trial.of_truth = rms(truth(trial.optimizer, trial.param).double() - reference.detach()) / moved
+        error = truth(trial.optimizer, trial.param).double() - reference.detach()
+        trial.of_truth, trial.drift = rms(error) / moved, gradients.along(error) / distance
     return trials
 
 
@@ -102,17 +124,18 @@ def torchs(trial: Trial, trials: Sequence[Trial]) -> Trial:
 
 def table(trials: Sequence[Trial]) -> str:
     """The errors as text."""
-    header = ("mode", "bytes", "error", "of the parameter", "torch's error")
+    header = ("mode", "bytes", "error", "of the parameter", "drift", "of torch's error")
     rows = []
     for trial in trials:
-        ratio = torchs(trial, trials).of_truth / trial.of_truth
+        ratio = trial.of_truth / torchs(trial, trials).of_truth
         rows.append(
             (
                 trial.mode.name,
                 f"{trial.mode.bytes:.2f}",
                 f"{trial.of_truth:.2e}",
                 f"{trial.of_param:.2e}",
-                "" if trial.mode.options is None else f"{ratio:,.{0 if ratio >= 100 else 2}f}x",
+                "0.000%" if abs(trial.drift) < 5e-6 else f"{trial.drift:+.3%}",
+                "" if trial.mode.options is None else f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}",
             )
         )
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

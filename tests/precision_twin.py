@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,32 @@ HYPERS = (
 
 def dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+MODES = [
+    {"dtype": dtype, "momentum_dtype": momentum, "master_weights": master, "stochastic_rounding": stochastic}
+    for dtype, momentum, master, stochastic in itertools.product(
+        (FP32, *HALVES), MOMENTUM_DTYPES, (False, True), (False, True)
+    )
+]
+# One of each kind of parameter and of buffer, for tests that multiply the modes with something else.
+FEW = [
+    {"dtype": FP32, "momentum_dtype": BF16, "stochastic_rounding": True},
+    {"dtype": FP32, "momentum_dtype": INT8},
+    {"dtype": BF16, "momentum_dtype": None, "stochastic_rounding": True},
+    {"dtype": BF16, "momentum_dtype": FP32},
+    {"dtype": BF16, "momentum_dtype": BF16, "master_weights": True},
+    {"dtype": BF16, "momentum_dtype": INT8, "master_weights": True, "stochastic_rounding": True},
+    {"dtype": FP16, "momentum_dtype": FP16, "stochastic_rounding": True},
+    {"dtype": FP16, "momentum_dtype": FP8, "master_weights": True},
+    {"dtype": FP16, "momentum_dtype": FP8, "stochastic_rounding": True},
+]
+
+
+def mode_name(mode: dict[str, Any]) -> str:
+    parts = [dtype_name(mode["dtype"]), dtype_name(mode["momentum_dtype"])]
+    parts += [short for key, short in (("master_weights", "master"), ("stochastic_rounding", "sr")) if mode.get(key)]
+    return "-".join(parts)
 
 
 def state_names(param: Tensor, group: dict[str, Any]) -> set[str]:

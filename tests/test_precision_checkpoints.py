@@ -8,8 +8,7 @@ import pytest
 import torch
 from helpers import assert_same, clone_params
 from precision_oracle import buffer_values, order_of
-from precision_twin import FP8, FP16, FP32, INT8, Twin, dtype_name
-from test_precision_steps import FEW, mode_name
+from precision_twin import FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
 
 from momentum_ext import FusedMomentum
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from precision_twin import BF16, FP16, FP32, INT8, STATE
-from test_precision_steps import MODES, mode_name
+from precision_twin import BF16, FP16, FP32, INT8, MODES, STATE, mode_name
 
 from momentum_ext import FusedMomentum
 

@@ -4,35 +4,26 @@ import itertools
 
 import pytest
 import torch
-from precision_twin import BF16, FP8, FP16, FP32, HALVES, HYPERS, INT8, LARGE, MOMENTUM_DTYPES, SIZES, Twin, dtype_name
+from precision_twin import (
+    BF16,
+    FEW,
+    FP8,
+    FP16,
+    FP32,
+    HALVES,
+    HYPERS,
+    INT8,
+    LARGE,
+    MODES,
+    SIZES,
+    Twin,
+    dtype_name,
+    mode_name,
+)
 
 from momentum_ext import _C, FusedMomentum
 
 GRADS = (FP32, BF16, FP16)
-MODES = [
-    {"dtype": dtype, "momentum_dtype": momentum, "master_weights": master, "stochastic_rounding": stochastic}
-    for dtype, momentum, master, stochastic in itertools.product(
-        (FP32, *HALVES), MOMENTUM_DTYPES, (False, True), (False, True)
-    )
-]
-# One of each kind of parameter and of buffer, for tests that multiply the modes with something else.
-FEW = [
-    {"dtype": FP32, "momentum_dtype": BF16, "stochastic_rounding": True},
-    {"dtype": FP32, "momentum_dtype": INT8},
-    {"dtype": BF16, "momentum_dtype": None, "stochastic_rounding": True},
-    {"dtype": BF16, "momentum_dtype": FP32},
-    {"dtype": BF16, "momentum_dtype": BF16, "master_weights": True},
-    {"dtype": BF16, "momentum_dtype": INT8, "master_weights": True, "stochastic_rounding": True},
-    {"dtype": FP16, "momentum_dtype": FP16, "stochastic_rounding": True},
-    {"dtype": FP16, "momentum_dtype": FP8, "master_weights": True},
-    {"dtype": FP16, "momentum_dtype": FP8, "stochastic_rounding": True},
-]
-
-
-def mode_name(mode):
-    parts = [dtype_name(mode["dtype"]), dtype_name(mode["momentum_dtype"])]
-    parts += [short for key, short in (("master_weights", "master"), ("stochastic_rounding", "sr")) if mode.get(key)]
-    return "-".join(parts)
 
 
 def twin_of(mode, sizes=SIZES, **hyper):
