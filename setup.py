@@ -177,6 +177,7 @@ CXX_FLAGS = [
     "-O3",
     "-g0",
     "-ffp-contract=off",
+    "-fno-trapping-math",  # nobody reads the flags of exceptions, and conditions become selections
     "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wall",

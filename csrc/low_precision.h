@@ -30,22 +30,17 @@ MOMENTUM_EXT_INLINE float join(BFloat16 param, int16_t remainder) {
 
 // ---- 8-bit blocks -------------------------------------------------------------------------------
 
+// The largest value of a block is stored as kLargest.
 struct Int8 {
   int8_t bits;
+  static constexpr float kLargest = 127;
 };
 struct Float8E4M3 {
   uint8_t bits;
+  static constexpr float kLargest = 448;
 };
 
 constexpr int64_t kScaleBlock = 256;  // elements
-
-// The largest value of a block is stored as this.
-template <typename scalar_t>
-constexpr float kLargestStored = 0;
-template <>
-constexpr float kLargestStored<Int8> = 127;
-template <>
-constexpr float kLargestStored<Float8E4M3> = 448;
 
 struct BlockScale {
   float scale;    // a stored value times this is the value
@@ -60,7 +55,7 @@ MOMENTUM_EXT_INLINE BlockScale block_scale(uint32_t largest_bits) {
   if (largest_bits >= 0x7f800000u) return {detail::float_from_bits(0x7fc00000u), 0};
   const float largest = detail::float_from_bits(largest_bits);
   if (largest < 0x1p-100f) return {0, 0};
-  return {largest / kLargestStored<scalar_t>, kLargestStored<scalar_t> / largest};
+  return {largest / scalar_t::kLargest, scalar_t::kLargest / largest};
 }
 
 MOMENTUM_EXT_INLINE float clamped(float value, float largest) {
@@ -71,7 +66,7 @@ MOMENTUM_EXT_INLINE float clamped(float value, float largest) {
 MOMENTUM_EXT_INLINE float load(Int8 value) { return static_cast<float>(value.bits); }
 MOMENTUM_EXT_INLINE void store(Int8& out, float value) {
   constexpr float kMagic = 0x1.8p23f;  // adding it makes the hardware round to an integer
-  const uint32_t sum = detail::bits_of(clamped(value, 127) + kMagic);
+  const uint32_t sum = detail::bits_of(clamped(value, Int8::kLargest) + kMagic);
   out.bits = static_cast<int8_t>(static_cast<int32_t>(sum - 0x4b400000u));
 }
 
@@ -96,7 +91,7 @@ MOMENTUM_EXT_INLINE void assemble(Float8E4M3& out, float value, uint32_t magnitu
 }  // namespace detail
 
 MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
-  const uint32_t magnitude = detail::bits_of(clamped(value, 448)) & 0x7fffffffu;
+  const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kLargest)) & 0x7fffffffu;
   const uint32_t normal = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
   const uint32_t subnormal =
       detail::bits_of(detail::float_from_bits(magnitude) + 0x1p14f) - 0x46800000u;
@@ -106,6 +101,9 @@ MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
 // ---- stochastic rounding ------------------------------------------------------------------------
 
 // `random` has 16 random bits. What is dropped is added to them; a carry rounds up.
+MOMENTUM_EXT_INLINE void store_finite_stochastic(BFloat16& out, float value, uint32_t random) {
+  out.bits = static_cast<uint16_t>((detail::bits_of(value) + random) >> 16);
+}
 MOMENTUM_EXT_INLINE void store_stochastic(BFloat16& out, float value, uint32_t random) {
   const uint32_t bits = detail::bits_of(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -127,13 +125,13 @@ MOMENTUM_EXT_INLINE void store_stochastic(Float16& out, float value, uint32_t ra
 }
 MOMENTUM_EXT_INLINE void store_stochastic(Int8& out, float value, uint32_t random) {
   const float fraction = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * 0x1p-16f;
-  const float sum = clamped(value, 127) + fraction;
+  const float sum = clamped(value, Int8::kLargest) + fraction;
   const auto truncated = static_cast<int32_t>(sum);
   const int32_t floor = truncated - (static_cast<float>(truncated) > sum ? 1 : 0);
   out.bits = static_cast<int8_t>(floor > 127 ? 127 : floor);
 }
 MOMENTUM_EXT_INLINE void store_stochastic(Float8E4M3& out, float value, uint32_t random) {
-  const uint32_t magnitude = detail::bits_of(clamped(value, 448)) & 0x7fffffffu;
+  const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kLargest)) & 0x7fffffffu;
   const float fraction = static_cast<float>(static_cast<int32_t>(random)) * 0x1p-16f;
   const uint32_t normal = (magnitude - 0x3c000000u + (random << 4)) >> 20;
   const float absolute = detail::float_from_bits(magnitude);
@@ -149,42 +147,59 @@ struct RandomKey {
   uint64_t seed;
   uint32_t tensor;  // its place among the optimizer's parameters
   uint32_t step;
-  uint32_t stream;
 };
-constexpr uint32_t kParamStream = 0;
-constexpr uint32_t kBufferStream = 1;
 
 constexpr int kRandomsPerBlock = 8;
 
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): 128 random
-// bits for elements [8 * block, 8 * block + 8) of a tensor, 16 for each, the lower half of words[0]
-// first.
-MOMENTUM_EXT_INLINE void random_block(const RandomKey& key, uint64_t block, uint32_t (&words)[4]) {
-  auto key0 = static_cast<uint32_t>(key.seed);
-  auto key1 = static_cast<uint32_t>(key.seed >> 32);
-  auto c0 = static_cast<uint32_t>(block);
-  uint32_t c1 = key.tensor;
-  uint32_t c2 = key.step;
-  uint32_t c3 = key.stream << 24 | static_cast<uint32_t>(block >> 32 & 0xffffffu);
+// A parameter and its momentum buffer are rounded with the same 16 bits, the buffer with their
+// bytes exchanged: each is uniform by itself, which is all that an unbiased rounding needs, and to
+// draw them costs more than the rest of the update.
+MOMENTUM_EXT_INLINE uint32_t random_of_buffer(uint32_t random) {
+  return (random >> 8 | random << 8) & 0xffffu;
+}
+
+// The rounds of Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011; the fewest rounds that pass BigCrush there) for one counter in uint64_t or several in a
+// vector of them. The lower half of each is a word of the counter, and then of the result; what is
+// in the upper half does not matter. `multiply` makes the 64 bits of the product of two lower
+// halves.
+template <typename Lanes, typename Multiply>
+MOMENTUM_EXT_INLINE void philox(uint64_t seed, Lanes& c0, Lanes& c1, Lanes& c2, Lanes& c3,
+                                const Multiply& multiply) {
+  auto key0 = static_cast<uint32_t>(seed);
+  auto key1 = static_cast<uint32_t>(seed >> 32);
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #else
-#pragma GCC unroll 10
+#pragma GCC unroll 7
 #endif
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
-    c1 = static_cast<uint32_t>(product1);
-    c3 = static_cast<uint32_t>(product0);
+  for (int round = 0; round < 7; ++round) {
+    Lanes product0, product1;
+    multiply(c0, uint64_t{0xD2511F53u}, product0);
+    multiply(c2, uint64_t{0xCD9E8D57u}, product1);
+    c0 = (product1 >> 32) ^ c1 ^ uint64_t{key0};
+    c2 = (product0 >> 32) ^ c3 ^ uint64_t{key1};
+    c1 = product1;
+    c3 = product0;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  words[0] = c0;
-  words[1] = c1;
-  words[2] = c2;
-  words[3] = c3;
+}
+
+// 128 random bits for elements [8 * block, 8 * block + 8) of a tensor, 16 for each, the lower half
+// of words[0] first.
+MOMENTUM_EXT_INLINE void random_block(const RandomKey& key, uint64_t block, uint32_t (&words)[4]) {
+  uint64_t c0 = block;
+  uint64_t c1 = key.tensor;
+  uint64_t c2 = key.step;
+  uint64_t c3 = block >> 32;
+  philox(key.seed, c0, c1, c2, c3, [](uint64_t a, uint64_t b, uint64_t& product) {
+    product = uint64_t{static_cast<uint32_t>(a)} * b;
+  });
+  words[0] = static_cast<uint32_t>(c0);
+  words[1] = static_cast<uint32_t>(c1);
+  words[2] = static_cast<uint32_t>(c2);
+  words[3] = static_cast<uint32_t>(c3);
 }
 
 }  // namespace momentum_ext

@@ -20,6 +20,7 @@ def test_kernels_under_sanitizers(compiler, program, tmp_path):
         "-O1",
         "-g1",
         "-ffp-contract=off",
+        "-fno-trapping-math",
         "-fno-math-errno",
         "-pthread",
         "-Wall",

@@ -66,8 +66,7 @@ std::pair<at::Tensor, at::Tensor> quantize(const at::Tensor& value, at::ScalarTy
                                            const at::Tensor& param) {
   const at::Tensor dense = empty_dense_like(param, at::kFloat).copy_(value);
   const at::Tensor blocks = as_blocks(as_flat(dense));
-  const float largest_stored =
-      dtype == at::kChar ? kLargestStored<Int8> : kLargestStored<Float8E4M3>;
+  const float largest_stored = dtype == at::kChar ? Int8::kLargest : Float8E4M3::kLargest;
   const at::Tensor largest = blocks.abs().amax({1});
   const at::Tensor is_zero = largest.lt(0x1p-100);
   const at::Tensor is_finite = largest.isfinite();

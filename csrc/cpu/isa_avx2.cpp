@@ -16,6 +16,12 @@ namespace avx2 {
 namespace {
 using FmaPolicy = FusedMultiplyAdd;
 
+// 64-bit lanes, of which the lower halves are multiplied.
+using WideVector = uint64_t __attribute__((vector_size(32)));
+WideVector multiply_lower_halves(WideVector a, WideVector b) {
+  return (WideVector)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+}
+
 #include "half_f16c.h"
 #include "loops.h"
 }  // namespace

@@ -18,6 +18,12 @@ namespace avx512 {
 namespace {
 using FmaPolicy = FusedMultiplyAdd;
 
+// 64-bit lanes, of which the lower halves are multiplied.
+using WideVector = uint64_t __attribute__((vector_size(64)));
+WideVector multiply_lower_halves(WideVector a, WideVector b) {
+  return (WideVector)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
+}
+
 #include "half_f16c.h"
 #include "loops.h"
 }  // namespace

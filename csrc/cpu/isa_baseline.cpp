@@ -16,6 +16,13 @@ void float_to_half(const float* tile, int64_t n, Float16* target) {
   for (int64_t i = 0; i < n; ++i) store(target[i], tile[i]);
 }
 
+// 64-bit lanes, of which the lower halves are multiplied.
+using WideVector = uint64_t __attribute__((vector_size(16)));
+WideVector multiply_lower_halves(WideVector a, WideVector b) {
+  constexpr uint64_t kLowerHalf = 0xffffffffu;
+  return (a & kLowerHalf) * (b & kLowerHalf);
+}
+
 #include "loops.h"
 }  // namespace
 }  // namespace baseline

@@ -26,6 +26,12 @@ void float_to_half(const float* tile, int64_t n, Float16* target) {
   for (; i < n; ++i) store(target[i], tile[i]);
 }
 
+// 64-bit lanes, of which the lower halves are multiplied.
+using WideVector = uint64_t __attribute__((vector_size(16)));
+WideVector multiply_lower_halves(WideVector a, WideVector b) {
+  return (WideVector)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+}
+
 #include "loops.h"
 }  // namespace
 }  // namespace neon

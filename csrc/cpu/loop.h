@@ -73,6 +73,7 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
   alignas(64) opmath_t buffer_tile[kTile];
   int64_t offsets[3][kTile];
   RandomTile random;
+  RandomTile random_for_buffer;
   const FlatFn update = choose_flat<opmath_t>(h, entry.is_first_step);
   const LowPrecision* const low = entry.low_precision;
   const bool has_master = low != nullptr && low->master_kind != Master::kNone;
@@ -81,7 +82,7 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
   const bool random_param = stochastic && !has_master && is_16_bit(entry.param_dtype);
   const bool random_buffer =
       stochastic && h.has_momentum && (has_scale || is_16_bit(entry.buffer_dtype));
-  RandomKey key = {h.rounding_seed, low == nullptr ? 0 : low->tensor, rounding_step, kParamStream};
+  const RandomKey key = {h.rounding_seed, low == nullptr ? 0 : low->tensor, rounding_step};
 
   const bool strided = entry.layout != nullptr;
   const StridedLayout no_layout = {nullptr, 0};
@@ -128,23 +129,19 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
     void* const buffers = buffer_in_place ? static_cast<void*>(b) : buffer_tile;
     update(params, grads, buffers, n, h);
 
-    if (random_buffer) {
-      key.stream = kBufferStream;
-      fill_random(random, key, at, n);
-    }
+    if (random_buffer || random_param) fill_random(random, key, at, n);
+    if (random_buffer) exchange_bytes(random, n, random_for_buffer);
     if (has_scale) {
-      store_block(entry.buffer_dtype, buffer_tile, random_buffer ? &random : nullptr, at, n,
-                  entry.momentum_buffer, low->scale);
+      store_block(entry.buffer_dtype, buffer_tile, random_buffer ? &random_for_buffer : nullptr, at,
+                  n, entry.momentum_buffer, low->scale);
     } else if (random_buffer) {
-      scatter_stochastic(entry.buffer_dtype, buffer_tile, random, b_offsets, n, b);
+      scatter_stochastic(entry.buffer_dtype, buffer_tile, random_for_buffer, b_offsets, n, b);
     } else if (h.has_momentum && !buffer_in_place) {
       scatter(entry.buffer_dtype, buffer_tile, b_offsets, n, b);
     }
     if (has_master) {
       store_master(*low, param_tile, p_offsets, at, n, p);
     } else if (random_param) {
-      key.stream = kParamStream;
-      fill_random(random, key, at, n);
       scatter_stochastic(entry.param_dtype, param_tile, random, p_offsets, n, p);
     } else if (!param_in_place) {
       scatter(entry.param_dtype, param_tile, p_offsets, n, p);

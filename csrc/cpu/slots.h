@@ -22,32 +22,77 @@ struct RandomTile {
   uint16_t bits[kTile];
 };
 
+constexpr int kBlocksAtOnce = sizeof(WideVector) / sizeof(uint64_t);
+
+// 128 bits for each of kBlocksAtOnce blocks.
+MOMENTUM_EXT_INLINE void random_blocks(const RandomKey& key, WideVector block, uint16_t* bits) {
+  WideVector c0 = block;
+  WideVector c1 = WideVector{} + uint64_t{key.tensor};
+  WideVector c2 = WideVector{} + uint64_t{key.step};
+  WideVector c3 = block >> 32;
+  philox(key.seed, c0, c1, c2, c3, [](const WideVector& a, uint64_t b, WideVector& product) {
+    product = multiply_lower_halves(a, WideVector{} + b);
+  });
+  const WideVector lower = (c0 & uint64_t{0xffffffffu}) | c1 << 32;
+  const WideVector upper = (c2 & uint64_t{0xffffffffu}) | c3 << 32;
+  uint64_t words[kBlocksAtOnce][2];
+  for (int lane = 0; lane < kBlocksAtOnce; ++lane) {
+    words[lane][0] = lower[lane];
+    words[lane][1] = upper[lane];
+  }
+  memcpy(bits, words, sizeof(words));
+}
+
 // Of elements [at, at + n), where `at` is a multiple of kTile.
 void fill_random(RandomTile& random, const RandomKey& key, int64_t at, int64_t n) {
-  constexpr int kBlocks = kTile / kRandomsPerBlock;
-  const int needed = static_cast<int>((n + kRandomsPerBlock - 1) / kRandomsPerBlock);
-  alignas(64) uint32_t words[kBlocks][4];
-  const auto first = static_cast<uint64_t>(at / kRandomsPerBlock);
-  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-  for (int i = 0; i < needed; ++i) {
-    uint32_t block[4];
-    random_block(key, first + static_cast<uint64_t>(i), block);
-    words[i][0] = block[0];
-    words[i][1] = block[1];
-    words[i][2] = block[2];
-    words[i][3] = block[3];
-  }
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "random numbers are taken from little-endian words"
 #endif
-  memcpy(random.bits, words, static_cast<size_t>(needed) * sizeof(words[0]));
+  constexpr int kElementsAtOnce = 2 * kBlocksAtOnce * kRandomsPerBlock;
+  static_assert(kTile % kElementsAtOnce == 0);
+  WideVector block = {};
+  for (int lane = 0; lane < kBlocksAtOnce; ++lane) {
+    block[lane] = static_cast<uint64_t>(at / kRandomsPerBlock + lane);
+  }
+  // Two at once: each waits for its own multiplications.
+  for (int64_t i = 0; i < n; i += kElementsAtOnce) {
+    random_blocks(key, block, random.bits + i);
+    random_blocks(key, block + kBlocksAtOnce, random.bits + i + kElementsAtOnce / 2);
+    block += uint64_t{2 * kBlocksAtOnce};
+  }
 }
 
 // ---- storing at random --------------------------------------------------------------------------
 
+// The same numbers for the momentum buffer.
+void exchange_bytes(const RandomTile& random, int64_t n, RandomTile& exchanged) {
+  for (int64_t i = 0; i < n; ++i) {
+    exchanged.bits[i] = static_cast<uint16_t>(random_of_buffer(random.bits[i]));
+  }
+}
+
+// False, and nothing useful was stored, where some value is Inf or NaN: to ask once for a tile
+// halves the work on a value.
+bool store_finite_stochastic(const float* tile, const RandomTile& random, int64_t n,
+                             BFloat16* target) {
+  int32_t largest = 0;
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) {
+    const auto magnitude = static_cast<int32_t>(detail::bits_of(tile[i]) & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
+    store_finite_stochastic(target[i], tile[i], random.bits[i]);
+  }
+  return largest < 0x7f800000;
+}
+template <typename opmath_t, typename scalar_t>
+bool store_finite_stochastic(const opmath_t*, const RandomTile&, int64_t, scalar_t*) {
+  return false;
+}
+
 template <typename scalar_t, typename opmath_t>
 void store_tile_stochastic(const opmath_t* tile, const RandomTile& random, int64_t n,
                            scalar_t* target) {
+  if (store_finite_stochastic(tile, random, n, target)) return;
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     store_stochastic(target[i], static_cast<float>(tile[i]), random.bits[i]);
