@@ -72,28 +72,33 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, fused: bool = True) -> np.n
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): [n, 4] to [n, 4]."""
+    """Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): [n, 4] to [n, 4]."""
     mask, (k0, k1) = U64(0xFFFFFFFF), key
     c0, c1, c2, c3 = (counter[:, i].astype(U64) for i in range(4))
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = c0 * U64(0xD2511F53), c2 * U64(0xCD9E8D57)
         c0, c1, c2, c3 = (p1 >> U64(32)) ^ c1 ^ U64(k0), p1 & mask, (p0 >> U64(32)) ^ c3 ^ U64(k1), p0 & mask
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], 1).astype(U32)
 
 
-def random_16(numel: int, options: Options, stream: int, first: int = 0) -> np.ndarray:
+def random_16(numel: int, options: Options, first: int = 0) -> np.ndarray:
     """16 random bits for each of the elements first, first + 1, ...: uint32 [numel]."""
     block = np.arange(first // 8, -(-(first + numel) // 8), dtype=U64)
     counter = np.empty((len(block), 4), U64)
     counter[:, 0] = block & U64(0xFFFFFFFF)
     counter[:, 1] = options.tensor
     counter[:, 2] = options.step & 0xFFFFFFFF
-    counter[:, 3] = U64(stream << 24) | block >> U64(32)
+    counter[:, 3] = block >> U64(32)
     seed = options.rounding_seed & 0xFFFFFFFFFFFFFFFF
     words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
     halves = np.stack([words & U32(0xFFFF), words >> U32(16)], 2).reshape(-1)  # of each word the low one first
     return halves[first % 8 : first % 8 + numel]
+
+
+def exchanged(random: np.ndarray) -> np.ndarray:
+    """The buffer's random bits: the parameter's with their two bytes exchanged."""
+    return (random >> U32(8) | random << U32(8)) & U32(0xFFFF)
 
 
 # ---------------------------------------------------------------------------------------------------------- 16 bits
@@ -323,7 +328,7 @@ def oracle_step(
         if options.momentum != 0:
             found = param.dtype if is_new else state["momentum_buffer"].dtype
             dtype = options.momentum_dtype or found
-            random = random_16(numel, options, stream=1) if options.stochastic_rounding else None
+            random = exchanged(random_16(numel, options)) if options.stochastic_rounding else None
             out = with_buffer(out, buffer, dtype, param, None if dtype is torch.float32 else random)
         random = None
         if options.master_weights and param.dtype is torch.bfloat16:
@@ -334,7 +339,7 @@ def oracle_step(
             out["master_param"] = tensor_of(truth, torch.float32, param, order)
         else:
             if options.stochastic_rounding and param.dtype is not torch.float32:
-                random = random_16(numel, options, stream=0)
+                random = random_16(numel, options)
             held = narrow(truth, param.dtype, random)
     return tensor_of(held, param.dtype, param, order), out
 

@@ -78,6 +78,19 @@ def test_neighbouring_elements_are_rounded_independently():
         assert abs((up[distance:] * up[:-distance]).mean().item()) < 5 / math.sqrt(COUNT), distance
 
 
+def test_a_parameter_and_its_buffer_are_rounded_independently():
+    """They share a draw: neither direction may tell of the other's, in this step or as the buffer's error comes in."""
+    param = torch.nn.Parameter(torch.zeros(COUNT, dtype=BF16))
+    param.grad_dtype = None
+    param.grad = torch.full((COUNT,), -(1 + 2.0**-8))
+    opt = FusedMomentum([param], lr=1.0, momentum=0.9, stochastic_rounding=True)
+    opt.step()
+    up = (param.detach() > 1).double() * 2 - 1
+    down = (opt.state[param]["momentum_buffer"] < -1).double() * 2 - 1
+    assert abs(up.mean()) < 5 / math.sqrt(COUNT) and abs(down.mean()) < 5 / math.sqrt(COUNT)
+    assert abs((up * down).mean().item()) < 5 / math.sqrt(COUNT)
+
+
 def test_a_long_training_drifts_as_fp32_does():
     """300 steps, each below half a unit in the last place; nearest never moves, the stochastic mean is on time."""
     generator = torch.Generator().manual_seed(0)
