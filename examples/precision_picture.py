@@ -30,6 +30,7 @@ class Result(Protocol):
     """What is drawn of a run."""
 
     mode: Mode
+    seed: int
     nudge: int
     losses: list[float]
     final: float
@@ -42,6 +43,25 @@ def smooth(losses: Sequence[float]) -> np.ndarray:
     starts = np.maximum(ends - SMOOTHED, 0)
     means: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
     return means
+
+
+def mean_final(results: Sequence[Result], mode: Mode) -> float:
+    """The held-out loss in a mode, mean over seeds."""
+    return float(np.mean([result.final for result in results if result.mode == mode and not result.nudge]))
+
+
+def baseline(results: Sequence[Result]) -> tuple[float, float]:
+    """(fp32's mean final loss, by how much the mean of another mode may differ from it by chance).
+
+    Two standard deviations of such a difference, from runs that differ by a nudge and start from the same seed.
+    """
+    mode = results[0].mode
+    seeds = sorted({result.seed for result in results})
+    spreads = [
+        np.var([result.final for result in results if result.mode == mode and result.seed == seed], ddof=1)
+        for seed in seeds
+    ]
+    return mean_final(results, mode), float(2 * np.sqrt(2 * np.mean(spreads) / len(seeds)))
 
 
 def draw(found: Mapping[str, Sequence[Result]], path: Path) -> None:
@@ -62,9 +82,8 @@ def draw(found: Mapping[str, Sequence[Result]], path: Path) -> None:
         f"compute in fp32 with their values. torch {torch.__version__}; momentum_ext {momentum_ext.__version__}",
     )
     for (left, right), (title, results) in zip(panels, found.items()):
-        shown = [result for result in results if not result.nudge]
-        draw_curves(left, title, shown)
-        draw_finals(right, shown, [result.final for result in results if result.mode is shown[0].mode])
+        draw_curves(left, title, [result for result in results if not result.nudge and not result.seed])
+        draw_finals(right, results)
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
 
@@ -90,19 +109,26 @@ def draw_curves(axes: Axes, title: str, shown: Sequence[Result]) -> None:
     axes.grid(axis="y", color=GRID, linewidth=0.8)
 
 
-def draw_finals(axes: Axes, shown: Sequence[Result], chance: Sequence[float]) -> None:
-    """The held-out loss of each mode, upon the band of fp32 runs that started a millionth apart."""
-    style(axes, "Where each ends", "loss on what was held out; band: fp32 from weights nudged by a millionth")
-    axes.axvspan(min(chance), max(chance), color=BLUE, alpha=0.15, linewidth=0)
-    for y, result in enumerate(shown):
-        axes.plot(result.final, y, "o", color=COLORS[result.mode.param], markersize=8)
+def draw_finals(axes: Axes, results: Sequence[Result]) -> None:
+    """The held-out loss of each mode, mean and single seeds, upon what chance does to fp32."""
+    base, noise = baseline(results)
+    style(axes, "Where each ends", "loss on what was held out, mean of the seeds (small: each); band: fp32 by chance")
+    axes.axvspan(base - noise, base + noise, color=BLUE, alpha=0.15, linewidth=0)
+    modes = list(dict.fromkeys(result.mode.name for result in results))
+    finals = []
+    for y, name in enumerate(modes):
+        mine = [result for result in results if result.mode.name == name and not result.nudge]
+        color, mean = COLORS[mine[0].mode.param], mean_final(results, mine[0].mode)
+        finals += [result.final for result in mine]
+        if len(mine) > 1:
+            axes.plot([result.final for result in mine], [y] * len(mine), ".", color=color, alpha=0.5, markersize=5)
+        axes.plot(mean, y, "o", color=color, markersize=8)
         axes.annotate(
-            f"{result.final:.4f}", (result.final, y), xytext=(9, 0), textcoords="offset points", va="center",
-            fontsize=9, color=INK, path_effects=HALO,
+            f"{mean:.4f}", (max(result.final for result in mine), y), xytext=(9, 0), textcoords="offset points",
+            va="center", fontsize=9, color=INK, path_effects=HALO,
         )  # fmt: skip
-    axes.set_yticks(range(len(shown)), [result.mode.name for result in shown], fontsize=9.5, color=INK)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    finals = [*chance, *(result.final for result in shown)]
     room = 0.05 * (max(finals) - min(finals)) + 1e-6
-    axes.set_xlim(min(finals) - room, max(finals) + 5 * room)  # the figures stand on the right
+    axes.set_xlim(min(*finals, base - noise) - room, max(*finals, base + noise) + 5 * room)  # the figures on the right
+    axes.set_yticks(range(len(modes)), modes, fontsize=9.5, color=INK)
+    axes.set_ylim(len(modes) - 0.4, -0.6)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
