@@ -185,7 +185,7 @@ def take_turns(
 
 
 def prepare(
-    workload: workloads.Workload, contenders: Sequence[Contender], settings: Settings, with_limit: bool
+    workload: workloads.Workload, contenders: Sequence[Contender], settings: Settings, accesses: int, with_limit: bool
 ) -> tuple[dict[str, Step], dict[str, str], float | None]:
     """Builds and warms up every contender on a copy of its own.
 
@@ -197,7 +197,7 @@ def prepare(
     room = room_for_copies(workload, settings.device)
     if with_limit and not fits_in_caches(workload, settings.device):
         try:
-            steps[LIMIT] = memory_limit(workload, settings)
+            steps[LIMIT] = memory_limit(workload, settings, accesses)
         except MemoryLimitUnavailable as error:
             reasons[LIMIT] = f"not measured: {error}"
     first = Model.random(workload, settings)
@@ -249,14 +249,16 @@ def measure_workload(name: str, options: argparse.Namespace, settings: Settings,
     """Every chosen contender on one workload."""
     workload = workloads.build(name)
     contenders = chosen(options)
-    steps, reasons, difference = prepare(workload, contenders, settings, with_limit=not options.pipeline)
+    accesses = timed_pass(options).accesses
+    with_limit = not options.pipeline or options.device == "cuda"  # the CPU's is that of a plain step
+    steps, reasons, difference = prepare(workload, contenders, settings, accesses, with_limit)
     samples = take_turns(steps, options, progress, warm=fits_in_caches(workload, options.device), clocks=CLOCKS)
     labels = {
         LIMIT: "memory limit" if options.device == "cpu" else "copy",
         **{contender.key: contender.label for contender in contenders},
     }
     rows = [
-        make_row(key, label, samples, reasons, workload, timed_pass(options).accesses)
+        make_row(key, label, samples, reasons, workload, accesses)
         for key, label in labels.items()
         if key in samples or key in reasons
     ]
@@ -268,7 +270,7 @@ def measure_workload(name: str, options: argparse.Namespace, settings: Settings,
         tensors=workload.tensors,
         elements=workload.elements,
         groups=len(workload.groups),
-        bytes_per_step=workload.elements * workload.itemsize * timed_pass(options).accesses,
+        bytes_per_step=workload.elements * workload.itemsize * accesses,
         pipeline=options.pipeline,
         device=settings.device,
         rows=tuple(rows),

@@ -182,14 +182,15 @@ CONTENDERS: tuple[Contender, ...] = (
 KEYS: tuple[str, ...] = tuple(contender.key for contender in CONTENDERS)
 
 
-def memory_limit(workload: Workload, settings: Settings) -> Step:
-    """What memory allows: the plain native loop over the workload's elements; on a GPU a copy that moves as many bytes.
+def memory_limit(workload: Workload, settings: Settings, accesses: int) -> Step:
+    """What memory allows: the plain native loop over the workload's elements; on a GPU a copy that moves as many bytes
+    as a pass with so many accesses to each element.
 
     Raises MemoryLimitUnavailable.
     """
     elements = workload.elements
     if settings.device == "cuda":
-        source = torch.empty(elements * workload.itemsize * STEP.accesses // 2, dtype=torch.uint8, device="cuda")
+        source = torch.empty(elements * workload.itemsize * accesses // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         return warm(lambda: target.copy_(source))
     return warm(MemoryLimit(elements, settings.threads, settings.momentum, settings.lr).step)

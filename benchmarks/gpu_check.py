@@ -19,13 +19,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 SANITIZER_TESTS = ["tests/test_cuda.py", "--device", "cuda", "-q", "-x", "-p", "no:cacheprovider", "-k",
-                   "test_bits_of_torch or test_16_bit or test_layouts or test_groups or test_an_overflow"]  # fmt: skip
+                   "test_bits_of_torch or test_16_bit or test_layouts or test_groups or test_an_overflow or "
+                   "test_norm or test_clip_and_step or test_averages"]  # fmt: skip
 PROFILED = """
 import torch, momentum_ext
 params = [torch.nn.Parameter(torch.randn(2**26, device="cuda"))]
 params[0].grad = torch.randn(2**26, device="cuda")
 optimizer = momentum_ext.FusedMomentum(params, lr=1e-3, momentum=0.9, weight_decay=1e-4)
 for _ in range(3):
+    optimizer.clip_grad_norm_(1.0)
     optimizer.step()
 torch.cuda.synchronize()
 """
@@ -56,12 +58,23 @@ def main() -> int:
     if shutil.which("ncu") is None:
         print("\nncu was not found: left out")
     else:
-        command = ["ncu", "--set", "basic", "--kernel-name", "regex:update_", sys.executable, "-c", PROFILED]
+        command = [
+            "ncu",
+            "--set",
+            "basic",
+            "--kernel-name",
+            "regex:update_flat|norm_of_all",
+            sys.executable,
+            "-c",
+            PROFILED,
+        ]
         passed["ncu"] = stage("ncu", *command)
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    result = f"benchmarks/results/{datetime.date.today()}-{device}.json"
-    command = [sys.executable, "benchmarks/bench_step.py", "--device", "cuda", "--json", result]
-    passed["benchmark"] = stage("benchmark", *command)
+    for pipeline in ("", "clip", "amp_clip", "ema"):  # each against a copy of as many bytes: 24 for fp32 clip + step
+        name = f"{datetime.date.today()}-{device}" + (f"-{pipeline}" if pipeline else "")
+        command = [sys.executable, "benchmarks/bench_step.py", "--device", "cuda"]
+        command += ["--json", f"benchmarks/results/{name}.json", *(["--pipeline", pipeline] if pipeline else [])]
+        passed[f"benchmark {pipeline}".strip()] = stage(f"benchmark {pipeline}", *command)
     print("\ngpu-check: " + ", ".join(f"{name} {'passed' if ok else 'FAILED'}" for name, ok in passed.items()))
     return int(not all(passed.values()))
 

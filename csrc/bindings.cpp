@@ -70,15 +70,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("all_for_torch") = false)
       // Apart from step(), to which two more arguments would cost a tenth of a microsecond.
       .def(
-          "step_scaled_on_device",
+          "step_on_device",
           [](StepPlan& plan, const py::list& param_groups, const py::dict& state,
              bool all_for_torch, const std::optional<at::Tensor>& found_inf,
-             const std::optional<at::Tensor>& grad_scale) {
-            return plan.step(param_groups, state, 1.0, all_for_torch,
-                             {found_inf.value_or(at::Tensor()), grad_scale.value_or(at::Tensor())});
+             const std::optional<at::Tensor>& grad_scale,
+             const std::optional<at::Tensor>& grad_factor,
+             const std::optional<std::pair<at::Tensor, at::Tensor>>& average, double decay,
+             bool warms_up) {
+            ScalerTensors scaler{found_inf.value_or(at::Tensor()),
+                                 grad_scale.value_or(at::Tensor()),
+                                 grad_factor.value_or(at::Tensor()),
+                                 {}};
+            if (average) scaler.average = {average->first, average->second, decay, warms_up};
+            return plan.step(param_groups, state, 1.0, all_for_torch, std::move(scaler));
           },
           py::arg("param_groups"), py::arg("state"), py::arg("all_for_torch"), py::arg("found_inf"),
-          py::arg("grad_scale"))
+          py::arg("grad_scale"), py::arg("grad_factor"), py::arg("average"), py::arg("ema_decay"),
+          py::arg("ema_warmup"))
       .def("run", &StepPlan::run)
       .def("discard", &StepPlan::discard)
       .def("convert", &StepPlan::convert, py::arg("param_groups"), py::arg("state"))
@@ -91,11 +99,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<GradNorm>(m, "GradNorm")
       .def(py::init<>())
       .def("compute", &GradNorm::compute, py::arg("param_groups"), py::arg("norm_type"))
+      .def("conclude", &GradNorm::conclude, py::arg("factor"), py::arg("inv_scale"),
+           py::arg("grad_scale"), py::arg("max_norm"))
       .def("compare", &GradNorm::compare, py::arg("param_groups"));
   m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lookaheads"), py::arg("distances"), py::arg("back"));
   m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
   m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"));
+  m.def("is_capturing", [](int16_t device) { return is_capturing(device); }, py::arg("device"));
   m.def("isa", &cpu::isa);
   m.def("isas", &cpu::isas);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));

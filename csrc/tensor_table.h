@@ -60,7 +60,9 @@ struct TensorEntry {
       cohort;  // not 0: whether this tensor has had its first step is known on its device alone
 };
 
-// What torch.amp.GradScaler hands to a step on a CUDA device; all nullptr without it.
+// What a step on a CUDA device reads from its memory, because the host does not know it: what
+// torch.amp.GradScaler hands over, the coefficient of a clipping, the weight of an average. nullptr
+// where there is none.
 //
 // The host does not know whether a step that it launches will overflow and so be left out. A tensor
 // whose first step is launched like this therefore belongs to a cohort: cohorts are numbered from 1
@@ -73,6 +75,8 @@ struct Overflow {
   uint32_t* settled = nullptr;          // the newest cohort that has been updated
   uint32_t* settled_on_host = nullptr;  // a copy in pinned memory that the host may look at
   uint32_t newest_cohort = 0;           // among this step's tensors; 0: nothing to record
+  const double* grad_factor = nullptr;  // in place of grad_scale: what to multiply gradients with
+  const double* average_weight = nullptr;  // in place of the table's
 };
 
 // Dimensions that a strided tensor on a CUDA device may have, after those that run on into each

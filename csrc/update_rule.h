@@ -99,6 +99,28 @@ MOMENTUM_EXT_INLINE opmath_t average_of(opmath_t weight, opmath_t average, opmat
   return Fma::apply(is_small ? weight : weight - 1, param - average, is_small ? average : param);
 }
 
+// The new parameter's weight in its average, after `count` updates: 1 at first, when the average
+// starts as a copy. With warm-up the decay is at most (1 + count) / (10 + count).
+MOMENTUM_EXT_INLINE double average_weight(double decay, bool warms_up, double count) {
+  if (count == 0) return 1;
+  const double most = (1 + count) / (10 + count);
+  return 1 - (warms_up && most < decay ? most : decay);
+}
+
+// A term of a 2-norm. Of a float the square is exact, so that it is rounded once with fma or
+// without.
+MOMENTUM_EXT_INLINE double add_square(double sum, double x) {
+  return FusedMultiplyAdd::apply(x, x, sum);
+}
+
+// What clipping to max_norm multiplies gradients of this norm with, as torch computes it. NaN
+// stays.
+template <typename opmath_t>
+MOMENTUM_EXT_INLINE opmath_t clip_coefficient(opmath_t max_norm, opmath_t norm) {
+  const opmath_t coefficient = 1 / (norm + static_cast<opmath_t>(1e-6)) * max_norm;
+  return coefficient > 1 ? opmath_t{1} : coefficient;
+}
+
 // Nesterov's two points. With nesterov the parameters are trained at the look-ahead point
 // y = p - distance * b, where the gradient is taken; p is the iterate of the textbook. `distance`
 // is momentum * step, in the formulation's units.

@@ -21,18 +21,24 @@ class StepPlan:
         After those have been treated, call :meth:`run`, or :meth:`discard` on an error.
         """
 
-    def step_scaled_on_device(
+    def step_on_device(
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
         all_for_torch: bool,
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
+        grad_factor: Tensor | None,
+        average: tuple[Tensor, Tensor] | None,
+        ema_decay: float,
+        ema_warmup: bool,
     ) -> Any:
-        """As :meth:`step`, without waiting for GradScaler's numbers.
+        """As :meth:`step`, without waiting for numbers that are on a CUDA device.
 
-        found_inf and grad_scale are CUDA tensors that the kernels read. When anything but a CUDA kernel would have to
-        know them, nothing is written and NotImplemented is returned: read them, and call again without them.
+        found_inf and grad_scale are a GradScaler's; grad_factor (float64, in place of grad_scale) is what to multiply
+        the gradients with; average (float64 too) holds the averages' weight and the count of their updates, and the
+        step counts itself there and works out the weight. When anything but a CUDA kernel would have to know them,
+        nothing is written and NotImplemented is returned: read them, and call step() without them.
         """
 
     def run(self) -> None: ...
@@ -59,8 +65,21 @@ class GradNorm:
     """The norm of all gradients of an optimizer, and whether they are still the same ones later."""
 
     def __init__(self) -> None: ...
-    def compute(self, param_groups: list[dict[str, Any]], norm_type: float) -> tuple[float, torch.dtype] | None:
-        """The p-norm (1, 2 or inf) and the dtype that torch would return it in; None where it takes torch's path."""
+    def compute(self, param_groups: list[dict[str, Any]], norm_type: float) -> tuple[float | None, torch.dtype] | None:
+        """The p-norm (1, 2 or inf) and the dtype that torch would return it in; None where it takes torch's path.
+
+        Of CUDA gradients the norm is None: :meth:`conclude` has it computed on their device.
+        """
+
+    def conclude(
+        self, factor: Tensor | None, inv_scale: Tensor | None, grad_scale: Tensor | None, max_norm: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """On the device of the gradients that :meth:`compute` saw, and without waiting for it.
+
+        What the next step multiplies gradients with: factor * inv_scale / grad_scale, times the coefficient of
+        max_norm; it lives until the next call but one. Then with max_norm the norm of the gradients times these
+        factors, else 1.0 where their own norm is not finite, and 0.0 where it is.
+        """
 
     def compare(self, param_groups: list[dict[str, Any]]) -> str:
         """What has become of those gradients: ``"same"``, ``"replaced"`` (all of them) or ``"changed"``."""
@@ -80,6 +99,9 @@ def quantize(value: Tensor, dtype: torch.dtype, param: Tensor) -> tuple[Tensor, 
 
 def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
     """The values in fp32, in the same layout."""
+
+def is_capturing(device: int) -> bool:
+    """True while a CUDA graph is being captured on the device's current stream."""
 
 def isa() -> str:
     """The instruction set in use."""

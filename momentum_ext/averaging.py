@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["average_weight", "check_decay", "swapped"]
+from momentum_ext import _C
+
+__all__ = ["UpdateCount", "average_weight", "check_decay", "swapped"]
 
 # A parameter's state has AVERAGE; the first group counts the updates, so that a checkpoint has the count.
 AVERAGE = "ema"
@@ -33,6 +35,47 @@ def average_weight(decay: float, warmup: bool, count: int) -> float:
     if count == 0:
         return 1.0
     return 1.0 - (min(decay, (1 + count) / (10 + count)) if warmup else decay)
+
+
+class UpdateCount:
+    """How many updates the averages have had.
+
+    The host counts, as long as it knows which steps are left out for an overflow. Where only the CUDA device does, and
+    where a captured graph is to warm up, the count goes there at that step and stays: the step counts itself, and
+    ``int(count)``, for a checkpoint, waits for the device. A step that cannot stay on one device brings it back.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._on_host = count
+        self._on_device: tuple[Tensor, Tensor] | None = None
+        self._stays_on_host = False
+
+    def __int__(self) -> int:
+        return self._on_host if self._on_device is None else int(self._on_device[1].item())
+
+    def add(self) -> None:
+        """After a step."""
+        if self._on_device is None:
+            self._on_host += 1
+
+    def on_device(self, device: torch.device, goes_there: bool) -> tuple[Tensor, Tensor] | None:
+        """A place for the weight, and the count; None when the host counts, and goes on to."""
+        if self._on_device is None and goes_there and device.type == "cuda" and not self._stays_on_host:
+            if _C.is_capturing(device.index or 0):
+                raise RuntimeError(
+                    "step() is being captured into a CUDA graph and the averages' count of updates is not on the "
+                    "device yet; run one step before the capture"
+                )
+            numbers = (1.0, float(self._on_host))
+            weight, count = (torch.full((), each, dtype=torch.float64, device=device) for each in numbers)
+            self._on_device = (weight, count)
+        return self._on_device
+
+    def bring_back(self) -> None:
+        """The host counts from now on."""
+        self._on_host = int(self)
+        self._on_device = None
+        self._stays_on_host = True
 
 
 @contextmanager

@@ -27,9 +27,10 @@ class GradScaler(torch.amp.GradScaler):
         scaler.update()
 
     ``unscale_`` leaves ``param.grad`` scaled: what it means takes effect in the step. So clip by the optimizer's
-    method, not by torch's function, which would write to gradients that are still scaled (the step then raises). Other
-    optimizers, and gradients that the kernels are not made for (sparse, on other devices), are treated by torch as
-    ever.
+    method, not by torch's function, which would write to gradients that are still scaled (the step then raises). On a
+    CUDA device nothing waits for the numbers: all of it is one pass that reads the gradients and one that updates.
+    Other optimizers, and gradients that the kernels are not made for (sparse, on several devices), are treated by torch
+    as ever.
     """
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -57,8 +58,9 @@ class GradScaler(torch.amp.GradScaler):
                 return {}
             if not allow_fp16 and any(grad.dtype == torch.float16 for grad in grads):
                 raise ValueError("Attempting to unscale FP16 gradients.")
-            finite = optimizer._grad_factor.unscale(optimizer.param_groups, float(inv_scale))
+            # Without unscale_(), torch asks for fp16 too and gives 1: step() gets the scale itself.
+            ours = optimizer._grad_factor.unscale(optimizer.param_groups, inv_scale, only_checks=allow_fp16)
             self._unscaled.add(optimizer)
-            if finite is not None:
-                return {grads[0].device: torch.full((), 0.0 if finite else 1.0)}
+            if ours is not None:
+                return {grads[0].device: ours}
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)

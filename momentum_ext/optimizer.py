@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from momentum_ext import _C
-from momentum_ext.averaging import COUNT, average_weight, check_decay, swapped
+from momentum_ext.averaging import COUNT, UpdateCount, average_weight, check_decay, swapped
 from momentum_ext.clipping import GradFactor
 from momentum_ext.formulation import check_group, torch_step
 from momentum_ext.lookahead import TRAIN_MODE, check_train_mode, hold_iterate, hold_lookahead
@@ -107,9 +107,10 @@ class FusedMomentum(SGD):
             norm is then in the attribute ``grad_norm`` (default: None).
         ema_decay: keep an exponential moving average of each parameter in its state, ``"ema"``, in the same pass: that
             of ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(ema_decay)``, updated after each
-            step; see :meth:`ema_weights`. On CUDA, and where the layouts differ, torch's lerp follows the step
-            (default: None).
-        ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps (default: False).
+            step; see :meth:`ema_weights`. Where the layouts differ, and for parameters without a gradient, torch's
+            lerp follows the step (default: None).
+        ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps; for parameters on one CUDA device
+            it counts them, so that a captured graph warms up too (default: False).
         momentum_dtype: dtype of the momentum buffers: float32, bfloat16, float16, int8 or float8_e4m3fn; None is
             torch's, the parameter's own. Those of 8 bits have one fp32 scale for each 256 elements
             (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022 (default: None).
@@ -191,7 +192,7 @@ class FusedMomentum(SGD):
         self._grad_factor = GradFactor()
         self._is_swapped = False
         self._is_averaging = False
-        self._ema_count = max((group.get(COUNT, 0) for group in self.param_groups), default=0)
+        self._ema_count = UpdateCount(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
         self.grad_norm: Tensor | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -358,12 +359,9 @@ class FusedMomentum(SGD):
         for_torch: Any = NotImplemented
         if "found_inf" in attributes or "grad_scale" in attributes:
             found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
-            fits = self.max_grad_norm is None and not self._is_averaging and not self._grad_factor.is_active
-            fits = fits and self.ema_decay is None
-            if fits and _is_on_device(found_inf) and _is_on_device(grad_scale):  # no need to wait for their values
-                for_torch = self._plan.step_scaled_on_device(
-                    self.param_groups, self.state, differentiable, found_inf, grad_scale
-                )
+            # No need to wait for their values, if there are any.
+            if found_inf is not grad_scale and _is_on_device(found_inf) and _is_on_device(grad_scale):
+                for_torch = self._step_on_device(found_inf, grad_scale, differentiable)
             if for_torch is NotImplemented:
                 if found_inf is not None and float(found_inf) != 0:
                     self._grad_factor.clear()
@@ -375,25 +373,73 @@ class FusedMomentum(SGD):
                 self.grad_norm = self._grad_factor.clip(
                     self.param_groups, self.max_grad_norm, inv_grad_scale=inv_grad_scale
                 )
-                self._update(for_torch, inv_grad_scale, differentiable)
+                self._update(inv_grad_scale, differentiable)
             except BaseException:
                 self._grad_factor.restore(before)
                 raise
-        else:
-            self._update(for_torch, inv_grad_scale, differentiable)
+        elif for_torch is NotImplemented:
+            self._update(inv_grad_scale, differentiable)
         if self._grad_factor.is_active:
             self._grad_factor.clear()
         if self.ema_decay is not None:
-            self._ema_count += 1
+            self._ema_count.add()
         return loss
 
-    def _update(self, for_torch: Any, inv_grad_scale: float, differentiable: bool) -> None:
-        """The compiled pass, unless it has run and left `for_torch`; then what only torch can update."""
-        if self._grad_factor.is_active:
-            inv_grad_scale *= self._grad_factor.current(self.param_groups)
-        if self.ema_decay is not None or self._is_averaging:
-            self._prepare_average(self.ema_decay)
+    def _step_on_device(self, found_inf: Tensor | None, grad_scale: Tensor | None, differentiable: bool) -> Any:
+        """A step whose numbers the host never learns; NotImplemented, and nothing has been written, where it must."""
+        before = self._grad_factor.snapshot()
+        done: Any = NotImplemented
+        try:
+            grad_norm = self.grad_norm
+            if self.max_grad_norm is not None:
+                grad_norm = self._grad_factor.clip_and_unscale(self.param_groups, self.max_grad_norm, grad_scale)
+                grad_scale = None
+            if self.max_grad_norm is None or grad_norm is not None:
+                factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
+                if isinstance(factor, Tensor) and grad_scale is not None:
+                    factor, grad_scale = self._grad_factor.take_scale(self.param_groups, grad_scale), None
+                done = self._launch(found_inf, grad_scale, factor, differentiable)
+        finally:
+            if done is NotImplemented:
+                self._grad_factor.restore(before)
+        if done is not NotImplemented:
+            self.grad_norm = grad_norm
+        return done
+
+    def _launch(
+        self, found_inf: Tensor | None, grad_scale: Tensor | None, factor: float | Tensor, differentiable: bool
+    ) -> Any:
+        average = self._prepare_average(self.ema_decay, left_out_by_device=found_inf is not None)
+        waits_for_average = found_inf is not None and self._is_averaging and average is None
+        if waits_for_average or not (isinstance(factor, Tensor) or factor == 1.0):
+            return NotImplemented
+        done = self._plan.step_on_device(
+            self.param_groups,
+            self.state,
+            differentiable,
+            found_inf,
+            grad_scale,
+            factor if isinstance(factor, Tensor) else None,
+            average,
+            self.ema_decay or 0.0,
+            self.ema_warmup,
+        )
+        if done is NotImplemented and average is not None:
+            self._ema_count.bring_back()
+        return done
+
+    def _update(self, inv_grad_scale: float, differentiable: bool) -> None:
+        """The compiled pass, and what only torch can update."""
+        factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
+        average = self._prepare_average(self.ema_decay)
+        for_torch: Any = NotImplemented
+        if inv_grad_scale == 1.0 and (average is not None or isinstance(factor, Tensor)):
+            for_torch = self._launch(None, None, factor, differentiable)
         if for_torch is NotImplemented:
+            if average is not None:  # the host must know
+                self._ema_count.bring_back()
+                self._prepare_average(self.ema_decay)
+            inv_grad_scale *= float(factor)
             for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         if for_torch is not None:
             try:
@@ -405,11 +451,23 @@ class FusedMomentum(SGD):
                 raise
             self._plan.run()
 
-    def _prepare_average(self, decay: float | None) -> None:
+    def _prepare_average(self, decay: float | None, left_out_by_device: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Tell the plan the averages' weight; or where on the device it is worked out."""
+        if decay is None and not self._is_averaging:
+            return None
         self._check_not_swapped()
         self._is_averaging = decay is not None
-        weight = 0.0 if decay is None else average_weight(decay, self.ema_warmup, self._ema_count)
+        on_device = None
+        weight = 0.0
+        if decay is not None:
+            on_device = self._ema_count.on_device(self._first_device(), left_out_by_device or self.ema_warmup)
+            weight = 1.0 if on_device else average_weight(decay, self.ema_warmup, int(self._ema_count))
         self._plan.set_average_weight(weight)
+        return on_device
+
+    def _first_device(self) -> torch.device:
+        params = (param for group in self.param_groups for param in group["params"])
+        return next((param.device for param in params if isinstance(param, Tensor)), torch.device("cpu"))
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -470,8 +528,10 @@ class FusedMomentum(SGD):
 
         Takes the place of ``torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)``. The norm is computed now,
         in one pass that only reads; the step multiplies with the coefficient while it reads the gradients anyway, so
-        ``param.grad`` keeps its values. Norms 1, 2 and inf of dense CPU gradients are computed in double, with the same
-        bits for every number of threads; for all else torch's own functions are called, which write to the gradients.
+        ``param.grad`` keeps its values. Norms 1, 2 and inf of gradients that are all on the CPU, or all dense on one
+        CUDA device, are computed in double, with the same bits on every run; for all else torch's own functions are
+        called, which write to the gradients. On a CUDA device nothing waits: norm and coefficient stay there, and both
+        can be captured into a graph, max_norm as the number that it is then.
 
         Called again, it clips what the first call has left, as torch's function does. Gradients that have all been
         replaced before the step (``p.grad = p.grad + noise`` too) are not clipped, and what is written to them through
@@ -483,10 +543,11 @@ class FusedMomentum(SGD):
             max_norm: what the norm shall not exceed.
             norm_type: the p of the p-norm, may be ``inf``.
             foreach: accepted as torch's function does; has no effect.
-            error_if_nonfinite: raise if the norm is inf or NaN, instead of multiplying with what comes out.
+            error_if_nonfinite: raise if the norm is inf or NaN, instead of multiplying with what comes out; waits for
+                a CUDA device.
 
         Returns:
-            The norm before clipping, a tensor of no dimension in the gradients' dtype.
+            The norm before clipping, a tensor of no dimension in the gradients' dtype, on their device.
 
         Raises:
             RuntimeError: for a norm that is not finite, if asked for; for gradients that were written to after the
@@ -501,8 +562,9 @@ class FusedMomentum(SGD):
     def _settle(self) -> None:
         """Before the state leaves: buffers in their group's formulation, and none that was never computed."""
         self._check_not_swapped()
-        for group in self.param_groups if self._ema_count else ():
-            group[COUNT] = self._ema_count  # in every group: any of them may go
+        count = int(self._ema_count)
+        for group in self.param_groups if count else ():
+            group[COUNT] = count  # in every group: any of them may go
         for group in self.param_groups:
             if group.get("stochastic_rounding", False) or ROUNDING_STEP in group:  # it may be turned on again
                 group[ROUNDING_STEP] = self._plan.rounding_step

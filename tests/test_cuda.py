@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import bits
 
+import momentum_ext
 from momentum_ext import FusedMomentum
 
 pytestmark = pytest.mark.cuda
@@ -319,6 +320,141 @@ def test_grad_scaler():
             scaler.update()
     assert ours_scaler.get_scale() == loop_scaler.get_scale()
     check(ours, loop, list(model.parameters()), list(other.parameters()))
+
+
+# ------------------------------------------------------------------------- clipping, unscaling, averages: one pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_norm(norm_type, dtype):
+    params = make_params([*SHAPES, (3_000_001,)], dtype)
+    set_grads(params, 0)
+    optimizer = FusedMomentum(params, lr=0.1)
+    norms = {optimizer.clip_grad_norm_(0.0, norm_type).item()}
+    for _ in range(20):
+        optimizer.zero_grad()
+        set_grads(params, 0)
+        norms.add(optimizer.clip_grad_norm_(1.0, norm_type).item())
+    assert len(norms) == 1
+    grads = torch.cat([p.grad.double().reshape(-1) for p in params])
+    expected = torch.linalg.vector_norm(grads, norm_type).to(dtype).item()
+    assert norms.pop() == pytest.approx(expected, rel=max(1e-12, torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("value", [1e30, 1e-40])
+def test_norm_range(value):
+    param = torch.nn.Parameter(torch.zeros(10_000, device="cuda"))
+    param.grad = torch.full_like(param, value)
+    norm = FusedMomentum([param], lr=0.1).clip_grad_norm_(1.0).item()
+    assert norm == pytest.approx(100 * param.grad[0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1e6])
+def test_clip_and_step_without_waiting(max_norm):
+    params = make_params([s for s in SHAPES if 0 not in s])
+    torchs = clones(params)
+    ours, loop = FusedMomentum(params, **FULL), for_loop(torchs, **FULL)
+    for step in range(4):
+        set_grads(params, step)
+        set_grads(torchs, step)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            norm = ours.clip_grad_norm_(max_norm)
+            ours.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected = torch.nn.utils.clip_grad_norm_(torchs, max_norm)
+        loop.step()
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        for p, q in zip(params, torchs):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["step", "clip", "constructor"])
+@pytest.mark.parametrize("ours_scales", [True, False])
+def test_scaler_and_clipping(order, ours_scales):
+    extra = {"max_grad_norm": 0.5} if order == "constructor" else {}
+    model = torch.nn.Linear(64, 64).cuda()
+    other = copy.deepcopy(model)
+    ours, loop = FusedMomentum(model.parameters(), **FULL, **extra), for_loop(other.parameters(), **FULL)
+    kinds = (momentum_ext.GradScaler if ours_scales else torch.amp.GradScaler, torch.amp.GradScaler)
+    scalers = [kind("cuda", init_scale=2.0**10, growth_interval=2) for kind in kinds]
+    for step in range(8):
+        data = torch.randn(8, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+        data = data * (float("inf") if step in (0, 3) else 1.0)
+        for net, optimizer, scaler in ((model, ours, scalers[0]), (other, loop, scalers[1])):
+            optimizer.zero_grad()
+            scaler.scale(net(data).sum()).backward()
+            if order != "step" and (optimizer is loop or order == "clip"):
+                scaler.unscale_(optimizer)
+                if optimizer is ours:
+                    optimizer.clip_grad_norm_(0.5)
+                else:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            if step > 4 and optimizer is ours:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                scaler.step(optimizer)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            scaler.update()
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_averages_are_the_cpus(dtype, warmup):
+    params = make_params(dtype=dtype)
+    on_cpu = clones(params, "cpu")
+    options = {**FULL, "ema_decay": 0.9, "ema_warmup": warmup}
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step, overflow in enumerate([False, True, False, False, True, False]):
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        if step:
+            ours.found_inf = torch.tensor(float(overflow), device="cuda")
+            cpus.found_inf = torch.tensor(float(overflow))
+        ours.step()
+        cpus.step()
+        for p, q in zip(params, on_cpu):
+            assert same(p, q) and same(ours.state[p]["ema"], cpus.state[q]["ema"])
+    assert ours.state_dict()["param_groups"][0]["ema_step"] == 4
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_clip_step_and_average_captured(warmup):
+    params, lr = make_params(), torch.tensor(0.1, device="cuda")
+    twins = clones(params)
+    options = {**FULL, "ema_decay": 0.9, "ema_warmup": warmup}
+    captured, eager = FusedMomentum(params, **{**options, "lr": lr}), FusedMomentum(twins, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for each, optimizer in ((params, captured), (twins, eager)):
+            set_grads(each, 0)
+            optimizer.clip_grad_norm_(0.5)
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = captured.clip_grad_norm_(0.5)
+        captured.step()
+    for step, value in enumerate([0.1, 0.05, 0.5]):
+        lr.fill_(value)
+        eager.param_groups[0]["lr"] = lr.item()
+        for each in (params, twins):
+            set_grads(each, step)
+        graph.replay()
+        expected = eager.clip_grad_norm_(0.5)
+        eager.step()
+        assert same(norm, expected)
+    for p, q in zip(params, twins):
+        assert same(p, q) and same(captured.state[p]["ema"], eager.state[q]["ema"])
 
 
 # ------------------------------------------------------------------------------------------------- the other ways

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if IS_EMULATION:
     ops = torch.ops.emulated_cuda
+    lazy_init, torch.cuda._lazy_init = torch.cuda._lazy_init, lambda: None  # there is nothing to initialize
 else:
 
     @pytest.mark.slow
@@ -322,6 +323,313 @@ def test_the_host_reads_where_the_cpu_must_know():
         twins.check()
 
 
+# ---------------------------------------------------------------------------------------- clipping, unscaling
+
+
+def exact_norm(params, norm_type=2.0):
+    values = torch.cat([cpu(p.grad).abs().double().reshape(-1) for p in params])
+    return torch.linalg.vector_norm(values, norm_type).item()
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_the_norm_stays_on_the_device(norm_type, dtype):
+    params = [torch.nn.Parameter(cuda(torch.zeros(shape, dtype=dtype), 1)) for shape in SHAPES]
+    for param in params:
+        param.grad = cuda(torch.randn(param.shape).to(dtype), 1)
+    optimizer = FusedMomentum(params, lr=0.1)
+    optimizer.clip_grad_norm_(1.0, norm_type)
+    launches()
+    norm = optimizer.clip_grad_norm_(1.0, norm_type)
+    assert launches() == ([(1, 4096)], 0)
+    assert (norm.dtype, norm.shape, norm.device) == (dtype, (), torch.device("cuda:1"))
+    optimizer.zero_grad()
+    for param in params:
+        param.grad = cuda(torch.randn(param.shape).to(dtype), 1)
+    expected = torch.tensor(exact_norm(params, norm_type), dtype=torch.float64).to(dtype)
+    norm = cpu(optimizer.clip_grad_norm_(1.0, norm_type))
+    torch.testing.assert_close(norm, expected, rtol=max(1e-13, torch.finfo(dtype).eps), atol=0)
+
+
+@emulated
+@pytest.mark.parametrize("how", ["call", "twice", "constructor"])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+def test_clip_and_step(how, max_norm):
+    twins = Twins(SHAPES, [0], **OPTIONS)
+    other = FusedMomentum(twins.theirs, **OPTIONS)
+    if how == "constructor":
+        twins.optimizer.max_grad_norm = other.max_grad_norm = max_norm
+    for _ in range(4):
+        twins.set_grads()
+        given = [cpu(p.grad).clone() for p in twins.ours]
+        launches()
+        for optimizer in (twins.optimizer, other):
+            for factor in {"call": [1.0], "twice": [2.0, 1.0], "constructor": []}[how]:
+                optimizer.clip_grad_norm_(max_norm * factor)
+            optimizer.step()
+        log, reads = launches()
+        assert reads == 0
+        assert len(log) == (3 if how == "twice" else 2)
+        assert all(torch.equal(cpu(p.grad), g) for p, g in zip(twins.ours, given))
+        for ours, theirs in zip(twins.ours, twins.theirs):
+            torch.testing.assert_close(cpu(ours), theirs.detach(), rtol=1e-6, atol=1e-7)
+
+
+@emulated
+def test_what_becomes_of_a_clipping_on_the_device():
+    twins = Twins([(9,), (70,)], [0], lr=0.1)
+    for change in ("replaced", "zeroed", "written", "partly", "none"):
+        twins.set_grads()
+        twins.optimizer.clip_grad_norm_(1e-3)
+        if change in ("written", "partly"):
+            if change == "written":
+                twins.ours[1].grad.zero_()
+            else:
+                twins.ours[1].grad = cuda(torch.ones(70))
+            with pytest.raises(RuntimeError, match="zero_grad"):
+                twins.optimizer.step()
+            twins.optimizer.zero_grad()
+            continue
+        if change == "replaced":
+            twins.set_grads()
+        elif change == "zeroed":
+            twins.optimizer.zero_grad()
+            twins.set_grads()
+        else:
+            twins.optimizer.zero_grad()
+            twins.oracle.zero_grad()
+        twins.optimizer.step()
+        twins.oracle.step()
+        twins.check()
+
+
+@emulated
+def test_error_if_nonfinite_waits():
+    twins = Twins([(9,), (70,)], [0], lr=0.1)
+    twins.set_grads()
+    cpu(twins.ours[1].grad)[3] = float("nan")
+    launches()
+    with pytest.raises(RuntimeError, match="non-finite"):
+        twins.optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    assert launches()[1] == 1
+    assert cpu(twins.optimizer.clip_grad_norm_(1.0)).isnan()
+
+
+@emulated
+def test_a_failed_step_keeps_the_clipping_before_it():
+    twins = Twins([(9,), (70,)], [0], lr=0.1)
+    other = FusedMomentum(twins.theirs, lr=0.1)
+    twins.step()
+    twins.optimizer.max_grad_norm = other.max_grad_norm = 0.25
+    twins.set_grads()
+    for optimizer in (twins.optimizer, other):
+        optimizer.clip_grad_norm_(0.5)
+    before = [cpu(p).clone() for p in twins.ours]
+    group = twins.optimizer.param_groups[0]
+    group["formulation"] = "none"
+    with pytest.raises(ValueError, match="formulation"):
+        twins.optimizer.step()
+    assert all(torch.equal(cpu(p), b) for p, b in zip(twins.ours, before))
+    group["formulation"] = "torch"
+    twins.optimizer.step()
+    other.step()
+    for ours, theirs in zip(twins.ours, twins.theirs):
+        torch.testing.assert_close(cpu(ours), theirs.detach(), rtol=1e-6, atol=1e-7)
+
+
+def scaled_steps(twins, scaler, order, overflow_at=(), steps=8):
+    """As a training with this GradScaler; yields after each step, with how often the host has read the device."""
+    for step in range(steps):
+        twins.set_grads()
+        scale = 1024.0
+        for ours in twins.ours:
+            cpu(ours.grad).mul_(scale)
+            if step in overflow_at and ours.numel():
+                cpu(ours.grad).fill_(float("inf"))
+        launches()
+        found_inf = None
+        factor = twins.optimizer._grad_factor
+        if "unscale" in order:
+            inv_scale, unscales = cuda(torch.tensor(1 / scale)), True
+        else:
+            inv_scale, unscales = cuda(torch.tensor(1.0)), False
+        if "clip-first" in order:
+            twins.optimizer.clip_grad_norm_(0.5 * scale)
+        found_inf = scaler._unscale_grads_(twins.optimizer, inv_scale, None, not unscales)
+        (found_inf,) = found_inf.values()
+        if "then-clip" in order:
+            twins.optimizer.clip_grad_norm_(0.5)
+        twins.optimizer.found_inf = found_inf
+        twins.optimizer.grad_scale = None if unscales else cuda(torch.tensor(scale))
+        twins.optimizer.step()
+        del twins.optimizer.found_inf, twins.optimizer.grad_scale
+        assert factor.is_active is False
+        assert (cpu(found_inf) != 0) == (step in overflow_at)
+        yield step, launches()
+
+
+@emulated
+@pytest.mark.parametrize("order", ["step", "unscale", "unscale-then-clip", "constructor", "clip-first"])
+@pytest.mark.parametrize("overflow_at", [(), (0, 1, 4)], ids=str)
+def test_our_scaler_reads_nothing(order, overflow_at):
+    twins = Twins([(5,), (64, 33), (3, 0), (9000,)], [0], **OPTIONS)
+    clips = order in ("unscale-then-clip", "constructor", "clip-first")
+    if order == "constructor":
+        twins.optimizer.max_grad_norm = 0.5
+    scaler = momentum_ext.GradScaler("cpu")
+    before = None
+    for step, (log, reads) in scaled_steps(twins, scaler, order, overflow_at):
+        assert reads == 0
+        if step in overflow_at:
+            if before is not None:
+                assert all(torch.equal(cpu(p), b) for p, b in zip(twins.ours, before))
+        else:
+            if clips:
+                torch.nn.utils.clip_grad_norm_(twins.theirs, 0.5)
+            twins.oracle.step()
+        before = [cpu(p).clone() for p in twins.ours]
+        for ours, theirs in zip(twins.ours, twins.theirs):
+            torch.testing.assert_close(cpu(ours), theirs.detach(), rtol=1e-6, atol=1e-6)
+        if step > 5:  # one pass of the norm, one of the step, and what is drawn from the norm without a pass
+            extra = {"unscale-then-clip": 1, "constructor": 1, "clip-first": 2}.get(order, 0)
+            assert len(log) == 2 + extra
+
+
+@emulated
+def test_mixed_devices_are_clipped_by_the_host():
+    params = [torch.nn.Parameter(torch.randn(9)), torch.nn.Parameter(cuda(torch.randn(9)))]
+    for param in params:
+        param.grad = torch.ones(9) if not param.is_cuda else cuda(torch.ones(9))
+    optimizer = FusedMomentum(params, lr=0.1)
+    assert optimizer._grad_factor._norms.compute(optimizer.param_groups, 2.0) is None
+
+
+# ------------------------------------------------------------------------------------------------------ averages
+
+
+def averaged_twins(shapes, dtype=torch.float32, devices=(0,), **options):
+    twins = Twins(shapes, list(devices), dtype, **OPTIONS)
+    for name, value in options.items():
+        setattr(twins.optimizer, name, value)
+    other = FusedMomentum(twins.theirs, **OPTIONS, **options)
+    return twins, other
+
+
+def check_averages(twins, other):
+    for ours, theirs in zip(twins.ours, twins.theirs):
+        assert torch.equal(cpu(ours), theirs.detach())
+        mine, expected = (o.state.get(p, {}).get("ema") for o, p in ((twins.optimizer, ours), (other, theirs)))
+        assert (mine is None) == (expected is None)
+        if mine is not None:
+            assert torch.equal(cpu(mine), expected)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_averages_in_the_same_launch(dtype, warmup):
+    twins, other = averaged_twins(SHAPES, dtype, ema_decay=0.9, ema_warmup=warmup)
+    for _ in range(12):
+        twins.set_grads()
+        launches()
+        twins.optimizer.step()
+        log, reads = launches()
+        assert reads == 0 and len(log) == 1 + warmup
+        other.step()
+        check_averages(twins, other)
+    assert int(twins.optimizer._ema_count) == 12
+    assert twins.optimizer.state_dict()["param_groups"][0]["ema_step"] == 12
+
+
+@emulated
+@pytest.mark.parametrize("warmup", [False, True])
+def test_averages_when_the_device_finds_an_overflow(warmup):
+    twins, other = averaged_twins(SHAPES, ema_decay=0.75, ema_warmup=warmup)
+    launches()
+    for overflow in (True, True, False, False, True, False, False):
+        twins.set_grads()
+        twins.optimizer.found_inf = cuda(torch.tensor(float(overflow)))
+        twins.optimizer.step()
+        if not overflow:
+            other.step()
+            check_averages(twins, other)
+    assert launches()[1] == 0
+    del twins.optimizer.found_inf
+    assert int(twins.optimizer._ema_count) == 4
+    for _ in range(2):  # goes on without the scaler
+        twins.set_grads()
+        twins.optimizer.step()
+        other.step()
+        check_averages(twins, other)
+    assert twins.optimizer.state_dict()["param_groups"][0]["ema_step"] == 6
+
+
+@emulated
+@pytest.mark.parametrize("overflows", [False, True])
+def test_averages_of_tensors_without_a_gradient(overflows):
+    twins, other = averaged_twins(SHAPES, ema_decay=0.75, ema_warmup=True)
+    for step, which in enumerate([range(4), None, [1], None, range(5), None]):
+        twins.set_grads(which)
+        if overflows:
+            twins.optimizer.found_inf = cuda(torch.tensor(float(step in (0, 3))))
+        twins.optimizer.step()
+        if not overflows or step not in (0, 3):
+            other.step()
+            check_averages(twins, other)
+
+
+@emulated
+def test_averages_of_layouts():
+    twins, other = averaged_twins([(4, 6, 5, 5), (16, 16)], ema_decay=0.75)
+    twins.ours[0].data = cuda(cpu(twins.ours[0]).contiguous(memory_format=torch.channels_last))
+    for _ in range(3):
+        twins.set_grads()
+        twins.ours[1].grad = cuda(cpu(twins.ours[1].grad).t().contiguous().t())
+        twins.optimizer.step()
+        other.step()
+        check_averages(twins, other)
+
+
+@emulated
+def test_the_count_comes_back_where_a_step_cannot_stay_on_one_device():
+    twins, other = averaged_twins(SHAPES, devices=(0,), ema_decay=0.75, ema_warmup=True)
+    for step in range(6):
+        if step == 3:
+            moved = twins.ours[1]
+            moved.data = cuda(cpu(moved).clone(), 1)
+            twins.devices[1] = 1
+            state = twins.optimizer.state[moved]
+            for name, value in state.items():
+                state[name] = cuda(cpu(value).clone(), 1)
+        twins.set_grads()
+        twins.optimizer.step()
+        other.step()
+        check_averages(twins, other)
+    assert int(twins.optimizer._ema_count) == 6
+
+
+@emulated
+def test_a_capture_needs_what_outlives_it():
+    twins = Twins([(9,), (70,)], [0], **OPTIONS)
+    twins.step()
+    twins.set_grads()
+    ops.set(True, False)
+    with pytest.raises(RuntimeError, match="run one step before the capture"):
+        twins.optimizer.clip_grad_norm_(1.0)
+    ops.set(False, False)
+    twins.optimizer.clip_grad_norm_(1e6)
+    twins.optimizer.step()
+    twins.oracle.step()
+    ops.set(True, False)
+    twins.set_grads()
+    twins.optimizer.clip_grad_norm_(1e6)
+    twins.optimizer.step()
+    twins.oracle.step()
+    ops.set(False, False)
+    twins.check()
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 
@@ -374,9 +682,11 @@ def test_what_changes_between_steps():
 @emulated
 def test_a_build_without_kernels_says_so_once(monkeypatch):
     monkeypatch.setattr(momentum_ext._C, "HAS_CUDA_KERNELS", False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lazy_init)
+    torchs_error = (AssertionError, RuntimeError)
     twins = Twins([(5,)], [0], differentiable=True, lr=0.1)  # takes torch's path, which has no CUDA here
     twins.set_grads()
-    with pytest.warns(UserWarning, match="built without CUDA kernels.*FORCE_CUDA=1"), pytest.raises(AssertionError):
+    with pytest.warns(UserWarning, match="built without CUDA kernels.*FORCE_CUDA=1"), pytest.raises(torchs_error):
         twins.optimizer.step()
-    with pytest.raises(AssertionError):  # no second warning, which would be an error
+    with pytest.raises(torchs_error):  # no second warning, which would be an error
         twins.optimizer.step()

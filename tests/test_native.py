@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 
 
-@pytest.mark.parametrize("program", ["test_kernels", "test_cuda_kernels"])
+@pytest.mark.parametrize("program", ["test_kernels", "test_cuda_kernels", "test_cuda_norm", "test_cuda_on_host"])
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_kernels_under_sanitizers(compiler, program, tmp_path):
     sources = [ROOT / f"tests/native/{program}.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
@@ -28,7 +28,7 @@ def test_kernels_under_sanitizers(compiler, program, tmp_path):
         "-Werror",
         "-Wno-psabi",  # as in setup.py
     ]
-    if program == "test_cuda_kernels":  # the CUDA kernels as C++, which know #pragma unroll and move any type as uint4
+    if "cuda" in program:  # the CUDA kernels as C++, which know #pragma unroll and move any type as uint4
         flags += [f"-I{ROOT}/tests/native/cuda_on_host", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
     if compiler == "clang++":
         flags += ["-Wno-pass-failed"]  # it would say that -O1 does not vectorise

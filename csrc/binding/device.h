@@ -20,11 +20,26 @@ inline constexpr bool kHasCudaKernels = true;
 inline constexpr bool kHasCudaKernels = false;
 #endif
 
-// torch.amp.GradScaler's float32 tensors of one element, on some CUDA device; undefined: not given.
+// The averages' weight and count of updates where the device keeps them: float64 tensors of one
+// element; undefined: the host does.
+struct DeviceAverage {
+  at::Tensor weight;
+  at::Tensor count;
+  double decay = 0;
+  bool warms_up = false;
+};
+
+// Numbers on a CUDA device that a step reads without waiting for them, tensors of one element;
+// undefined: not given. The first two are torch.amp.GradScaler's, in float32.
 struct ScalerTensors {
   at::Tensor found_inf;
   at::Tensor grad_scale;
-  bool any() const { return found_inf.defined() || grad_scale.defined(); }
+  at::Tensor grad_factor;  // float64, in place of grad_scale: what to multiply gradients with
+  DeviceAverage average;
+  bool any() const {
+    return found_inf.defined() || grad_scale.defined() || grad_factor.defined() ||
+           average.count.defined();
+  }
 };
 
 // What one CUDA device has to do in a step.
@@ -104,6 +119,9 @@ bool is_capturing(int16_t device);
 // Launches the share's update on its device's current stream. Throws std::runtime_error.
 void launch(const TensorTable& table, const DeviceShare& share, const ScalerTensors& scaler,
             FirstSteps& first_steps, bool one_by_one);
+
+// Before the launches of a step: counts it and works out the averages' weight, on the device.
+void count_average(const ScalerTensors& scaler);
 
 // For show_config().
 std::string cuda_build_info();

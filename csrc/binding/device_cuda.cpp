@@ -9,27 +9,13 @@
 
 #include "../cuda/step.h"
 #include "device.h"
+#include "device_values.h"
 
 namespace momentum_ext::binding {
 namespace {
 
 void check(cudaError_t error, int16_t device, const std::string& doing) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // it has been reported; what follows may work
-  throw std::runtime_error("FusedMomentum.step on cuda:" + std::to_string(device) + ": " + doing +
-                           " failed with " + cudaGetErrorName(error) + ": " +
-                           cudaGetErrorString(error));
-}
-
-// The tensor's value where the device can read it; the copy, if one is needed, waits on the device.
-const float* value_on(int16_t device, at::Tensor& tensor) {
-  if (!tensor.defined()) return nullptr;
-  if (tensor.device().index() != device) {
-    tensor = tensor.to(
-        tensor.options().device(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))),
-        /*non_blocking=*/true);
-  }
-  return tensor.const_data_ptr<float>();
+  check_cuda(error, device, "FusedMomentum.step", doing);
 }
 
 }  // namespace
@@ -146,8 +132,10 @@ void launch(const TensorTable& table, const DeviceShare& share, const ScalerTens
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(share.device));
   ScalerTensors here = scaler;
   Overflow overflow;
-  overflow.found_inf = value_on(share.device, here.found_inf);
-  overflow.grad_scale = value_on(share.device, here.grad_scale);
+  overflow.found_inf = value_on<float>(share.device, here.found_inf);
+  overflow.grad_scale = value_on<float>(share.device, here.grad_scale);
+  overflow.grad_factor = value_on<double>(share.device, here.grad_factor);
+  overflow.average_weight = value_on<double>(share.device, here.average.weight);
   overflow.newest_cohort = share.newest_cohort;
   if (share.newest_cohort != 0) {
     overflow.settled = first_steps.settled(share.device);
@@ -155,6 +143,18 @@ void launch(const TensorTable& table, const DeviceShare& share, const ScalerTens
   }
   check(cuda::step(table, share.device, overflow, one_by_one, c10::cuda::getCurrentCUDAStream()),
         share.device, "launching the update");
+}
+
+void count_average(const ScalerTensors& scaler) {
+  const DeviceAverage& average = scaler.average;
+  const auto device = static_cast<int16_t>(average.count.device().index());
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  at::Tensor found_inf = scaler.found_inf;
+  check(cuda::count_average(value_on<float>(device, found_inf), average.decay, average.warms_up,
+                            average.weight.mutable_data_ptr<double>(),
+                            average.count.mutable_data_ptr<double>(),
+                            c10::cuda::getCurrentCUDAStream()),
+        device, "counting the update of the averages");
 }
 
 std::string cuda_build_info() {

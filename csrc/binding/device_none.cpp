@@ -2,6 +2,7 @@
 #if !defined(MOMENTUM_EXT_WITH_CUDA)
 
 #include "device.h"
+#include "device_norm.h"
 
 namespace momentum_ext::binding {
 
@@ -17,6 +18,11 @@ std::vector<at::Tensor> FirstSteps::unstarted() { return {}; }
 uint32_t* FirstSteps::settled(int16_t) { return nullptr; }
 uint32_t* FirstSteps::settled_on_host(int16_t) { return nullptr; }
 bool is_capturing(int16_t) { return false; }
+void count_average(const ScalerTensors&) {}
+DeviceNorm::Result DeviceNorm::conclude(int16_t, const TensorTable*, Norm, const Factors&,
+                                        std::optional<double>, at::ScalarType) {
+  return {};
+}
 void launch(const TensorTable&, const DeviceShare&, const ScalerTensors&, FirstSteps&, bool) {}
 std::string cuda_build_info() { return "none"; }
 

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <unordered_set>
+#include <utility>
 
 #include "tensor_access.h"
 
@@ -34,6 +35,12 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
     seen_.clear();
     return py::none();
   }
+  const at::ScalarType dtype = dtype_ == at::ScalarType::Undefined ? at::kFloat : dtype_;
+  const auto dtype_object =
+      py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype)));
+  is_pending_ = device_.value_or(kCpu) != kCpu;
+  kind_ = kind;
+  if (is_pending_) return py::make_tuple(py::none(), dtype_object);
   double norm = sum(kind, 1.0);
   if (kind == Norm::kSumOfSquares) {
     // Squares of doubles can leave a double's range, where their root does not.
@@ -48,9 +55,27 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
     }
     norm = std::sqrt(norm) / scale;
   }
-  const at::ScalarType dtype = dtype_ == at::ScalarType::Undefined ? at::kFloat : dtype_;
-  return py::make_tuple(norm, py::reinterpret_borrow<py::object>(
-                                  reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
+  return py::make_tuple(norm, dtype_object);
+}
+
+py::tuple GradNorm::conclude(const std::optional<at::Tensor>& factor,
+                             const std::optional<at::Tensor>& inv_scale,
+                             const std::optional<at::Tensor>& grad_scale,
+                             std::optional<double> max_norm) {
+  if (device_.value_or(kCpu) == kCpu) throw std::runtime_error("conclude(): no CUDA gradients");
+  const TensorTable grads = table();
+  const DeviceNorm::Factors factors = {factor.value_or(at::Tensor()),
+                                       inv_scale.value_or(at::Tensor()),
+                                       grad_scale.value_or(at::Tensor())};
+  // Should the launch fail, these gradients are not looked at again: they may be gone by then.
+  const bool reads = std::exchange(is_pending_, false);
+  const DeviceNorm::Result result =
+      on_device_.conclude(*device_, reads ? &grads : nullptr, kind_, factors, max_norm, dtype_);
+  const auto wrap = [](const at::Tensor& tensor) {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+  };
+  return py::make_tuple(wrap(result.factor),
+                        wrap(max_norm.has_value() ? result.norm : result.found_inf));
 }
 
 const char* GradNorm::compare(const py::list& param_groups) {
@@ -117,6 +142,7 @@ bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
   layouts_.clear();
   first_block_.assign(1, 0);
   dtype_ = at::ScalarType::Undefined;
+  device_.reset();
   return read_params(param_groups) &&
          for_each_grad([&](const at::Tensor& grad) { return add(grad, complex_too); });
 }
@@ -124,7 +150,10 @@ bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
 bool GradNorm::add(const at::Tensor& grad, bool complex_too) {
   const at::ScalarType scalar_type = grad.scalar_type();
   const std::optional<Dtype> dtype = kernel_dtype(scalar_type);
-  if (!is_plain_cpu(grad) || !dtype || (grad.is_complex() && !complex_too)) return false;
+  const std::optional<int16_t> device = kernel_device(grad);
+  if (!device || !dtype || (grad.is_complex() && !complex_too)) return false;
+  if (device_.value_or(*device) != *device) return false;
+  device_ = device;
   const int64_t numel = grad.numel();
   const int64_t size = static_cast<int64_t>(grad.element_size());
   const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
@@ -136,7 +165,9 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too) {
   entry.grad = data;
   entry.grad_dtype = *dtype;
   entry.numel = grad.is_complex() ? 2 * numel : numel;
+  entry.device = *device;
   if (!is_dense) {
+    if (*device != kCpu) return false;
     layouts_.push_back(common_layout(grad, grad, at::Tensor()));
     if (layouts_.back() != nullptr) entry.layout = &layouts_.back()->layout;
   }
@@ -149,12 +180,14 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too) {
   return true;
 }
 
+TensorTable GradNorm::table() const {
+  return {entries_.data(), first_block_.data(), static_cast<int64_t>(entries_.size()), nullptr};
+}
+
 double GradNorm::sum(Norm kind, double scale) {
   block_norms_.resize(static_cast<size_t>(first_block_.back()));
-  const TensorTable table{entries_.data(), first_block_.data(),
-                          static_cast<int64_t>(entries_.size()), nullptr};
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return cpu::norm(kind, table, scale, block_norms_.data(), threads);
+  return cpu::norm(kind, table(), scale, block_norms_.data(), threads);
 }
 
 }  // namespace momentum_ext::binding

@@ -1,14 +1,16 @@
-// The norm of all gradients of an optimizer, in one parallel region, and whether they are still the
-// same gradients later.
+// The norm of all gradients of an optimizer, in one parallel region or one launch, and whether they
+// are still the same gradients later.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "../momentum.h"
+#include "device_norm.h"
 #include "layout.h"
 
 namespace momentum_ext::binding {
@@ -18,8 +20,15 @@ namespace py = pybind11;
 class GradNorm {
  public:
   // The p-norm (1, 2 or inf) of all gradients together, and the dtype in which torch would return
-  // it; None where a gradient is not one for the kernels. Remembers which gradients these were.
+  // it; None where a gradient is not one for the kernels. Remembers which gradients these were. On
+  // a CUDA device the norm is None: conclude() has it computed there.
   py::object compute(const py::list& param_groups, double norm_type);
+
+  // On that device, at once after compute() or later: what the next step is to multiply gradients
+  // with, and, with a max_norm, the norm of what that makes, else whether the norm is not finite.
+  py::tuple conclude(const std::optional<at::Tensor>& factor,
+                     const std::optional<at::Tensor>& inv_scale,
+                     const std::optional<at::Tensor>& grad_scale, std::optional<double> max_norm);
 
   // What has become of them: "same", "replaced" (none of them is there any more) or "changed" (some
   // are not, or were written to).
@@ -37,6 +46,7 @@ class GradNorm {
   bool for_each_grad(const Visit& visit) const;
   bool collect(const py::list& param_groups, bool complex_too);
   bool add(const at::Tensor& grad, bool complex_too);
+  TensorTable table() const;
   double sum(Norm kind, double scale);
 
   std::vector<PyObject*> listed_;  // as the groups list them: only compared
@@ -48,6 +58,10 @@ class GradNorm {
   std::vector<double> block_norms_;
   std::vector<std::unique_ptr<OwnedLayout>> layouts_;
   at::ScalarType dtype_ = at::ScalarType::Undefined;
+  std::optional<int16_t> device_;  // of the gradients; none where there are none
+  Norm kind_ = Norm::kSumOfSquares;
+  bool is_pending_ = false;  // no pass has read them yet
+  DeviceNorm on_device_;
 };
 
 }  // namespace momentum_ext::binding

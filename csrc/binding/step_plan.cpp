@@ -43,7 +43,7 @@ py::object StepPlan::step(const py::list& param_groups, const py::dict& state,
   try {
     scaler_ = std::move(scaler);
     prepare(param_groups, state, inv_grad_scale, all_for_torch);
-    if (scaler_.any() && (has_cpu_tensors() || !for_torch_.empty())) {
+    if (scaler_.any() && host_must_know()) {
       clear_step();
       return py::reinterpret_borrow<py::object>(Py_NotImplemented);
     }
@@ -160,9 +160,10 @@ void StepPlan::update() {
     convert_prepared();
     cpu::parallel_for(num_slots, kSlotsPerThread, threads,
                       [this](int64_t begin, int64_t end) { bump_versions(begin, end); });
+    if (scaler_.average.count.defined()) count_average(scaler_);
     for (const DeviceShare& share : shares_) {
-      launch({entries_.data(), nullptr, num_slots, hyperparams_.data()}, share, scaler_,
-             first_steps_, in_order_);
+      launch({entries_.data(), nullptr, num_slots, hyperparams_.data(), average_weight_}, share,
+             scaler_, first_steps_, in_order_);
     }
   } catch (...) {  // else the next step would find buffers that were never computed
     take_back_new_state(new_state_.size());
@@ -192,6 +193,19 @@ void StepPlan::separate_first_steps() {
       entries_[i].cohort = found->second;
     }
   }
+}
+
+// Whether numbers that are on a device do not reach all that is to be updated.
+bool StepPlan::host_must_know() const {
+  if (has_cpu_tensors() || !for_torch_.empty()) return true;
+  const at::Tensor& count = scaler_.average.count;
+  if (count.defined()) {
+    for (const DeviceShare& share : shares_) {
+      if (share.device != count.device().index()) return true;
+    }
+  }
+  const bool averages_wait = scaler_.found_inf.defined() || count.defined();
+  return averages_wait && !averaged_by_torch_.empty();
 }
 
 bool StepPlan::has_cpu_tensors() const {

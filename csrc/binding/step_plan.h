@@ -190,6 +190,8 @@ class StepPlan {
   bool some_grad_meets_another_slot() const;
   void convert_prepared();
   void attach_averages();
+  bool can_attach(size_t i, const at::Tensor& param, const at::Tensor& average) const;
+  void attach(size_t i, const at::Tensor& average);
   void make_averages();
   void update_averages_by_torch();
   void clear_step();
@@ -197,6 +199,7 @@ class StepPlan {
   void update();
   void separate_first_steps();
   bool has_cpu_tensors() const;
+  bool host_must_know() const;
   void update_cpu();
   void insert_new_state();
   void take_back_new_state(size_t count) noexcept;

@@ -1,5 +1,5 @@
-// Averages of the parameters, kept in the step's own pass where parameter and average are walked as
-// flat arrays, and by torch after it everywhere else.
+// Averages of the parameters, kept in the step's own pass where parameter and average lie alike
+// (and, on the CPU, are walked as flat arrays), and by torch after it everywhere else.
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -13,12 +13,16 @@
 namespace momentum_ext::binding {
 namespace {
 
-bool has_flat_average(const TensorEntry& entry, const at::Tensor& param,
-                      const at::Tensor& average) {
-  return entry.device == kCpu && entry.numel != 0 && entry.layout == nullptr &&
-         is_plain_cpu(average) && average.scalar_type() == param.scalar_type() &&
+bool lie_alike(const TensorEntry& entry, const at::Tensor& param, const at::Tensor& average) {
+  return (entry.device != kCpu || entry.layout == nullptr) &&
+         kernel_device(average) == entry.device && average.scalar_type() == param.scalar_type() &&
          average.sizes() == param.sizes() && average.strides() == param.strides() &&
          lies_in_storage(*average.unsafeGetTensorImpl(), byte_range(average).end);
+}
+
+// Whether a new tensor like this one has its strides.
+bool keeps_layout(const at::Tensor& param) {
+  return param.layout() == at::kStrided && param.is_non_overlapping_and_dense();
 }
 
 }  // namespace
@@ -43,6 +47,7 @@ void StepPlan::attach_averages() {
                                  "before the capture");
       }
       without_average_.push_back(i);
+      if (!can_attach(i, param, param) || !keeps_layout(param)) averaged_by_torch_.push_back(i);
       continue;
     }
     if (average->sizes() != param.sizes() || average->scalar_type() != param.scalar_type() ||
@@ -52,17 +57,26 @@ void StepPlan::attach_averages() {
                                "with its parameter, or delete it from the optimizer's state to "
                                "start a new average");
     }
-    // A parameter that is listed twice is averaged once, after both updates.
-    const bool once = std::none_of(repeated_.begin(), repeated_.end(),
-                                   [i](const auto& pair) { return pair.second == i; });
-    if (once && tensors_[i].param != nullptr && has_flat_average(entries_[i], param, *average)) {
-      entries_[i].average =
-          mutable_data_of(*average->unsafeGetTensorImpl(), average->element_size());
-      tensors_[i].average = average->unsafeGetTensorImpl();
+    if (can_attach(i, param, *average)) {
+      attach(i, *average);
     } else {
       averaged_by_torch_.push_back(i);
     }
   }
+}
+
+// Whether the kernels can keep this average.
+bool StepPlan::can_attach(size_t i, const at::Tensor& param, const at::Tensor& average) const {
+  // A parameter that is listed twice is averaged once, after both updates.
+  const bool once = std::none_of(repeated_.begin(), repeated_.end(),
+                                 [i](const auto& pair) { return pair.second == i; });
+  return once && tensors_[i].param != nullptr && lie_alike(entries_[i], param, average);
+}
+
+void StepPlan::attach(size_t i, const at::Tensor& average) {
+  if (entries_[i].numel == 0) return;  // there is nothing to keep
+  entries_[i].average = mutable_data_of(*average.unsafeGetTensorImpl(), average.element_size());
+  tensors_[i].average = average.unsafeGetTensorImpl();
 }
 
 // Before the update: an average starts at what the parameter was.
@@ -77,7 +91,9 @@ void StepPlan::make_averages() {
       state_[param_object] = py::dict();
     }
     state_[param_object][key] = py::reinterpret_steal<py::object>(THPVariable_Wrap(average));
-    averaged_by_torch_.push_back(i);
+    if (!can_attach(i, param, average) || !keeps_layout(param)) continue;  // torch's
+    attach(i, average);
+    kept_alive_.emplace_back(average.getIntrusivePtr(), average.storage());
   }
   without_average_.clear();
 }

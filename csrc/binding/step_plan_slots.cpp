@@ -111,7 +111,7 @@ void StepPlan::prepare_slot(size_t i) {
             "whose "
             "replays would each be its first step; run one step before the capture");
       }
-      if (scaler_.any()) cohort = first_steps_.new_cohort(slot.device);
+      if (scaler_.found_inf.defined()) cohort = first_steps_.new_cohort(slot.device);
     }
     if (!buffer.defined()) buffer = at::empty_like(param, {}, at::MemoryFormat::Preserve);
     if (cohort != 0) buffer.zero_();  // a step that overflows leaves the new buffer as it is

@@ -5,7 +5,7 @@
 // A parameter may have 32,764 bytes on sm_70 and newer with a driver for CUDA 12.1, else 4,096. A
 // tensor takes 32 bytes and a group in fp32 as many: one fp32 group and 1,021 tensors fit, or 465
 // groups with a tensor each. More groups leave room for fewer tensors; what does not fit goes into
-// further launches.
+// further launches. Tensors whose average is kept take 40 bytes: 817 of them fit.
 #pragma once
 
 #include <type_traits>
@@ -18,13 +18,16 @@ namespace momentum_ext::cuda {
 constexpr int kSmallTable = 4096;
 constexpr int kLargeTable = 32760;  // 32,764 in whole words
 
+enum class GradNumber : uint16_t { kNone, kScale, kFactor };
+
 struct TableHeader {
   const float* found_inf;
-  const float* grad_scale;
+  const void* grad_number;  // a float to divide gradients by, or a double to multiply them with
   const uint32_t* settled;
   uint16_t num_tensors;
   uint16_t words_per_group;
-  uint32_t has_device_numbers;
+  uint16_t has_device_numbers;
+  GradNumber grad_number_is;
 };
 
 template <int kBytes>
@@ -42,12 +45,18 @@ static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
 //   word 3        its first chunk's number (32 bits), its last chunk's elements less one (16),
 //                 its group (16)
 //
+// where averages are kept, and in every strided record
+//
+//   word 4        average, in the parameter's dtype and layout
+//
 // and in a strided record
 //
-//   word 4        dtypes of param, grad and buffer, number of dimensions (8 bits each)
+//   word 5        dtypes of param, grad and buffer, number of dimensions (8 bits each)
 //   then          size, param stride, grad stride and buffer stride of each dimension
 constexpr int kFlatRecord = 4;
-constexpr int kStridedRecord = 5 + 4 * kMaxStridedDimsCuda;
+constexpr int kAveragedRecord = 5;
+constexpr int kFirstDim = 6;
+constexpr int kStridedRecord = kFirstDim + 4 * kMaxStridedDimsCuda;
 
 constexpr int kMaxChunk = 1 << 16;  // elements
 constexpr int kMaxGroups = 1 << 16;
@@ -62,14 +71,15 @@ MOMENTUM_EXT_INLINE int last_count_of(uint64_t word) {
 }
 MOMENTUM_EXT_INLINE int group_of(uint64_t word) { return static_cast<int>(word >> 48); }
 
-// The tensor that a chunk belongs to, by binary search: ten steps for the longest list.
-template <int kRecord, int kBytes>
-MOMENTUM_EXT_INLINE int locate_tensor(const LaunchTable<kBytes>& table, uint32_t chunk) {
+// The tensor that a chunk belongs to, by binary search: ten steps for the longest list. In its
+// record, word kChunks tells its chunks.
+template <int kRecord, int kChunks, typename Table>
+MOMENTUM_EXT_INLINE int locate_tensor(const Table& table, uint32_t chunk) {
   int low = 0;
   int high = table.header.num_tensors;  // first_chunk(low) <= chunk < first_chunk(high)
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (first_chunk_of(table.words[middle * kRecord + 3]) <= chunk) {
+    if (first_chunk_of(table.words[middle * kRecord + kChunks]) <= chunk) {
       low = middle;
     } else {
       high = middle;
@@ -108,11 +118,18 @@ MOMENTUM_EXT_INLINE T unpack(const LaunchTable<kBytes>& table, int at) {
   return value;
 }
 
-// Where group g begins. Groups that read numbers from the device's memory have a DeviceHyperparams
-// behind their PackedGroup; if one has, all of the launch have room for it.
-template <int kBytes>
+// The average's weight, behind the groups of a launch that may keep averages.
+struct AverageWeight {
+  double number;
+  const double* on_device;  // nullptr: it is the number
+};
+
+// Where group g begins, with words reserved behind the groups. Groups that read numbers from the
+// device's memory have a DeviceHyperparams behind their PackedGroup; if one has, all of the launch
+// have room for it.
+template <int kReserved, int kBytes>
 MOMENTUM_EXT_INLINE int group_at(const LaunchTable<kBytes>& table, int group) {
-  return LaunchTable<kBytes>::kNumWords - (group + 1) * table.header.words_per_group;
+  return LaunchTable<kBytes>::kNumWords - kReserved - (group + 1) * table.header.words_per_group;
 }
 
 }  // namespace momentum_ext::cuda

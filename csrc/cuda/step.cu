@@ -9,14 +9,16 @@
 //            fall on 128-bit boundaries
 //   strided  everything else, one element at a time
 //
+// Where the parameters' averages are kept, each is brought up to date with its element.
+//
 // Compile with --fmad=false: every fma is written out, in update_rule.h.
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 
 #include "launch_table.h"
+#include "launching.h"
 #include "step.h"
 
 namespace momentum_ext::cuda {
@@ -86,10 +88,10 @@ __device__ __forceinline__ opmath_t read_number(const DeviceNumber& number) {
   }
 }
 
-template <typename opmath_t, int kBytes>
+template <typename opmath_t, int kReserved, int kBytes>
 __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& table, int group) {
   const TableHeader& header = table.header;
-  const int at = group_at(table, group);
+  const int at = group_at<kReserved>(table, group);
   const auto packed = unpack<PackedGroup<opmath_t>>(table, at);
   Work<opmath_t> work;
   Coefficients<opmath_t>& c = work.coefficients;
@@ -103,7 +105,11 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
   bool is_first_step = cohort == kFirstStep;
   if (header.settled != nullptr && cohort != kNoCohort) is_first_step = *header.settled < cohort;
   // The scale is a float and so is its inverse, as torch.amp.GradScaler computes it.
-  if (header.grad_scale != nullptr) c.grad_coef *= 1.0f / *header.grad_scale;
+  if (header.grad_number_is == GradNumber::kScale) {
+    c.grad_coef *= 1.0f / *static_cast<const float*>(header.grad_number);
+  } else if (header.grad_number_is == GradNumber::kFactor) {
+    c.grad_coef *= static_cast<opmath_t>(*static_cast<const double*>(header.grad_number));
+  }
   if (header.has_device_numbers != 0) {
     const int behind = at + kWordsOf<PackedGroup<opmath_t>>;
     const auto numbers = unpack<DeviceHyperparams>(table, behind);
@@ -121,6 +127,19 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
   return work;
 }
 
+template <typename opmath_t, int kBytes>
+__device__ __forceinline__ opmath_t read_average_weight(const LaunchTable<kBytes>& table) {
+  constexpr int kReserved = kWordsOf<AverageWeight>;
+  const auto weight = unpack<AverageWeight>(table, LaunchTable<kBytes>::kNumWords - kReserved);
+  return static_cast<opmath_t>(weight.on_device != nullptr ? *weight.on_device : weight.number);
+}
+
+// The average after an update; with a weight of 1 there may be nothing yet to average with.
+template <typename opmath_t>
+__device__ __forceinline__ opmath_t new_average(opmath_t weight, opmath_t average, opmath_t param) {
+  return weight == 1 ? param : average_of<FusedMultiplyAdd>(weight, average, param);
+}
+
 template <int kBytes>
 __device__ __forceinline__ bool overflowed(const LaunchTable<kBytes>& table) {
   return table.header.found_inf != nullptr && *table.header.found_inf != 0;
@@ -136,7 +155,7 @@ struct Chunk {
 
 template <int kRecord, int kBytes>
 __device__ __forceinline__ Chunk find_chunk(const LaunchTable<kBytes>& table, int chunk_size) {
-  const int tensor = locate_tensor<kRecord>(table, blockIdx.x);
+  const int tensor = locate_tensor<kRecord, 3>(table, blockIdx.x);
   const uint64_t word = table.words[tensor * kRecord + 3];
   const uint32_t end = tensor + 1 < table.header.num_tensors
                            ? first_chunk_of(table.words[(tensor + 1) * kRecord + 3])
@@ -189,13 +208,15 @@ __device__ __forceinline__ int elements_to_boundary(const scalar_t* first) {
   return -position & (kCount - 1);
 }
 
-template <typename param_t_, typename grad_t_, typename buffer_t_>
+template <bool kHasAverage_, typename param_t_, typename grad_t_, typename buffer_t_>
 struct Flat {
   using param_t = param_t_;
   using grad_t = grad_t_;
   using buffer_t = buffer_t_;
   using opmath_t = typename OpMath<param_t>::type;
-  static constexpr int kRecord = kFlatRecord;
+  static constexpr bool kHasAverage = kHasAverage_;
+  static constexpr int kRecord = kHasAverage ? kAveragedRecord : kFlatRecord;
+  static constexpr int kReserved = kHasAverage ? kWordsOf<AverageWeight> : 0;
   static constexpr int kVector =
       kVectorBytes / std::max({sizeof(param_t), sizeof(grad_t), sizeof(buffer_t)});
   static constexpr int kChunk = kThreads * kVector * kVectorsPerThread;
@@ -204,6 +225,8 @@ struct Flat {
   param_t* param;
   const grad_t* grad;
   buffer_t* buffer;  // nullptr without momentum
+  param_t* average;
+  opmath_t average_weight;
   Work<opmath_t> work;
 
   // Updates elements [i, i + kCount). All loads come before the first store.
@@ -215,6 +238,8 @@ struct Flat {
     read(param + i, p);
     read(grad + i, g);
     if (work.reads_buffer) read(buffer + i, b);
+    [[maybe_unused]] param_t a[kCount] = {};
+    if constexpr (kHasAverage) read(average + i, a);
     with_rule(work.rule, [&](auto rule) {
       using Rule = decltype(rule);
 #pragma unroll
@@ -230,11 +255,19 @@ struct Flat {
     });
     if (work.writes_buffer) write(buffer + i, b);
     write(param + i, p);
+    if constexpr (kHasAverage) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        store(a[k], new_average<opmath_t>(average_weight, load(a[k]), load(p[k])));
+      }
+      write(average + i, a);
+    }
   }
 
   __device__ __forceinline__ bool is_aligned_after(int head) const {
     return elements_to_boundary<kVector>(grad + head) == 0 &&
-           (buffer == nullptr || elements_to_boundary<kVector>(buffer + head) == 0);
+           (buffer == nullptr || elements_to_boundary<kVector>(buffer + head) == 0) &&
+           (!kHasAverage || elements_to_boundary<kVector>(average + head) == 0);
   }
 };
 
@@ -249,7 +282,11 @@ __global__ void __launch_bounds__(kThreads)
   kind.grad = reinterpret_cast<const typename Kind::grad_t*>(record[1]) + chunk.begin;
   kind.buffer = reinterpret_cast<typename Kind::buffer_t*>(record[2]);
   if (kind.buffer != nullptr) kind.buffer += chunk.begin;
-  kind.work = read_group<typename Kind::opmath_t>(table, chunk.group);
+  if constexpr (Kind::kHasAverage) {
+    kind.average = reinterpret_cast<typename Kind::param_t*>(record[4]) + chunk.begin;
+    kind.average_weight = read_average_weight<typename Kind::opmath_t>(table);
+  }
+  kind.work = read_group<typename Kind::opmath_t, Kind::kReserved>(table, chunk.group);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int to_boundary = elements_to_boundary<Kind::kVector>(kind.param);
@@ -303,8 +340,17 @@ template <typename opmath_t_>
 struct Strided {
   using opmath_t = opmath_t_;
   static constexpr int kRecord = kStridedRecord;
+  static constexpr int kReserved = kWordsOf<AverageWeight>;
   static constexpr int kChunk = kThreads * kVectorsPerThread;
 };
+
+template <typename opmath_t, int kBytes>
+__device__ __forceinline__ void average_one(const LaunchTable<kBytes>& table, int dtype,
+                                            const void* param, void* average, int64_t i) {
+  store_as(dtype, average, i,
+           new_average(read_average_weight<opmath_t>(table), load_as<opmath_t>(dtype, average, i),
+                       load_as<opmath_t>(dtype, param, i)));
+}
 
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads)
@@ -316,13 +362,14 @@ __global__ void __launch_bounds__(kThreads)
   auto* const param = reinterpret_cast<void*>(record[0]);
   const auto* const grad = reinterpret_cast<const void*>(record[1]);
   auto* const buffer = reinterpret_cast<void*>(record[2]);
-  const auto kinds = static_cast<uint32_t>(record[4]);
+  auto* const average = reinterpret_cast<void*>(record[4]);
+  const auto kinds = static_cast<uint32_t>(record[5]);
   const int param_dtype = static_cast<int>(kinds & 0xffu);
   const int grad_dtype = static_cast<int>(kinds >> 8 & 0xffu);
   const int buffer_dtype = static_cast<int>(kinds >> 16 & 0xffu);
   const int ndim = static_cast<int>(kinds >> 24);
-  const uint64_t* const dims = record + 5;
-  const Work<opmath_t> work = read_group<opmath_t>(table, chunk.group);
+  const uint64_t* const dims = record + kFirstDim;
+  const Work<opmath_t> work = read_group<opmath_t, Kind::kReserved>(table, chunk.group);
 
   for (int k = static_cast<int>(threadIdx.x); k < chunk.count; k += kThreads) {
     uint64_t index = static_cast<uint64_t>(chunk.begin) + static_cast<uint64_t>(k);
@@ -352,6 +399,14 @@ __global__ void __launch_bounds__(kThreads)
     });
     if (work.writes_buffer) store_as(buffer_dtype, buffer, at_buffer, b);
     store_as(param_dtype, param, at_param, p);
+    if (average != nullptr) {
+      // Computed in the type that goes with the parameter, whatever its gradient is.
+      if (sizeof(opmath_t) == 8 && param_dtype == static_cast<int>(Dtype::kFloat64)) {
+        average_one<opmath_t>(table, param_dtype, param, average, at_param);
+      } else {
+        average_one<float>(table, param_dtype, param, average, at_param);
+      }
+    }
   }
 }
 
@@ -363,11 +418,20 @@ __global__ void record_settled(const float* found_inf, uint32_t newest_cohort, u
   *settled_on_host = *settled;
 }
 
+// Precedes the launches of a step that keeps averages: counts it, unless it is left out, and works
+// out the weight.
+__global__ void count_update(const float* found_inf, double decay, int warms_up, double* weight,
+                             double* count) {
+  if (found_inf != nullptr && *found_inf != 0) return;
+  *weight = average_weight(decay, warms_up != 0, *count);
+  *count += 1;
+}
+
 // ---- which kernel takes which tensors -----------------------------------------------------------
 
 template <typename Kind, int kBytes>
 auto kernel_of() {
-  if constexpr (Kind::kRecord == kFlatRecord) {
+  if constexpr (Kind::kRecord != kStridedRecord) {
     return update_flat<Kind, kBytes>;
   } else {
     return update_strided<Kind, kBytes>;
@@ -375,7 +439,7 @@ auto kernel_of() {
 }
 
 // The combinations that training makes: one dtype; low-precision gradients; a buffer in fp32. The
-// others take the strided kernel.
+// others take the strided kernel. Each flat one once more, for tensors whose average is kept.
 enum KindIndex : int8_t {
   kF32,
   kF64,
@@ -385,38 +449,44 @@ enum KindIndex : int8_t {
   kF32F16,
   kBf16F32,
   kF16F32,
-  kStrided32,
+  kAveraged,  // kF32 to kF16F32 again
+  kStrided32 = 2 * kAveraged,
   kStrided64,
   kNumKinds
 };
 
-template <typename Visitor>
-auto visit_kind(int index, const Visitor& visitor) {
+template <bool kHasAverage, typename Visitor>
+auto visit_flat(int index, const Visitor& visitor) {
   switch (index) {
     case kF32:
-      return visitor(Flat<float, float, float>());
+      return visitor(Flat<kHasAverage, float, float, float>());
     case kF64:
-      return visitor(Flat<double, double, double>());
+      return visitor(Flat<kHasAverage, double, double, double>());
     case kBf16:
-      return visitor(Flat<BFloat16, BFloat16, BFloat16>());
+      return visitor(Flat<kHasAverage, BFloat16, BFloat16, BFloat16>());
     case kF16:
-      return visitor(Flat<Float16, Float16, Float16>());
+      return visitor(Flat<kHasAverage, Float16, Float16, Float16>());
     case kF32Bf16:
-      return visitor(Flat<float, BFloat16, float>());
+      return visitor(Flat<kHasAverage, float, BFloat16, float>());
     case kF32F16:
-      return visitor(Flat<float, Float16, float>());
+      return visitor(Flat<kHasAverage, float, Float16, float>());
     case kBf16F32:
-      return visitor(Flat<BFloat16, BFloat16, float>());
-    case kF16F32:
-      return visitor(Flat<Float16, Float16, float>());
-    case kStrided32:
-      return visitor(Strided<float>());
+      return visitor(Flat<kHasAverage, BFloat16, BFloat16, float>());
     default:
-      return visitor(Strided<double>());
+      return visitor(Flat<kHasAverage, Float16, Float16, float>());
   }
 }
 
-KindIndex kind_of(const TensorEntry& entry) {
+template <typename Visitor>
+auto visit_kind(int index, const Visitor& visitor) {
+  if (index == kStrided32) return visitor(Strided<float>());
+  if (index == kStrided64) return visitor(Strided<double>());
+  return index < kAveraged ? visit_flat<false>(index, visitor)
+                           : visit_flat<true>(index - kAveraged, visitor);
+}
+
+// Of a tensor whose average is not kept.
+KindIndex plain_kind_of(const TensorEntry& entry) {
   const bool has_buffer = entry.momentum_buffer != nullptr;
   const Dtype p = entry.param_dtype;
   const Dtype g = entry.grad_dtype;
@@ -437,23 +507,13 @@ KindIndex kind_of(const TensorEntry& entry) {
   return in_double ? kStrided64 : kStrided32;
 }
 
-// ---- launching ----------------------------------------------------------------------------------
-
-// Whether a kernel's parameter may have 32,764 bytes: a question to driver and device.
-bool has_large_parameters(int device) {
-  constexpr int kMaxDevices = 64;
-  constexpr int kDriverForCuda121 = 12010;
-  static std::atomic<int8_t> known[kMaxDevices];  // 0: not asked yet
-  if (device < kMaxDevices && known[device] != 0) return known[device] > 0;
-  int driver = 0;
-  int major = 0;
-  const bool large =
-      cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kDriverForCuda121 &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-      major >= 7;
-  if (device < kMaxDevices) known[device] = large ? 1 : -1;
-  return large;
+KindIndex kind_of(const TensorEntry& entry) {
+  const KindIndex kind = plain_kind_of(entry);
+  const bool averaged = entry.average != nullptr && kind < kAveraged;
+  return averaged ? static_cast<KindIndex>(kind + kAveraged) : kind;
 }
+
+// ---- launching ----------------------------------------------------------------------------------
 
 // Fills a table tensor by tensor.
 template <typename Kind, int kBytes>
@@ -462,14 +522,24 @@ class Packer {
   using opmath_t = typename Kind::opmath_t;
   using Table = LaunchTable<kBytes>;
 
-  Packer(const Overflow& overflow, bool has_device_numbers) {
-    table_.header = {overflow.found_inf,
-                     overflow.grad_scale,
-                     overflow.settled,
-                     0,
-                     static_cast<uint16_t>(kWordsOf<PackedGroup<opmath_t>> +
-                                           (has_device_numbers ? kWordsOf<DeviceHyperparams> : 0)),
-                     has_device_numbers};
+  Packer(const Overflow& overflow, double average_weight, bool has_device_numbers) {
+    TableHeader& header = table_.header;
+    header = {overflow.found_inf,
+              overflow.grad_scale,
+              overflow.settled,
+              0,
+              static_cast<uint16_t>(kWordsOf<PackedGroup<opmath_t>> +
+                                    (has_device_numbers ? kWordsOf<DeviceHyperparams> : 0)),
+              has_device_numbers,
+              overflow.grad_scale != nullptr ? GradNumber::kScale : GradNumber::kNone};
+    if (overflow.grad_factor != nullptr) {
+      header.grad_number = overflow.grad_factor;
+      header.grad_number_is = GradNumber::kFactor;
+    }
+    if constexpr (Kind::kReserved != 0) {
+      const AverageWeight weight = {average_weight, overflow.average_weight};
+      memcpy(table_.words + Table::kNumWords - Kind::kReserved, &weight, sizeof(weight));
+    }
   }
 
   // False when there is no room left: launch() first.
@@ -488,6 +558,9 @@ class Packer {
     record[3] = pack_chunks(static_cast<uint32_t>(num_chunks_),
                             static_cast<uint32_t>(entry.numel - (chunks - 1) * Kind::kChunk),
                             static_cast<uint32_t>(group));
+    if constexpr (Kind::kRecord != kFlatRecord) {
+      record[4] = reinterpret_cast<uint64_t>(entry.average);
+    }
     if constexpr (Kind::kRecord == kStridedRecord) add_layout(entry, record);
     num_chunks_ += chunks;
     ++table_.header.num_tensors;
@@ -511,7 +584,7 @@ class Packer {
   static constexpr int kGroupsToCompare = 8;
 
   int first_group_word(int num_groups) const {
-    return Table::kNumWords - num_groups * table_.header.words_per_group;
+    return Table::kNumWords - Kind::kReserved - num_groups * table_.header.words_per_group;
   }
 
   // Neighbouring tensors are mostly of one group: the last answer is mostly the next. -1: no room.
@@ -564,14 +637,15 @@ class Packer {
     const StridedDim flat = {entry.numel, 1, 1, 1};
     const StridedLayout one_dim = {&flat, 1};
     const StridedLayout& layout = entry.layout != nullptr ? *entry.layout : one_dim;
-    record[4] =
+    record[5] =
         static_cast<uint64_t>(entry.param_dtype) | static_cast<uint64_t>(entry.grad_dtype) << 8 |
         static_cast<uint64_t>(entry.buffer_dtype) << 16 | static_cast<uint64_t>(layout.ndim) << 24;
     for (int d = 0; d < layout.ndim; ++d) {
-      record[5 + 4 * d] = static_cast<uint64_t>(layout.dims[d].size);
-      record[6 + 4 * d] = static_cast<uint64_t>(layout.dims[d].param_stride);
-      record[7 + 4 * d] = static_cast<uint64_t>(layout.dims[d].grad_stride);
-      record[8 + 4 * d] = static_cast<uint64_t>(layout.dims[d].buffer_stride);
+      uint64_t* const dim = record + kFirstDim + 4 * d;
+      dim[0] = static_cast<uint64_t>(layout.dims[d].size);
+      dim[1] = static_cast<uint64_t>(layout.dims[d].param_stride);
+      dim[2] = static_cast<uint64_t>(layout.dims[d].grad_stride);
+      dim[3] = static_cast<uint64_t>(layout.dims[d].buffer_stride);
     }
   }
 
@@ -608,7 +682,7 @@ Census count_tensors(const TensorTable& table, int device) {
 template <typename Kind, int kBytes>
 cudaError_t launch_all(const TensorTable& table, int device, KindIndex kind,
                        const Overflow& overflow, bool has_device_numbers, cudaStream_t stream) {
-  Packer<Kind, kBytes> packer(overflow, has_device_numbers);
+  Packer<Kind, kBytes> packer(overflow, table.average_weight, has_device_numbers);
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
     if (!is_ours(entry, device) || kind_of(entry) != kind) continue;
@@ -626,8 +700,8 @@ template <typename Kind>
 cudaError_t launch_kind(const TensorTable& table, int device, KindIndex kind, int64_t count,
                         const Overflow& overflow, bool has_device_numbers, cudaStream_t stream) {
   constexpr int64_t kLikelyGroups = 2;
-  const int64_t words =
-      count * Kind::kRecord + kLikelyGroups * kWordsOf<PackedGroup<typename Kind::opmath_t>>;
+  const int64_t words = count * Kind::kRecord + Kind::kReserved +
+                        kLikelyGroups * kWordsOf<PackedGroup<typename Kind::opmath_t>>;
   if (words > LaunchTable<kSmallTable>::kNumWords && has_large_parameters(device)) {
     return launch_all<Kind, kLargeTable>(table, device, kind, overflow, has_device_numbers, stream);
   }
@@ -656,7 +730,7 @@ cudaError_t step(const TensorTable& table, int device, const Overflow& overflow,
   cudaError_t error = cudaSuccess;
   if (one_by_one) {
     for (int64_t i = 0; i < table.num_entries && error == cudaSuccess; ++i) {
-      const TensorTable one = {table.entries + i, nullptr, 1, table.groups};
+      const TensorTable one = {table.entries + i, nullptr, 1, table.groups, table.average_weight};
       error = launch_kinds(one, device, overflow, stream);
     }
   } else {
@@ -669,6 +743,13 @@ cudaError_t step(const TensorTable& table, int device, const Overflow& overflow,
   uint32_t* settled_on_host = overflow.settled_on_host;
   void* arguments[] = {&found_inf, &newest_cohort, &settled, &settled_on_host};
   return cudaLaunchKernel(record_settled, dim3(1), dim3(1), arguments, 0, stream);
+}
+
+cudaError_t count_average(const float* found_inf, double decay, bool warms_up, double* weight,
+                          double* count, cudaStream_t stream) {
+  int warm = warms_up ? 1 : 0;
+  void* arguments[] = {&found_inf, &decay, &warm, &weight, &count};
+  return cudaLaunchKernel(count_update, dim3(1), dim3(1), arguments, 0, stream);
 }
 
 }  // namespace momentum_ext::cuda

@@ -14,4 +14,10 @@ namespace momentum_ext::cuda {
 cudaError_t step(const TensorTable& table, int device, const Overflow& overflow, bool one_by_one,
                  cudaStream_t stream);
 
+// Before a step that keeps averages and whose overflow, or whose place in the count, only the
+// device knows: the number of updates so far is on the device, and the weight for this one is
+// written beside it.
+cudaError_t count_average(const float* found_inf, double decay, bool warms_up, double* weight,
+                          double* count, cudaStream_t stream);
+
 }  // namespace momentum_ext::cuda

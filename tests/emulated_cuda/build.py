@@ -32,7 +32,7 @@ def build(directory: Path) -> None:
     )
     os.environ.setdefault("MAX_JOBS", "2")
     sources = [ROOT / "csrc/bindings.cpp", *(ROOT / "csrc/binding").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]
-    sources.append(ROOT / "tests/emulated_cuda/emulated_cuda.cpp")
+    sources += (ROOT / "tests/emulated_cuda").glob("*.cpp")
     load(
         name="_C",
         sources=[str(path) for path in sources],

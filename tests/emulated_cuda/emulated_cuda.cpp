@@ -54,6 +54,16 @@ at::Tensor& zero(at::Tensor& tensor) {
   return tensor;
 }
 
+at::Tensor& fill(at::Tensor& tensor, const at::Scalar& value) {
+  on_cpu(tensor).fill_(value);
+  return tensor;
+}
+
+at::Tensor& lerp(at::Tensor& tensor, const at::Tensor& end, const at::Scalar& weight) {
+  on_cpu(tensor).lerp_(on_cpu(end), weight);
+  return tensor;
+}
+
 at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool) {
   on_cpu(to).copy_(on_cpu(from));
   return to;
@@ -94,6 +104,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", make_empty);
   m.impl("empty_strided", make_strided);
   m.impl("zero_", zero);
+  m.impl("fill_.Scalar", fill);
+  m.impl("lerp_.Scalar", lerp);
   m.impl("copy_", copy);
   m.impl("_local_scalar_dense", read_number);
 }

@@ -4,8 +4,9 @@
     python tests/native/cuda_check.py [--require]
 
 For each architecture: no spills, registers within their limits, parameters within theirs; in the machine code 128-bit
-loads and stores, no local memory, no generic addresses, no double arithmetic where there are no doubles. Exits 0 when
-everything holds, and where nvcc is missing (with --require: 1).
+loads and stores, no local memory, no generic addresses, no double arithmetic where there are no doubles. The norm alone
+adds up floats in double, on purpose: see csrc/cuda/norm.cu. Exits 0 when everything holds, and where nvcc is missing
+(with --require: 1).
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "csrc/cuda/step.cu"
+SOURCES = (ROOT / "csrc/cuda/step.cu", ROOT / "csrc/cuda/norm.cu")
 ARCHS = (80, 90, 100)
 FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
 
-NUM_KERNELS = 21  # 8 flat and 2 strided, for two sizes of parameter, and record_settled
+# For two sizes of parameter each, 16 flat kernels (half of them keep averages) and 2 strided, or 4 norms; and by
+# themselves record_settled and count_update, or conclude_alone.
+NUM_KERNELS = {"step": 38, "norm": 9}
+NUM_WITHOUT_TABLE = {"step": 2, "norm": 1}
 FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
 FLAT_16_BIT_REGISTERS = 40
+AVERAGED_REGISTERS = 40
+AVERAGED_16_BIT_REGISTERS = 48
 STRIDED_REGISTERS = 48
+NORM_REGISTERS = 40
+NORM_OF_DOUBLES_REGISTERS = 48
 PARAMETER_BYTES = {4096: 4096, 32760: 32764}
 
 
@@ -53,23 +61,28 @@ class Kernel:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.is_norm = "norm_of_all" in name or "conclude_alone" in name
         self.is_flat = "update_flat" in name
+        self.is_averaged = "FlatILb1E" in name
         self.is_strided = "update_strided" in name
-        self.is_double = "FlatIddd" in name or "StridedIdE" in name
-        self.is_16_bit = self.is_flat and re.search(r"FlatINS_\d+(BFloat16|Float16)ES\d?_S\d?_E", name) is not None
+        # Also the three kernels of one thread that work with doubles, and the norm, which sums up in double.
+        self.is_double = "Eddd" in name or "StridedIdE" in name or self.is_norm or "count_update" in name
+        self.is_16_bit = self.is_flat and re.search(r"ENS_\d+(BFloat16|Float16)ES\d?_S\d?_E", name) is not None
         found = re.search(r"Li(\d+)EEEv", name)
         self.table = int(found[1]) if found else 0
 
     def __str__(self) -> str:
-        if not self.table:
-            return "record_settled"
-        kinds = re.search(r"(Flat|Strided)I(.*)EELi", self.name)
+        kinds = re.search(r"(Flat|Strided|norm_of_all)I(.*)ELi", self.name)
         return f"{kinds[1].lower()}<{kinds[2]}>, {self.table} bytes" if kinds else self.name
 
     @property
     def register_limit(self) -> int:
+        if self.is_norm:
+            return NORM_OF_DOUBLES_REGISTERS if "WideSums" in self.name else NORM_REGISTERS
         if self.is_strided:
             return STRIDED_REGISTERS
+        if self.is_averaged:
+            return AVERAGED_16_BIT_REGISTERS if self.is_16_bit else AVERAGED_REGISTERS
         return FLAT_16_BIT_REGISTERS if self.is_16_bit else FLAT_REGISTERS
 
 
@@ -82,11 +95,11 @@ def expect(holds: bool, what: str) -> None:
         print(f"  FAILED: {what}")
 
 
-def check_resources(arch: int, log: str) -> tuple[int, int]:
-    """What ptxas says; the smallest and the largest number of registers of the flat kernels."""
+def check_resources(arch: int, file: str, log: str) -> str:
+    """What ptxas says; the smallest and the largest number of registers of each sort of kernel."""
     parts = re.split(r"Compiling entry function '(\S+)' for", log)[1:]
-    flat_registers = []
-    expect(len(parts) // 2 == NUM_KERNELS, f"sm_{arch}: {len(parts) // 2} kernels, expected {NUM_KERNELS}")
+    used_by: dict[str, list[int]] = {}
+    expect(len(parts) // 2 == NUM_KERNELS[file], f"sm_{arch}: {len(parts) // 2} kernels, not {NUM_KERNELS[file]}")
     for name, text in zip(parts[::2], parts[1::2]):
         kernel = Kernel(name)
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
@@ -97,15 +110,18 @@ def check_resources(arch: int, log: str) -> tuple[int, int]:
         expect(
             registers <= kernel.register_limit, f"sm_{arch} {kernel}: {registers} > {kernel.register_limit} registers"
         )
-        if kernel.is_flat:
-            flat_registers.append(registers)
-    return min(flat_registers), max(flat_registers)
+        if kernel.table:
+            sort = "averaged" if kernel.is_averaged else "flat" if kernel.is_flat else ""
+            used_by.setdefault(sort or ("norm" if kernel.is_norm else "strided"), []).append(registers)
+    return ", ".join(f"{sort} {min(used)} to {max(used)}" for sort, used in sorted(used_by.items()))
 
 
-def check_parameters(ptx: str) -> None:
+def check_parameters(file: str, ptx: str) -> None:
     """Sizes of the kernels' parameters."""
     sizes = re.findall(r"\.param \.align \d+ \.b8 (\S+?)_param_0\[(\d+)\]", ptx)
-    expect(len(sizes) == NUM_KERNELS - 1, f"{len(sizes)} kernels with a launch table, expected {NUM_KERNELS - 1}")
+    sizes = [(name, size) for name, size in sizes if Kernel(name).table]
+    expected = NUM_KERNELS[file] - NUM_WITHOUT_TABLE[file]
+    expect(len(sizes) == expected, f"{len(sizes)} kernels with a launch table, expected {expected}")
     for name, size in sizes:
         kernel = Kernel(name)
         limit = PARAMETER_BYTES.get(kernel.table, 0)
@@ -113,10 +129,10 @@ def check_parameters(ptx: str) -> None:
     print(f"  parameters of {', '.join(sorted({size for _, size in sizes}, key=int))} bytes")
 
 
-def check_machine_code(arch: int, sass: str) -> None:
+def check_machine_code(arch: int, file: str, sass: str) -> None:
     """The instructions of each kernel."""
     parts = re.split(r"^\.text\.(\S+):$", sass, flags=re.MULTILINE)[1:]
-    expect(len(parts) // 2 == NUM_KERNELS, f"sm_{arch}: machine code of {len(parts) // 2} kernels")
+    expect(len(parts) // 2 == NUM_KERNELS[file], f"sm_{arch}: machine code of {len(parts) // 2} kernels")
     for name, text in zip(parts[::2], parts[1::2]):
         kernel = Kernel(name)
         codes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
@@ -131,8 +147,8 @@ def check_machine_code(arch: int, sass: str) -> None:
             "double arithmetic": r"$^" if kernel.is_double else r"D(FMA|ADD|MUL|SETP|MNMX)(\..*)?",
         }.items():
             expect(not (found := having(pattern)), f"sm_{arch} {kernel}: {what}: {' '.join(found)}")
-        if kernel.is_flat:
-            for access in ("LDG", "STG"):
+        if kernel.is_flat or (kernel.is_norm and kernel.table):
+            for access in ("LDG", "STG") if kernel.is_flat else ("LDG",):
                 expect(bool(having(rf"{access}\.E(\..*)?\.128(\..*)?")), f"sm_{arch} {kernel}: no 128-bit {access}")
 
 
@@ -146,15 +162,17 @@ def main() -> int:
     expect(repr(FLAGS).replace("'", '"') in (ROOT / "setup.py").read_text(), "FLAGS are not setup.py's NVCC_FLAGS")
     print(re.search(r"release .*", run(nvcc, "--version"))[0])  # type: ignore[index]
     with tempfile.TemporaryDirectory() as directory:
-        for arch in ARCHS:
-            cubin = f"{directory}/step.cubin"
-            log = run(nvcc, *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(SOURCE), "-o", cubin)
-            low, high = check_resources(arch, log)
-            print(f"  sm_{arch}: no spills; {low} to {high} registers in the flat kernels")
-            if nvdisasm is not None:
-                check_machine_code(arch, run(nvdisasm, "-c", cubin))
-        run(nvcc, *FLAGS, f"-arch=compute_{ARCHS[0]}", "-ptx", str(SOURCE), "-o", f"{directory}/step.ptx")
-        check_parameters(Path(f"{directory}/step.ptx").read_text())
+        for source in SOURCES:
+            for arch in ARCHS:
+                cubin = f"{directory}/{source.stem}.cubin"
+                log = run(nvcc, *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(source), "-o", cubin)
+                registers = check_resources(arch, source.stem, log)
+                print(f"  {source.name}, sm_{arch}: no spills; registers: {registers}")
+                if nvdisasm is not None:
+                    check_machine_code(arch, source.stem, run(nvdisasm, "-c", cubin))
+            ptx = f"{directory}/{source.stem}.ptx"
+            run(nvcc, *FLAGS, f"-arch=compute_{ARCHS[0]}", "-ptx", str(source), "-o", ptx)
+            check_parameters(source.stem, Path(ptx).read_text())
     if nvdisasm is None:
         print("  nvdisasm was not found (pip install nvidia-cuda-nvdisasm): the machine code was not read")
         failures.extend(["no nvdisasm"] if "--require" in sys.argv else [])

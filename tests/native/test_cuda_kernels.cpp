@@ -78,6 +78,14 @@ struct Array {
     std::swap(block, other.block);
   }
   Array(const Array&) = delete;
+  Array& operator=(Array&& other) noexcept {
+    std::swap(dtype, other.dtype);
+    std::swap(size, other.size);
+    std::swap(offset, other.offset);
+    std::swap(twin, other.twin);
+    std::swap(block, other.block);
+    return *this;
+  }
   ~Array() { std::free(block); }
 
   size_t bytes() const { return static_cast<size_t>(size * itemsize(dtype)); }
@@ -97,6 +105,9 @@ struct Tensors {
   uint32_t group = 0;
   bool is_first_step = false;
   uint32_t cohort = 0;
+  Array average{Dtype::kFloat32, 0, 0};  // of no elements: none is kept
+
+  void keep_average(int64_t offset) { average = Array(param.dtype, param.size, offset); }
 
   TensorEntry entry(const std::vector<Hyperparams>& groups, bool on_cpu, int16_t device) {
     layout = {dims.data(), static_cast<int>(dims.size())};
@@ -106,6 +117,7 @@ struct Tensors {
     if (groups[group].has_momentum) {
       made.momentum_buffer = on_cpu ? buffer.twin.data() : buffer.data();
     }
+    if (average.size != 0) made.average = on_cpu ? average.twin.data() : average.data();
     made.layout = dims.empty() ? nullptr : &layout;
     made.numel = numel;
     made.group = group;
@@ -156,29 +168,32 @@ std::vector<TensorEntry> entries_of(std::vector<Tensors>& list,
   return entries;
 }
 
-void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups) {
+void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups,
+              double average_weight = 0) {
   const std::vector<TensorEntry> entries = entries_of(list, groups, true, 0);
   std::vector<int64_t> first_element{0};
   for (const TensorEntry& each : entries) {
     first_element.push_back(first_element.back() + each.numel);
   }
-  cpu::step(
-      {entries.data(), first_element.data(), static_cast<int64_t>(entries.size()), groups.data()},
-      1);
+  cpu::step({entries.data(), first_element.data(), static_cast<int64_t>(entries.size()),
+             groups.data(), average_weight},
+            1);
 }
 
 cudaError_t cuda_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups,
-                      const Overflow& overflow = {}, int16_t device = 0, bool one_by_one = false) {
+                      const Overflow& overflow = {}, int16_t device = 0, bool one_by_one = false,
+                      double average_weight = 0) {
   const std::vector<TensorEntry> entries = entries_of(list, groups, false, device);
   emulated::launches.clear();
-  return cuda::step({entries.data(), nullptr, static_cast<int64_t>(entries.size()), groups.data()},
+  return cuda::step({entries.data(), nullptr, static_cast<int64_t>(entries.size()), groups.data(),
+                     average_weight},
                     device, overflow, one_by_one, nullptr);
 }
 
 void check_same(const std::vector<Tensors>& list, const std::string& name) {
   for (size_t k = 0; k < list.size(); ++k) {
     const Tensors& each = list[k];
-    expect(each.param.same() && each.buffer.same() && each.grad.same(),
+    expect(each.param.same() && each.buffer.same() && each.grad.same() && each.average.same(),
            name + ", tensor " + std::to_string(k) + " of " + std::to_string(list.size()) +
                " with " + std::to_string(each.numel) + " elements");
   }
@@ -448,6 +463,107 @@ void test_overflow(std::vector<Hyperparams> groups) {
   }
 }
 
+// A factor in device memory is what it would be on the host, rounded once.
+void test_grad_factor(const std::vector<Hyperparams>& groups) {
+  const double factor = 1.0 / 3;
+  Overflow overflow;
+  overflow.grad_factor = &factor;
+  std::vector<Hyperparams> multiplied = groups;
+  for (Hyperparams& each : multiplied) {
+    each.f64.grad_coef *= factor;  // these are powers of two: one rounding there as here
+    round_to_float(each);
+  }
+  for (const Dtype dtype : kDtypes) {
+    std::vector<Tensors> list;
+    for (uint32_t group = 0; group < groups.size(); ++group) {
+      list.push_back(flat(5001, dtype, dtype, dtype, {0, 0, 0}, group, false));
+      list.push_back(strided(7, 9, dtype, dtype, dtype, group, true));
+    }
+    cuda_step(list, groups, overflow);
+    cpu_step(list, multiplied);
+    check_same(list, "a factor in device memory");
+  }
+}
+
+// Averages of flat tensors of every mix of dtypes, aligned or not, beside tensors without.
+void test_averages(const std::vector<Hyperparams>& groups) {
+  for (const double weight : {1.0, 0.25, 0.75, 2e-4}) {
+    for (const Dtype p : kDtypes) {
+      for (const Dtype other : kDtypes) {
+        std::vector<Tensors> list;
+        for (uint32_t group = 0; group < groups.size(); group += 3) {
+          for (const int64_t numel : {1, 7, 64, 700, 5001}) {
+            list.push_back(flat(numel, p, other, p, {1, 1, 1}, group, numel == 7));
+            list.back().keep_average(numel == 64 ? 2 : 1);
+            list.push_back(flat(numel, p, p, other, {0, 0, 0}, group, numel == 64));
+            list.back().keep_average(0);
+            list.push_back(flat(numel, p, p, p, {0, 0, 0}, group, false));
+          }
+        }
+        Overflow overflow;
+        for (const bool on_device : {false, true}) {
+          if (on_device) overflow.average_weight = &weight;
+          cuda_step(list, groups, overflow, 0, false, on_device ? 99 : weight);
+          cpu_step(list, groups, weight);
+          for (Tensors& each : list) each.is_first_step = false;
+          check_same(list, "averages");
+        }
+        const float found_inf = 1;
+        overflow.found_inf = &found_inf;
+        cuda_step(list, groups, overflow, 0, false, weight);
+        check_same(list, "an overflow leaves the averages");
+      }
+    }
+  }
+
+  // A strided tensor's average lies as its parameter does.
+  for (const Dtype dtype : kDtypes) {
+    std::vector<Tensors> list;
+    list.push_back(strided(5, 67, dtype, dtype, dtype, 9, false));
+    Tensors& each = list.back();
+    each.keep_average(0);
+    cuda_step(list, groups, {}, 0, false, 1.0);
+    std::vector<char> expected = each.average.twin;
+    const auto size = static_cast<size_t>(itemsize(dtype));
+    for (int64_t row = 0; row < 5; ++row) {
+      for (int64_t column = 0; column < 67; ++column) {
+        const auto at = static_cast<size_t>(row * 3 * 67 + column * 3) * size;
+        std::memcpy(expected.data() + at, each.param.data() + at, size);
+      }
+    }
+    each.average.twin = expected;
+    TensorEntry entry = each.entry(groups, true, 0);
+    entry.average = nullptr;
+    const int64_t first_element[] = {0, entry.numel};
+    cpu::step({&entry, first_element, 1, groups.data()}, 1);
+    check_same(list, "the average of a strided tensor");
+  }
+
+  // 817 of them take one launch.
+  for (const int64_t count : {817, 818}) {
+    std::vector<Tensors> list;
+    for (int64_t k = 0; k < count; ++k) {
+      list.push_back(
+          flat(1 + k % 9, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {0, 0, 0}, 9, false));
+      list.back().keep_average(0);
+    }
+    cuda_step(list, groups, {}, 0, false, 0.5);
+    expect(emulated::launches.size() == static_cast<size_t>(count - 816), "averages in a launch");
+    cpu_step(list, groups, 0.5);
+    check_same(list, "many averages");
+  }
+
+  double weight = 0, count = 0;
+  float found_inf = 1;
+  for (const double expected : {0.0, 1.0, 1 - 2.0 / 11, 1 - 3.0 / 12, 0.5, 0.5}) {
+    cuda::count_average(&found_inf, expected == 0.5 ? 0.5 : 0.9, expected != 0.5, &weight, &count,
+                        nullptr);
+    expect(weight == expected, "the weight of an average");
+    found_inf = 0;
+  }
+  expect(count == 5, "a step that overflows is not counted");
+}
+
 // lr, weight decay and momentum in device memory, of every dtype, changed between two launches.
 void test_device_numbers(const std::vector<Hyperparams>& groups) {
   for (const Dtype dtype : kDtypes) {
@@ -641,6 +757,8 @@ int main() {
   test_many_groups();
   test_one_by_one(groups);
   test_overflow(groups);
+  test_grad_factor(groups);
+  test_averages(groups);
   test_device_numbers(groups);
   test_huge(groups);
   test_rest(groups);

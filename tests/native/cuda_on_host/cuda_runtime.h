@@ -1,14 +1,17 @@
 // Stands in for CUDA's own header where the kernels are compiled as C++ and run on the host:
-// threads and blocks are loops, a launch is a call. The kernels synchronize nothing and share
-// nothing, so the order of their threads does not matter, and a sanitizer sees each of their
-// accesses.
+// threads and blocks are loops, a launch is a call, and a sanitizer sees each of the kernels'
+// accesses. Blocks share nothing but what they write to memory, so their order does not matter;
+// how the threads of a block meet is in block_of_threads.h.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "block_of_threads.h"
 
 #define CUDART_VERSION 13000
 
@@ -17,6 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
+#define __shared__ static thread_local
 #define __grid_constant__ &  // a launch table is not copied for every thread
 
 struct dim3 {
@@ -51,6 +55,7 @@ struct Launch {
 };
 inline std::vector<Launch> launches;
 inline unsigned first_block = 0;
+inline bool last_block_first = false;
 inline bool is_capturing = false;
 inline int current_device = 0;
 
@@ -62,10 +67,11 @@ cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, void** argume
   if (launch_error != cudaSuccess) return launch_error;
   gridDim = grid;
   blockDim = block;
-  for (blockIdx.x = first_block; blockIdx.x < grid.x; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) {
-      kernel(*static_cast<std::remove_reference_t<Args>*>(arguments[kIndices])...);
-    }
+  for (unsigned b = first_block; b < grid.x; ++b) {
+    blockIdx.x = last_block_first ? first_block + grid.x - 1 - b : b;
+    emulated::block.run(
+        block.x, [](unsigned thread) { threadIdx.x = thread; },
+        [&] { kernel(*static_cast<std::remove_reference_t<Args>*>(arguments[kIndices])...); });
   }
   return cudaSuccess;
 }
@@ -77,6 +83,63 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 grid, dim3 block, voi
                              size_t, cudaStream_t) {
   return emulated::launch(kernel, grid, block, arguments, std::index_sequence_for<Args...>());
 }
+
+// ---- what a kernel may call ---------------------------------------------------------------------
+
+inline void __syncthreads() { emulated::block.meet(); }
+inline void __syncwarp(unsigned mask = ~0u) { emulated::block.meet_in_warp(mask); }
+inline void __threadfence() {}
+
+// Lanes are counted in parts of the warp of `width`, and none reads beyond its own part.
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+  const unsigned me = emulated::block.lane();
+  const auto part = static_cast<unsigned>(width);
+  return emulated::block.exchange(mask, value,
+                                  me / part * part + static_cast<unsigned>(lane) % part);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const unsigned me = emulated::block.lane();
+  const unsigned from = me ^ static_cast<unsigned>(bits);
+  const auto part = static_cast<unsigned>(width);
+  return emulated::block.exchange(mask, value, from / part == me / part ? from : me);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+  const unsigned me = emulated::block.lane();
+  const auto part = static_cast<unsigned>(width);
+  const unsigned from = me + distance;
+  return emulated::block.exchange(mask, value, from / part == me / part ? from : me);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+  const unsigned me = emulated::block.lane();
+  const auto part = static_cast<unsigned>(width);
+  return emulated::block.exchange(mask, value, me % part >= distance ? me - distance : me);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < emulated::kWarp; ++lane) {
+    const int vote = emulated::block.exchange(mask, predicate, lane);
+    if ((mask >> lane & 1) != 0 && vote != 0) votes |= 1u << lane;
+  }
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == mask;
+}
+
+// Blocks run one after the other, threads change places only where they meet.
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address += value;
+  return before;
+}
+
+// ---- what the host may call ---------------------------------------------------------------------
 
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = emulated::driver;

@@ -1,0 +1,47 @@
+// The norm of all gradients on a CUDA device, and what follows from it: an overflow, a factor for
+// the next step. No torch here: raw pointers, a device and a stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../momentum.h"
+
+namespace momentum_ext::cuda {
+
+// Memory of the device that a list's norms need: zeros before the first use, and then one pass or
+// conclusion after the other.
+constexpr int kMaxNormBlocks = 1 << 14;
+constexpr int kNormSums = 3;
+struct NormWorkspace {
+  double norm;  // of the gradients as they are
+  uint32_t num_finished;
+  double sums[kNormSums * kMaxNormBlocks];
+};
+
+// What to make of the norm. Everything lies in the device's memory; nullptr: not wanted, or 1.
+struct Conclusion {
+  const double* factor = nullptr;     // what the step was to multiply gradients with until now
+  const float* inv_scale = nullptr;   // what it is to multiply with besides: this number,
+  const float* grad_scale = nullptr;  // and the inverse of this one
+  double* new_factor = nullptr;       // all of them together, and the clipping
+  float* found_inf = nullptr;         // 1 where the norm is not finite, else 0
+  void* norm = nullptr;               // of the gradients times these factors, in norm_dtype
+  Dtype norm_dtype = Dtype::kFloat32;
+  bool clips = false;  // to max_norm
+  double max_norm = 0;
+};
+
+// Reads every gradient of the table once, in a launch for each 2,042 tensors (250 where driver or
+// device know only small parameters), and draws the conclusion in the last. The entries have grad,
+// numel and grad_dtype, and no layout. The same list gives the same bits on every run and device,
+// wherever its memory lies. A NaN anywhere makes the norm NaN. Uploads nothing, allocates nothing,
+// waits for nothing.
+cudaError_t norm(Norm kind, const TensorTable& table, int device, NormWorkspace* workspace,
+                 const Conclusion& conclusion, cudaStream_t stream,
+                 int max_blocks = kMaxNormBlocks);
+
+// Draws a conclusion from the norm that was computed last.
+cudaError_t conclude(const NormWorkspace* workspace, const Conclusion& conclusion,
+                     cudaStream_t stream);
+
+}  // namespace momentum_ext::cuda
