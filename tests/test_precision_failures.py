@@ -134,6 +134,29 @@ def test_sparse_gradients_take_torchs_path(momentum_dtype):
     refused(opt, error=RuntimeError)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=dtype_name)
+@pytest.mark.parametrize("momentum_dtype", [None, FP32, INT8, FP8], ids=dtype_name)
+@pytest.mark.parametrize("master", [False, True], ids=["plain", "master"])
+def test_sparse_gradients_from_the_first_step_on(dtype, momentum_dtype, master):
+    """As the same gradients written out, within what two orders of rounding differ by."""
+    if dtype is FP16 and momentum_dtype is None and not master:
+        pytest.skip("torch's own path: it cannot add sparse fp16 tensors")
+    start = torch.randn(300, 4).to(dtype)
+    params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    options = {"momentum_dtype": momentum_dtype, "master_weights": master}
+    opts = [FusedMomentum([p], lr=0.1, momentum=0.9, **options) for p in params]
+    for rows in ([1, 5, 7], [5, 299], [0, 1]):
+        grad = torch.sparse_coo_tensor([rows], torch.randn(len(rows), 4).to(dtype), start.shape, check_invariants=True)
+        params[0].grad, params[1].grad = grad, grad.to_dense()
+        for opt in opts:
+            opt.step()
+    coarsest = 0.05 if momentum_dtype in (INT8, FP8) else 0.0
+    tolerance = 2 * torch.finfo(dtype).eps
+    found, wanted = (p.detach().float() for p in params)
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance + coarsest)
+    assert not torch.equal(found, start.float())
+
+
 # ------------------------------------------------------------------------------------------------------------ overflow
 
 
