@@ -112,7 +112,7 @@ def draw_curves(axes: Axes, title: str, shown: Sequence[Result]) -> None:
 def draw_finals(axes: Axes, results: Sequence[Result]) -> None:
     """The held-out loss of each mode, mean and single seeds, upon what chance does to fp32."""
     base, noise = baseline(results)
-    style(axes, "Where each ends", "loss on what was held out, mean of the seeds (small: each); band: fp32 by chance")
+    style(axes, "Where each ends", "held-out loss, mean of the seeds; small: each of them; band: chance")
     axes.axvspan(base - noise, base + noise, color=BLUE, alpha=0.15, linewidth=0)
     modes = list(dict.fromkeys(result.mode.name for result in results))
     finals = []
