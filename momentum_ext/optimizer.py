@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import (
     ParamsT,
@@ -18,10 +19,10 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from momentum_ext import _C
+from momentum_ext import _C, compiled
 from momentum_ext.averaging import COUNT, UpdateCount, average_weight, check_decay, swapped
 from momentum_ext.clipping import GradFactor
-from momentum_ext.formulation import check_group, torch_step
+from momentum_ext.formulation import check_group, check_torch_step, torch_step
 from momentum_ext.lookahead import TRAIN_MODE, check_train_mode, hold_iterate, hold_lookahead
 from momentum_ext.memory import MemorySummary, summarize
 from momentum_ext.precision import (
@@ -192,8 +193,26 @@ class FusedMomentum(SGD):
         self._grad_factor = GradFactor()
         self._is_swapped = False
         self._is_averaging = False
-        self._ema_count = UpdateCount(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
-        self.grad_norm: Tensor | None = None
+        self._traced = compiled.Traced(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
+        self._plan.adopt_formulations(self.param_groups)
+        self._note_formulations()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """What ``max_grad_norm`` has found in the last step: the norm of all gradients before clipping."""
+        return self._traced.grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, norm: Tensor | None) -> None:
+        self._traced.grad_norm = norm
+
+    @property
+    def _ema_count(self) -> UpdateCount:
+        return self._traced.ema_count
+
+    def _note_formulations(self) -> None:
+        """The formulations that the buffers are in, for a compiled step, which does not convert."""
+        self._formulations = [group.get("formulation", "torch") for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
@@ -213,6 +232,9 @@ class FusedMomentum(SGD):
         except (TypeError, ValueError):
             del self.param_groups[num_groups:]
             raise
+        if "_plan" in self.__dict__:  # not while the optimizer is made
+            self._plan.adopt_formulations([group])
+            self._formulations = [*self._formulations, group["formulation"]]
         if num_groups and not self.param_groups[0].get(TRAIN_MODE, True):
             hold_iterate([group], self.state)
 
@@ -250,6 +272,7 @@ class FusedMomentum(SGD):
         except BaseException:
             self.__dict__.update(before)
             raise
+        self._note_formulations()
         self._grad_factor = before["_grad_factor"]  # the gradients are as they were
 
     def _own_buffers(self, group: dict[str, Any]) -> None:
@@ -282,7 +305,6 @@ class FusedMomentum(SGD):
         for name, default in (("max_grad_norm", None), ("ema_decay", None), ("ema_warmup", False)):
             self.__dict__.setdefault(name, default)
         self._start()
-        self._plan.adopt_formulations(self.param_groups)
 
     def eval(self) -> None:
         r"""Move parameters that are trained with Nesterov to the textbook's iterate, in one pass.
@@ -316,12 +338,24 @@ class FusedMomentum(SGD):
         Args:
             closure: reevaluates the model and returns the loss.
 
+        Under ``torch.compile`` the step becomes the operator ``torch.ops.momentum_ext.step``, with the eager step's
+        bits. lr and weight_decay as tensors may change in value without a new graph; Python numbers that change make a
+        new one, and so does the second step, which finds momentum buffers, as with torch's optimizers. Closures, step
+        hooks, GradScaler's attributes, ``differentiable=True``, an edited formulation and a parameter that is listed
+        twice are left to the eager step between two graphs; with ``fullgraph=True`` torch's error says which it was.
+
+        While ``torch.profiler`` is active, each step has a range ``FusedMomentum.step: N bytes``: N bytes must move, to
+        read parameter, gradient and momentum buffer (which a tensor's first step does not read), write parameter and
+        buffer, and read and write the average. It counts what the kernels update, not what is left to torch.
+
         Returns:
             The closure's loss, or None.
 
         Raises:
             RuntimeError, TypeError, ValueError: naming the tensor or the hyperparameter; nothing has been written.
         """
+        if is_dynamo_compiling():
+            return compiled.step(self, args, kwargs)  # type: ignore[no-any-return]
         # torch wraps a step in hooks and a profiler range at 20 us a call; here it is wrapped when there is someone to
         # notice. A subclass that overrides step() has been wrapped by torch, and its hooks must not run twice.
         if (
@@ -330,7 +364,7 @@ class FusedMomentum(SGD):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or _C.has_record_function_callbacks()
-        ) and not _is_wrapped_by_torch(type(self).step):
+        ) and not self._is_wrapped_by_torch():
             run = _observed_step
         else:
             run = FusedMomentum._step
@@ -342,8 +376,11 @@ class FusedMomentum(SGD):
             raise
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's word for "already wrapped"
-    # A compiled training loop calls the step as it is: there is nothing in it to compile.
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _is_wrapped_by_torch(self) -> bool:
+        """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
+        inner = getattr(type(self).step, "__wrapped__", None)
+        return inner is not None and not getattr(inner, "hooked", False)
 
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
@@ -514,6 +551,9 @@ class FusedMomentum(SGD):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; what was to clip the gradients goes with them."""
+        if is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+            return
         self._grad_factor.clear()
         super().zero_grad(set_to_none)
 
@@ -553,6 +593,8 @@ class FusedMomentum(SGD):
             RuntimeError: for a norm that is not finite, if asked for; for gradients that were written to after the
                 last clipping.
         """
+        if is_dynamo_compiling():
+            return compiled.clip_grad_norm_(self, max_norm, norm_type, error_if_nonfinite)
         return self._grad_factor.clip(self.param_groups, float(max_norm), float(norm_type), error_if_nonfinite)
 
     def _check_not_swapped(self) -> None:
@@ -605,14 +647,7 @@ class FusedMomentum(SGD):
                     name = f"param_groups[{g}]['params'][{i}]"
                     check_low_precision_step(group, param, self.defaults["differentiable"], name)
                     buffer = None  # torch gets a value of its parameter's kind
-                stand_in = _stand_in(buffer) if isinstance(buffer, Tensor) else None
-                torch_step(group, _stand_in(param), _stand_in(param.grad), stand_in)
-
-
-def _is_wrapped_by_torch(step: Callable[..., Any]) -> bool:
-    """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
-    inner = getattr(step, "__wrapped__", None)
-    return inner is not None and not getattr(inner, "hooked", False)
+                check_torch_step(group, param, param.grad, buffer)
 
 
 def _is_on_device(value: Tensor | None) -> bool:
@@ -631,20 +666,6 @@ def _warn_of_missing_kernels() -> None:
         "FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .  (in its source tree)",
         stacklevel=2,
     )
-
-
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor of the same kind and of size 1 everywhere: torch refuses it where it would refuse the original."""
-    stand_in = torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
-    if tensor.layout == torch.sparse_coo:
-        stand_in = stand_in.to_sparse(tensor.sparse_dim())
-    elif tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
-        stand_in = stand_in.to_mkldnn()
-    elif tensor.layout not in (torch.strided, torch.jagged):
-        stand_in = stand_in.to_sparse(layout=tensor.layout)
-    if tensor.requires_grad:
-        stand_in.requires_grad_()
-    return stand_in if tensor.is_leaf else stand_in.clone()
 
 
 def _reciprocal(grad_scale: Tensor | float | None) -> float:

@@ -24,6 +24,18 @@ uint32_t version_of(const at::Tensor& tensor) {
 }  // namespace
 
 py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
+  return compute(norm_type, [&](bool complex_too) { return collect(param_groups, complex_too); });
+}
+
+py::object GradNorm::compute_of(const std::vector<at::Tensor>& grads, double norm_type) {
+  return compute(norm_type, [&](bool complex_too) {
+    start_collecting();
+    return std::all_of(grads.begin(), grads.end(),
+                       [&](const at::Tensor& grad) { return add(grad, complex_too); });
+  });
+}
+
+py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& collect) {
   seen_.clear();
   const Norm kind = norm_type == 2   ? Norm::kSumOfSquares
                     : norm_type == 1 ? Norm::kSumOfAbs
@@ -31,7 +43,7 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
   if (kind == Norm::kMax && norm_type != std::numeric_limits<double>::infinity()) {
     return py::none();
   }
-  if (!collect(param_groups, kind == Norm::kSumOfSquares)) {
+  if (!collect(/*complex_too=*/kind == Norm::kSumOfSquares)) {
     seen_.clear();
     return py::none();
   }
@@ -137,12 +149,16 @@ bool GradNorm::for_each_grad(const Visit& visit) const {
   return true;
 }
 
-bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
+void GradNorm::start_collecting() {
   entries_.clear();
   layouts_.clear();
   first_block_.assign(1, 0);
   dtype_ = at::ScalarType::Undefined;
   device_.reset();
+}
+
+bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
+  start_collecting();
   return read_params(param_groups) &&
          for_each_grad([&](const at::Tensor& grad) { return add(grad, complex_too); });
 }

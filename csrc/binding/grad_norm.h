@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -24,6 +25,9 @@ class GradNorm {
   // a CUDA device the norm is None: conclude() has it computed there.
   py::object compute(const py::list& param_groups, double norm_type);
 
+  // The same for a list of gradients.
+  py::object compute_of(const std::vector<at::Tensor>& grads, double norm_type);
+
   // On that device, at once after compute() or later: what the next step is to multiply gradients
   // with, and, with a max_norm, the norm of what that makes, else whether the norm is not finite.
   py::tuple conclude(const std::optional<at::Tensor>& factor,
@@ -41,6 +45,8 @@ class GradNorm {
     uint32_t version;
   };
 
+  py::object compute(double norm_type, const std::function<bool(bool)>& collect);
+  void start_collecting();
   bool read_params(const py::list& param_groups);
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;

@@ -153,6 +153,8 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
 void StepPlan::update() {
   if (!new_state_.empty() || !without_average_.empty()) keep_alive();  // Python code is called
   insert_new_state();
+  std::optional<at::RecordFunction> range;
+  if (at::hasCallbacks()) begin_range(range);
   const int threads = max_threads();
   const auto num_slots = static_cast<int64_t>(slots_.size());
   try {

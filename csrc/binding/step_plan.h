@@ -13,11 +13,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -197,6 +199,8 @@ class StepPlan {
   void clear_step();
   void keep_alive();
   void update();
+  int64_t bytes_to_move() const;
+  void begin_range(std::optional<at::RecordFunction>& range) const;
   void separate_first_steps();
   bool has_cpu_tensors() const;
   bool host_must_know() const;
