@@ -228,6 +228,8 @@ class FusedMomentum(SGD):
         group = self.param_groups[-1]
         for name, value in self._own_defaults.items():
             group.setdefault(name, value)
+        if group.get("stochastic_rounding", False):
+            group.setdefault(ROUNDING_STEP, 0)  # what flattens a checkpoint reads its keys from the live groups
         try:
             check_group(group)
             check_options(group)
@@ -620,7 +622,7 @@ class FusedMomentum(SGD):
         for group in self.param_groups if count else ():
             group[COUNT] = count  # in every group: any of them may go
         for group in self.param_groups:
-            if group.get("stochastic_rounding", False) or ROUNDING_STEP in group:
+            if group.get("stochastic_rounding", False) or ROUNDING_STEP in group:  # it may be turned on again
                 group[ROUNDING_STEP] = self._plan.rounding_step
         self._plan.convert(self.param_groups, self.state)
         unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU

@@ -157,8 +157,9 @@ def low_precision_step(
     if buffer is not None:
         dtype = group.get("momentum_dtype") or param.dtype
         if dtype in EIGHT_BITS:
-            dense = buffer if buffer.layout == torch.strided else buffer.to_dense()  # of a first sparse gradient
-            state[BUFFER], state[SCALE] = _C.quantize(dense, dtype, param)
+            if buffer.layout != torch.strided:  # torch starts from a sparse gradient's copy; blocks are dense
+                buffer = buffer.to_dense()
+            state[BUFFER], state[SCALE] = _C.quantize(buffer, dtype, param)
         else:
             state[BUFFER] = buffer.to(dtype)
     if has_master:

@@ -132,7 +132,7 @@ void StepPlan::plan_master(const Slot& slot, const at::Tensor& param,
   const at::Tensor* const found = find_state(slot, key);
   if (found == nullptr) {
     state.master = empty_dense_like(param, dtype);
-    is_split ? state.master.zero_() : state.master.copy_(param);
+    is_split ? state.master.zero_() : state.master.copy_(param.detach());
     state.changes.emplace_back(key, state.master);
     return;
   }
