@@ -191,7 +191,8 @@ class FusedMomentum(SGD):
     def _start(self) -> None:
         """What is not part of the state."""
         self._plan = _C.StepPlan()
-        self._plan.rounding_step = max((group.get(ROUNDING_STEP, 0) for group in self.param_groups), default=0)
+        counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
+        self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])
         self._grad_factor = GradFactor()
         self._is_swapped = False
         self._is_averaging = False
@@ -273,6 +274,8 @@ class FusedMomentum(SGD):
                     group.pop(name, None)
                     if name in old:
                         group[name] = old[name]
+                if group.get("stochastic_rounding", False):
+                    group.setdefault(ROUNDING_STEP, 0)
                 settle(group, self.state)
             self._plan.convert(self.param_groups, self.state)
         except BaseException:
@@ -296,6 +299,7 @@ class FusedMomentum(SGD):
             "max_grad_norm": self.max_grad_norm,
             "ema_decay": self.ema_decay,
             "ema_warmup": self.ema_warmup,
+            "_steps_taken": self._plan.rounding_step,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -552,3 +552,20 @@ def test_scheduler_around_a_compiled_function():
             scheduler.step()
     assert_same_state(opt, eager)
     assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.1 * 0.5**5)
+
+
+def test_a_failed_step_keeps_the_compiled_clipping():
+    (net, opt), (theirs, eager) = twins(CASES["momentum"])
+    for model_, optimizer in ((net, opt), (theirs, eager)):
+        optimizer.zero_grad()
+        model_(inputs(0)).square().mean().backward()
+    torch.compile(lambda: opt.clip_grad_norm_(0.01), backend="eager")()
+    eager.clip_grad_norm_(0.01)
+    for optimizer in (opt, eager):
+        optimizer.max_grad_norm = 10.0
+        lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], "wrong"
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    assert_same_state(opt, eager)

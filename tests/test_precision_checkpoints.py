@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import assert_same, clone_params
 from precision_oracle import buffer_values, order_of
-from precision_twin import FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
+from precision_twin import BF16, FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
 
 from momentum_ext import FusedMomentum
 
@@ -195,10 +195,12 @@ def test_options_stay_those_of_the_optimizer_that_loads(target, source):
     found_states = [dict(entry.state) for entry in twin.entries]
     twin.edit(momentum_dtype=target["momentum_dtype"], master_weights=target.get("master_weights", False))
     wanted = target["momentum_dtype"]
-    if wanted is None and source not in (INT8, FP8):  # what is found is used as it is, but for 8 bits
+    if wanted is None and source not in (INT8, FP8):  # as torch casts it, but fp32 stays beside 16-bit parameters
         for entry, found in zip(twin.entries, found_states):
+            buffer, dtype = found["momentum_buffer"], entry.param.dtype
             entry.edited = False
-            entry.state = {"momentum_buffer": found["momentum_buffer"]}
+            stays = buffer.dtype is FP32 and dtype in (BF16, FP16)
+            entry.state = {"momentum_buffer": buffer if stays else buffer.to(dtype)}
     twin.params = clone_params(twin.params)
     for param in twin.params:
         param.grad_dtype = None

@@ -51,7 +51,7 @@ class Training(RuleBasedStateMachine):
         self.precision = precision
         self.twin = Twin(params, seed=seed, momentum=0.9, **precision)
         self.twin.step()
-        self.is_counted = False
+        self.is_counted = precision["stochastic_rounding"]
 
     @rule(dtype=DTYPE, layout=st.sampled_from(LAYOUTS), missing=st.integers(0, 15), factor=FACTOR)
     def step(self, dtype, layout, missing, factor):
@@ -98,7 +98,8 @@ class Training(RuleBasedStateMachine):
             param.grad_dtype = None
         # A checkpoint has the number of steps from when stochastic rounding was first on; else counting starts anew.
         self.is_counted |= self.precision["stochastic_rounding"]
-        twin.taken *= self.is_counted
+        if way == "state_dict":
+            twin.taken *= self.is_counted
         twin.check()
         twin.step()  # a copy does not know yet what dtype an edit to None would take back
 
