@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import environment
+import precision
 import report as reports
 import torch
 import workloads
@@ -35,7 +36,7 @@ from contenders import (
 )
 from memory_limit import MemoryLimitUnavailable
 from pipelines import PIPELINES
-from report import HostCost, Report, Row, WorkloadReport
+from report import HostCost, PrecisionReport, Report, Row, WorkloadReport
 from targets import PIPELINE_TARGETS
 from timing import Clock, Samples, Step, cpu_clock, cuda_clock, cuda_host_clock, interleave, median_ratio
 from tqdm import tqdm
@@ -106,6 +107,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--pipeline", choices=PIPELINES, help="time the step with what trainers put around it, against torch's two ways"
     )
+    parser.add_argument(
+        "--precision", action="store_true",
+        help="time the step in each mode of low-precision states against our own in fp32 "
+        "(default workload: gpt2, on a GPU llama3_8b)",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--weight-decay", type=float, default=1e-4)
@@ -114,6 +120,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures (needs matplotlib)")
     options = parser.parse_args(arguments)
     options.threads = options.threads or [environment.cores()]
+    if options.precision:
+        if options.pipeline or options.contender or "host_cost" in (options.workload or ()):
+            parser.error("--precision: takes no --pipeline and no --contender, and has no host_cost")
+        options.workload = options.workload or ["llama3_8b" if options.device == "cuda" else "gpt2"]
     if options.pipeline and not options.workload:
         options.workload = list(PIPELINE_TARGETS[options.pipeline])
     options.workload = list(dict.fromkeys(options.workload or default_workloads(options.device)))
@@ -139,10 +149,15 @@ def timed_pass(options: argparse.Namespace) -> Pass:
     return PIPELINES[options.pipeline][0] if options.pipeline else STEP
 
 
+def free_gb(device: str) -> float:
+    """Gigabytes of memory that are free on the device."""
+    return float(torch.cuda.mem_get_info()[0] / 1e9 if device == "cuda" else environment.memory_gb("MemAvailable"))
+
+
 def room_for_copies(workload: workloads.Workload, device: str) -> int:
     """How many contenders' tensors (and the memory limit's arrays) fit in what memory is free, temporaries included."""
     gb_each = workload.elements * workload.itemsize * STEP.tensor_copies / 1e9
-    free = torch.cuda.mem_get_info()[0] / 1e9 if device == "cuda" else environment.memory_gb("MemAvailable")
+    free = free_gb(device)
     return int((free * 0.9 - gb_each) / max(gb_each, 1e-9))
 
 
@@ -284,6 +299,14 @@ def measure_host_cost(options: argparse.Namespace, settings: Settings, progress:
     )
 
 
+def measure_precision(
+    name: str, options: argparse.Namespace, settings: Settings, progress: Progress
+) -> PrecisionReport:
+    """Every mode of low-precision states on one workload."""
+    clock, free = CLOCKS[options.device], free_gb(options.device) * 1e9
+    return precision.measure(name, settings, clock, options.seconds, options.repeats, free, progress)
+
+
 def run(options: argparse.Namespace) -> Report:
     """Measures everything that was asked for, printing each table as soon as it is there."""
     if (busy := environment.busy_cores()) > MOST_BUSY_CORES:
@@ -297,6 +320,7 @@ def run(options: argparse.Namespace) -> Report:
     jobs = [(threads, name) for threads in options.threads for name in options.workload]
     measured: list[WorkloadReport] = []
     host_costs: list[HostCost] = []
+    precisions: list[PrecisionReport] = []
     bar_format = "{desc:<24} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=len(jobs), bar_format=bar_format, file=sys.stderr, leave=False, disable=None) as bar:
         for done, (threads, name) in enumerate(jobs):
@@ -305,7 +329,10 @@ def run(options: argparse.Namespace) -> Report:
             settings = Settings(
                 options.lr, options.momentum, options.weight_decay, options.nesterov, threads, options.device
             )
-            if name == "host_cost":
+            if options.precision:
+                precisions.append(measure_precision(name, options, settings, bar.update))
+                text = precision.text(precisions[-1])
+            elif name == "host_cost":
                 cost = measure_host_cost(options, settings, bar.update)
                 host_costs.append(cost)
                 text = reports.host_cost_text(cost)
@@ -318,7 +345,7 @@ def run(options: argparse.Namespace) -> Report:
             gc.collect()
     if measured:
         print("\n" + reports.summary_text(measured))
-    return Report(result.environment, result.options, tuple(measured), tuple(host_costs))
+    return Report(result.environment, result.options, tuple(measured), tuple(host_costs), tuple(precisions))
 
 
 def wrong_results(result: Report) -> list[str]:
@@ -327,7 +354,8 @@ def wrong_results(result: Report) -> list[str]:
     In a pipeline torch has clipped gradients that it clipped before, which makes them a little smaller still.
     """
     most = 1e-6 if not result.options.get("pipeline") else 1e-5
-    return [entry.workload for entry in result.workloads if (entry.difference_from_default or 0.0) > most]
+    wrong = [entry.workload for entry in result.workloads if (entry.difference_from_default or 0.0) > most]
+    return wrong + [name for entry in result.precisions for name in precision.wrong_results(entry)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

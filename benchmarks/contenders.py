@@ -64,16 +64,27 @@ class Model:
         return [{"params": list(params), "lr": lr} for params, lr in self._groups]
 
     @classmethod
-    def random(cls, workload: Workload, settings: Settings) -> Model:
-        """The workload's shapes with values uniform in [-1, 1) and gradients uniform in [1, 2) / 100."""
+    def random(
+        cls,
+        workload: Workload,
+        settings: Settings,
+        param_dtype: torch.dtype | None = None,
+        grad_dtype: torch.dtype | None = None,
+    ) -> Model:
+        """The workload's shapes with values uniform in [-1, 1) and gradients uniform in [1, 2) / 100.
+
+        They are drawn in the workload's dtype, and then cast to those that are given.
+        """
         kind = {"device": settings.device, "dtype": getattr(torch, workload.dtype)}
         generator = torch.Generator(settings.device).manual_seed(0)
         groups: list[tuple[list[torch.nn.Parameter], float]] = []
         for group in workload.groups:
             params = []
             for shape in group.shapes:
-                param = torch.nn.Parameter(torch.empty(shape, **kind).uniform_(-1, 1, generator=generator))
-                param.grad = torch.empty(shape, **kind).uniform_(0.01, 0.02, generator=generator)
+                values = torch.empty(shape, **kind).uniform_(-1, 1, generator=generator)
+                param = torch.nn.Parameter(values.to(param_dtype or values.dtype))
+                grad = torch.empty(shape, **kind).uniform_(0.01, 0.02, generator=generator)
+                param.grad = grad.to(grad_dtype or grad.dtype)
                 params.append(param)
             groups.append((params, settings.lr * group.lr_factor))
         return cls(groups)

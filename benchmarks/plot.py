@@ -259,6 +259,11 @@ def draw(report: Report, path: Path) -> None:
 
     Raises ValueError where the run holds nothing to draw.
     """
+    if report.precisions:
+        import plot_precision
+
+        plot_precision.draw(report, path)
+        return
     counts = {entry.threads for entry in report.workloads} | {cost.threads for cost in report.host_costs}
     threads = max(counts, default=0)
     entries = [entry for entry in report.workloads if entry.threads == threads and entry.row("ours")]

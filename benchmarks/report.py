@@ -78,6 +78,54 @@ class HostCost:
 
 
 @dataclass(frozen=True)
+class ModeRow:
+    """One mode on one workload. Times in milliseconds a step; None and a `reason` where nothing was measured."""
+
+    mode: str
+    label: str
+    moved_bytes: float
+    """Bytes that must move for each element."""
+    state_bytes: float
+    reason: str | None = None
+    median_ms: float | None = None
+    quartiles_ms: tuple[float, float] | None = None
+    gb_per_s: float | None = None
+    of_memory_limit: float | None = None
+    """GB/s over the memory limit's GB/s, median over rounds."""
+    times_fp32: float | None = None
+    """Median over rounds of the fp32 step's time over this one's."""
+    difference: float | None = None
+    """Ours: the largest absolute difference of a parameter from the fp32 run's after the warm-up steps."""
+    samples_ms: tuple[float, ...] = ()
+
+    @property
+    def spread(self) -> float | None:
+        """Interquartile range over median (a pure number)."""
+        if self.median_ms is None or self.quartiles_ms is None:
+            return None
+        return (self.quartiles_ms[1] - self.quartiles_ms[0]) / self.median_ms
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """All modes on one workload at one number of threads."""
+
+    workload: str
+    what: str
+    source: str
+    threads: int
+    device: str
+    tensors: int
+    elements: int
+    limit_gb_per_s: float | None
+    rows: tuple[ModeRow, ...]
+
+    def row(self, mode: str) -> ModeRow | None:
+        """The row of a mode, if it has figures."""
+        return next((row for row in self.rows if row.mode == mode and row.median_ms is not None), None)
+
+
+@dataclass(frozen=True)
 class Report:
     """One run of the benchmark."""
 
@@ -85,6 +133,8 @@ class Report:
     options: dict[str, Any]
     workloads: tuple[WorkloadReport, ...] = ()
     host_costs: tuple[HostCost, ...] = ()
+    precisions: tuple[PrecisionReport, ...] = ()
+    """What --precision has measured."""
     targets_origin: str = targets.ORIGIN
     schema: int = field(default=SCHEMA)
 
@@ -105,7 +155,11 @@ def load(path: Path) -> Report:
     host_costs = tuple(
         HostCost(**{**entry, "step_us": _integer_keys(entry["step_us"])}) for entry in data["host_costs"]
     )
-    return Report(**{**data, "workloads": workloads, "host_costs": host_costs})
+    precisions = tuple(
+        PrecisionReport(**{**entry, "rows": tuple(ModeRow(**row) for row in entry["rows"])})
+        for entry in data.get("precisions", ())
+    )
+    return Report(**{**data, "workloads": workloads, "host_costs": host_costs, "precisions": precisions})
 
 
 def _integer_keys(curves: dict[str, dict[str, float]]) -> dict[str, dict[int, float]]:
@@ -271,6 +325,7 @@ def header_text(report: Report) -> str:
     hyperparameters = ", ".join(
         f"{key}={report.options[key]}" for key in ("lr", "momentum", "weight_decay", "nesterov")
     )
-    lines = {**report.environment, "step": f"fp32, {hyperparameters}"}
+    dtype = "each mode's dtypes" if report.options.get("precision") else "fp32"
+    lines = {**report.environment, "step": f"{dtype}, {hyperparameters}"}
     width = max(map(len, lines))
     return "\n".join(f"{key.ljust(width)}  {value}" for key, value in lines.items())

@@ -39,6 +39,14 @@ PIPELINE_TARGETS: dict[str, dict[str, Target]] = {
 }
 """For --pipeline, against torch's default way and its best."""
 
+PRECISION_TARGETS: dict[str, dict[str, float]] = {
+    "gpt2": {"bf16-momentum": 1.2, "bf16-sr": 1.6, "split": 1.3, "int8-momentum": 1.0},
+}
+"""For --precision: so many times faster than our own step in fp32."""
+
+PRECISION_OF_COPY = 0.9
+"""For --precision on one H100: the share of a copy's bandwidth that each of our modes is to reach."""
+
 CUDA_TARGETS: dict[str, Target] = {
     "one_64m": Target(2, 1.0, 0.95),
     "gpt2_xl": Target(2, 1.0, 0.95),
@@ -71,3 +79,11 @@ def target_for(
     if target is None or (threads != THREADS and device == "cpu"):
         return None
     return {"ours": target.of_memory_limit, "default": target.times_default, "fused": target.times_fused}.get(contender)
+
+
+def precision_target(workload: str, mode: str, threads: int, device: str = "cpu") -> float | None:
+    """What --precision is to reach: on the CPU times faster than fp32, on a GPU the share of a copy's bandwidth."""
+    table = PRECISION_TARGETS.get(workload, {})
+    if device == "cuda":
+        return PRECISION_OF_COPY if mode in ("fp32", "fp8-momentum", *PRECISION_TARGETS["gpt2"]) else None
+    return table.get(mode) if threads == THREADS else None

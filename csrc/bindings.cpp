@@ -10,6 +10,7 @@
 #include <string>
 
 #include "binding/grad_norm.h"
+#include "binding/list_step.h"
 #include "binding/lookahead.h"
 #include "binding/quantization.h"
 #include "binding/step_plan.h"
@@ -98,12 +99,33 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;
   py::class_<GradNorm>(m, "GradNorm")
       .def(py::init<>())
-      .def("compute", &GradNorm::compute, py::arg("param_groups"), py::arg("norm_type"))
+      .def("compute", py::overload_cast<const py::list&, double>(&GradNorm::compute),
+           py::arg("param_groups"), py::arg("norm_type"))
+      .def("compute_of", &GradNorm::compute_of, py::arg("grads"), py::arg("norm_type"))
       .def("conclude", &GradNorm::conclude, py::arg("factor"), py::arg("inv_scale"),
            py::arg("grad_scale"), py::arg("max_norm"))
       .def("compare", &GradNorm::compare, py::arg("param_groups"));
+  py::class_<ListStep>(m, "ListStep")
+      .def(py::init([](const py::list& groups, std::vector<at::Tensor> params,
+                       std::vector<at::Tensor> grads,
+                       std::vector<std::optional<at::Tensor>> momentum_buffers,
+                       std::vector<std::optional<at::Tensor>> averages,
+                       std::vector<bool> is_first_step, double inv_grad_scale,
+                       double average_weight) {
+             return std::make_unique<ListStep>(
+                 groups,
+                 ListStep::Lists{std::move(params), std::move(grads), std::move(momentum_buffers),
+                                 std::move(averages), std::move(is_first_step)},
+                 inv_grad_scale, average_weight);
+           }),
+           py::arg("groups"), py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"),
+           py::arg("averages"), py::arg("is_first_step"), py::arg("inv_grad_scale"),
+           py::arg("average_weight"))
+      .def("for_torch", &ListStep::for_torch)
+      .def("run", &ListStep::run);
   m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lookaheads"), py::arg("distances"), py::arg("back"));
+  m.def("clip_by_norm", &clip_by_norm, py::arg("norm"), py::arg("dtype"), py::arg("max_norm"));
   m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
   m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"));
   m.def("is_capturing", [](int16_t device) { return is_capturing(device); }, py::arg("device"));

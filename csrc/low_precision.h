@@ -23,9 +23,14 @@ MOMENTUM_EXT_INLINE void split(float value, BFloat16& param, int16_t& remainder)
   param.bits = static_cast<uint16_t>((bits + 0x8000u) >> 16);
   remainder = static_cast<int16_t>(static_cast<uint16_t>(bits));
 }
+// A zero with a negative remainder and an infinity with a positive one are none of ours: someone
+// else has written the parameter, and adding would turn it into a NaN.
 MOMENTUM_EXT_INLINE float join(BFloat16 param, int16_t remainder) {
   const uint32_t upper = static_cast<uint32_t>(param.bits) << 16;
-  return detail::float_from_bits(upper + static_cast<uint32_t>(static_cast<int32_t>(remainder)));
+  const uint32_t magnitude = upper & 0x7fffffffu;
+  const auto rest = static_cast<int32_t>(remainder);
+  const bool is_foreign = magnitude == 0 ? rest < 0 : magnitude == 0x7f800000u && rest > 0;
+  return detail::float_from_bits(upper + static_cast<uint32_t>(is_foreign ? 0 : rest));
 }
 
 // ---- 8-bit blocks -------------------------------------------------------------------------------
@@ -101,6 +106,9 @@ MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
 // ---- stochastic rounding ------------------------------------------------------------------------
 
 // `random` has 16 random bits. What is dropped is added to them; a carry rounds up.
+MOMENTUM_EXT_INLINE void store_finite_stochastic(BFloat16& out, float value, uint32_t random) {
+  out.bits = static_cast<uint16_t>((detail::bits_of(value) + random) >> 16);
+}
 MOMENTUM_EXT_INLINE void store_stochastic(BFloat16& out, float value, uint32_t random) {
   const uint32_t bits = detail::bits_of(value);
   const uint32_t magnitude = bits & 0x7fffffffu;

@@ -79,11 +79,18 @@ class Run:
     """After how many steps, and the cross-entropy on the modules that were held out."""
 
     @classmethod
-    def start(cls, settings: Settings, corpus: Corpus) -> Run:
-        """A run before its first step, as the seed makes it."""
+    def start(
+        cls,
+        settings: Settings,
+        corpus: Corpus,
+        wrap: Callable[[CharGPT], CharGPT] = lambda model: model,
+        make_optimizer: Callable[..., Any] = FusedMomentum,
+    ) -> Run:
+        """A run before its first step, as the seed makes it; `wrap` makes of the model the module that is trained."""
         torch.manual_seed(settings.seed)
         model = CharGPT(len(char_gpt_data.ALPHABET), settings.context, settings.width, settings.heads, settings.layers)
-        optimizer = FusedMomentum(
+        model = wrap(model)
+        optimizer = make_optimizer(
             model.parameters(),
             lr=settings.formulation_lr,
             momentum=settings.momentum,

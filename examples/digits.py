@@ -20,6 +20,7 @@ import digits_picture
 import digits_training
 import torch
 from digits_training import Digits, DigitsNet, Run, RunsDiffer
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import momentum_ext
@@ -31,10 +32,20 @@ EPOCHS = 20
 QUICK_EPOCHS = 3
 
 
-def build(name: str, make_optimizer: Callable[..., torch.optim.SGD], digits: Digits, epochs: int, seed: int) -> Run:
-    """A network as the seed makes it, with this optimizer and one cycle of the learning rate (Smith and Topin 2018)."""
+def build(
+    name: str,
+    make_optimizer: Callable[..., torch.optim.SGD],
+    digits: Digits,
+    epochs: int,
+    seed: int,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Run:
+    """A network as the seed makes it, with this optimizer and one cycle of the learning rate (Smith and Topin 2018).
+
+    `wrap` makes of it the module that is trained.
+    """
     torch.manual_seed(seed)
-    model = DigitsNet()
+    model = wrap(DigitsNet())
     optimizer = make_optimizer(model.parameters(), lr=PEAK_LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * digits_training.steps_per_epoch(digits)
     schedule = OneCycleLR(optimizer, PEAK_LR, total_steps=steps + 1, cycle_momentum=False)

@@ -81,8 +81,30 @@ class GradNorm:
         factors, else 1.0 where their own norm is not finite, and 0.0 where it is.
         """
 
+    def compute_of(self, grads: list[Tensor], norm_type: float) -> tuple[float, torch.dtype] | None:
+        """The same for a list of gradients."""
+
     def compare(self, param_groups: list[dict[str, Any]]) -> str:
         """What has become of those gradients: ``"same"``, ``"replaced"`` (all of them) or ``"changed"``."""
+
+class ListStep:
+    """A step over lists of tensors, for a compiled graph. Made, it has checked everything and written nothing."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffers: list[Tensor | None],
+        averages: list[Tensor | None],
+        is_first_step: list[bool],
+        inv_grad_scale: float,
+        average_weight: float,
+    ) -> None: ...
+    def for_torch(self) -> list[tuple[int, int]]:
+        """The (group, index in group) that torch is to update before :meth:`run` updates the rest."""
+
+    def run(self) -> None: ...
 
 HAS_CUDA_KERNELS: bool
 
@@ -93,6 +115,9 @@ def move_lookahead(
 
     On the way back, elements that were not changed in between get the very bits that they had.
     """
+
+def clip_by_norm(norm: float, dtype: torch.dtype, max_norm: float) -> tuple[Tensor, float]:
+    """The norm as torch.nn.utils.clip_grad_norm_ returns it, and the coefficient that clips, with torch's roundings."""
 
 def quantize(value: Tensor, dtype: torch.dtype, param: Tensor) -> tuple[Tensor, Tensor]:
     """`value` in int8 or float8_e4m3fn, laid out as `param` without gaps, and the fp32 scales of its blocks of 256."""

@@ -46,12 +46,22 @@ class UpdateCount:
     """
 
     def __init__(self, count: int) -> None:
-        self._on_host = count
+        self._on_host: int | Tensor = count  # a tensor after a compiled step, which must not read its value
         self._on_device: tuple[Tensor, Tensor] | None = None
         self._stays_on_host = False
 
     def __int__(self) -> int:
-        return self._on_host if self._on_device is None else int(self._on_device[1].item())
+        return int(self._on_host) if self._on_device is None else int(self._on_device[1].item())
+
+    @property
+    def is_on_device(self) -> bool:
+        return self._on_device is not None
+
+    def as_tensor(self) -> Tensor:
+        """The host's count for a graph, which would be another one for each number."""
+        if not isinstance(self._on_host, Tensor):
+            self._on_host = torch.full((), self._on_host, dtype=torch.int64, device="cpu")
+        return self._on_host
 
     def add(self) -> None:
         """After a step."""

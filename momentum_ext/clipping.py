@@ -11,7 +11,7 @@ from torch import Tensor
 
 from momentum_ext import _C
 
-__all__ = ["GradFactor"]
+__all__ = ["GradFactor", "clip_by_norm"]
 
 
 class GradFactor:
@@ -27,6 +27,7 @@ class GradFactor:
 
     def __init__(self) -> None:
         self.is_active = False  # an attribute, because each step asks
+        self.traced: Tensor | None = None  # the factor of a compiled function, where nobody has read its value
         self._norms = _C.GradNorm()
         self._factor: float | Tensor = 1.0
         self._unscales = False
@@ -40,6 +41,8 @@ class GradFactor:
         Raises:
             RuntimeError: for gradients that are partly others than those that were clipped.
         """
+        if self.traced is not None:
+            return float(self.traced)
         if _is_one(self._factor):
             return 1.0
         found = self._norms.compare(param_groups)
@@ -57,16 +60,17 @@ class GradFactor:
             self.clear()
         return self._factor
 
-    def snapshot(self) -> tuple[float | Tensor, bool, bool]:
+    def snapshot(self) -> tuple[float | Tensor, bool, bool, Tensor | None]:
         """To be given to :meth:`restore` when a step fails."""
-        return self._factor, self._unscales, self.is_active
+        return self._factor, self._unscales, self.is_active, self.traced
 
-    def restore(self, snapshot: tuple[float | Tensor, bool, bool]) -> None:
-        self._factor, self._unscales, self.is_active = snapshot
+    def restore(self, snapshot: tuple[float | Tensor, bool, bool, Tensor | None]) -> None:
+        self._factor, self._unscales, self.is_active, self.traced = snapshot
         self._known = None
 
     def clear(self) -> None:
         """After the step."""
+        self.traced = None
         self._factor = 1.0
         self._unscales = False
         self._known = None
@@ -81,6 +85,7 @@ class GradFactor:
         computed = self._norms.compute(param_groups, 2.0)
         if computed is None:
             return None
+        self.traced = None
         norm, dtype = computed
         if norm is None:
             new, found_inf = self._norms.conclude(_on_device(factor), None if only_checks else inv_scale, None, None)
@@ -115,13 +120,11 @@ class GradFactor:
             return self._clip_on_device(device, factor, max_norm, norm_type, error_if_nonfinite, inv_grad_scale)
         # In double until here: only what is returned may overflow a 16-bit dtype.
         norm *= abs(float(factor) * inv_grad_scale)
-        precise = torch.tensor(norm, dtype=torch.promote_types(dtype, torch.float32))
-        if error_if_nonfinite and not math.isfinite(norm):
-            _raise_nonfinite(norm_type)
-        coefficient = (max_norm / (precise + 1e-6)).clamp(max=1.0).item()  # torch's formula and rounding
+        returned, coefficient = clip_by_norm(norm, dtype, max_norm, norm_type, error_if_nonfinite)
+        self.traced = None
         self._factor = factor * coefficient
         self.is_active = True
-        return precise.to(dtype)
+        return returned
 
     def clip_and_unscale(
         self, param_groups: list[dict[str, Any]], max_norm: float, grad_scale: Tensor | None
@@ -189,6 +192,15 @@ class GradFactor:
         norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite) * inv_grad_scale
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm
+
+
+def clip_by_norm(
+    norm: float, dtype: torch.dtype, max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> tuple[Tensor, float]:
+    """The norm as torch returns it, and the coefficient that clips: torch's formula and rounding."""
+    if error_if_nonfinite and not math.isfinite(norm):
+        _raise_nonfinite(norm_type)
+    return _C.clip_by_norm(norm, dtype, max_norm)
 
 
 def _with_grad(param_groups: list[dict[str, Any]]) -> Iterator[Tensor]:

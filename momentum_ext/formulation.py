@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-__all__ = ["FORMULATIONS", "check_group", "torch_step"]
+__all__ = ["FORMULATIONS", "check_group", "check_torch_step", "torch_step"]
 
 FORMULATIONS = ("torch", "classical", "ema")
 
@@ -66,3 +67,22 @@ def _number(value: Any) -> Any:
     if isinstance(value, Tensor) and value.requires_grad:
         return value
     return value.item() if hasattr(value, "item") else value
+
+
+def check_torch_step(group: dict[str, Any], param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
+    """Let torch raise on one-element stand-ins what it would raise for these tensors, while nothing is written."""
+    torch_step(group, _stand_in(param), _stand_in(grad), _stand_in(buffer) if isinstance(buffer, Tensor) else None)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of the same kind and of size 1 everywhere: torch refuses it where it would refuse the original."""
+    stand_in = torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
+    if tensor.layout == torch.sparse_coo:
+        stand_in = stand_in.to_sparse(tensor.sparse_dim())
+    elif tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+        stand_in = stand_in.to_mkldnn()
+    elif tensor.layout not in (torch.strided, torch.jagged):
+        stand_in = stand_in.to_sparse(layout=tensor.layout)
+    if tensor.requires_grad:
+        stand_in.requires_grad_()
+    return stand_in if tensor.is_leaf else stand_in.clone()

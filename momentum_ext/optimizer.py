@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import (
     ParamsT,
@@ -18,10 +19,10 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from momentum_ext import _C
+from momentum_ext import _C, compiled
 from momentum_ext.averaging import COUNT, UpdateCount, average_weight, check_decay, swapped
 from momentum_ext.clipping import GradFactor
-from momentum_ext.formulation import check_group, torch_step
+from momentum_ext.formulation import check_group, check_torch_step, torch_step
 from momentum_ext.lookahead import TRAIN_MODE, check_train_mode, hold_iterate, hold_lookahead
 from momentum_ext.memory import MemorySummary, summarize
 from momentum_ext.precision import (
@@ -33,6 +34,7 @@ from momentum_ext.precision import (
     keep_dtypes,
     low_precision_step,
     needs_low_precision_step,
+    settle,
     unpack,
 )
 
@@ -43,7 +45,8 @@ class FusedMomentum(SGD):
     r"""Momentum and Nesterov SGD that updates a whole list of tensors in one pass.
 
     Takes the place of :class:`torch.optim.SGD`: the same arguments, the same ``param_groups`` and state
-    (``"momentum_buffer"``), state dicts that load into either, and in fp32 and fp64 the same bits as
+    (``"momentum_buffer"``), state dicts that load into either
+    (those of a low-precision optimizer into torch's by :meth:`torch_state_dict`), and in fp32 and fp64 the same bits as
     ``SGD(foreach=False, fused=False)``. For each element, with :math:`g` the gradient (negated if ``maximize``),
     :math:`p` the parameter and :math:`b` the momentum buffer:
 
@@ -189,12 +192,31 @@ class FusedMomentum(SGD):
     def _start(self) -> None:
         """What is not part of the state."""
         self._plan = _C.StepPlan()
-        self._plan.rounding_step = max((group.get(ROUNDING_STEP, 0) for group in self.param_groups), default=0)
+        counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
+        self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])
         self._grad_factor = GradFactor()
         self._is_swapped = False
         self._is_averaging = False
-        self._ema_count = UpdateCount(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
-        self.grad_norm: Tensor | None = None
+        self._traced = compiled.Traced(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
+        self._plan.adopt_formulations(self.param_groups)
+        self._note_formulations()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """What ``max_grad_norm`` has found in the last step: the norm of all gradients before clipping."""
+        return self._traced.grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, norm: Tensor | None) -> None:
+        self._traced.grad_norm = norm
+
+    @property
+    def _ema_count(self) -> UpdateCount:
+        return self._traced.ema_count
+
+    def _note_formulations(self) -> None:
+        """How the state is stored, for a compiled step, which does not convert."""
+        self._formulations = [compiled.stored_as(group) for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
@@ -208,12 +230,17 @@ class FusedMomentum(SGD):
         group = self.param_groups[-1]
         for name, value in self._own_defaults.items():
             group.setdefault(name, value)
+        if group.get("stochastic_rounding", False):
+            group.setdefault(ROUNDING_STEP, 0)  # what flattens a checkpoint reads its keys from the live groups
         try:
             check_group(group)
             check_options(group)
         except (TypeError, ValueError):
             del self.param_groups[num_groups:]
             raise
+        if "_plan" in self.__dict__:  # not while the optimizer is made
+            self._plan.adopt_formulations([group])
+            self._formulations = [*self._formulations, compiled.stored_as(group)]
         if num_groups and not self.param_groups[0].get(TRAIN_MODE, True):
             hold_iterate([group], self.state)
 
@@ -227,7 +254,8 @@ class FusedMomentum(SGD):
 
         The formulation stays that of this optimizer: momentum buffers of another one are converted where that is
         exact, at the loaded learning rate. So do momentum_dtype, master_weights, stochastic_rounding and its seed:
-        what was stored in another way keeps its dtype here, and is converted in the next step.
+        what was stored in another way is converted in the next step. A group without momentum_dtype gets its buffers
+        in the parameters' dtype, as from torch, but fp32 stays fp32 beside 16-bit parameters.
 
         Raises:
             ValueError: where it is not; the optimizer is then as it was.
@@ -247,10 +275,14 @@ class FusedMomentum(SGD):
                     group.pop(name, None)
                     if name in old:
                         group[name] = old[name]
+                if group.get("stochastic_rounding", False):
+                    group.setdefault(ROUNDING_STEP, 0)
+                settle(group, self.state)
             self._plan.convert(self.param_groups, self.state)
         except BaseException:
             self.__dict__.update(before)
             raise
+        self._note_formulations()
         self._grad_factor = before["_grad_factor"]  # the gradients are as they were
 
     def _own_buffers(self, group: dict[str, Any]) -> None:
@@ -268,6 +300,7 @@ class FusedMomentum(SGD):
             "max_grad_norm": self.max_grad_norm,
             "ema_decay": self.ema_decay,
             "ema_warmup": self.ema_warmup,
+            "_steps_taken": self._plan.rounding_step,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -283,7 +316,6 @@ class FusedMomentum(SGD):
         for name, default in (("max_grad_norm", None), ("ema_decay", None), ("ema_warmup", False)):
             self.__dict__.setdefault(name, default)
         self._start()
-        self._plan.adopt_formulations(self.param_groups)
 
     def eval(self) -> None:
         r"""Move parameters that are trained with Nesterov to the textbook's iterate, in one pass.
@@ -317,12 +349,24 @@ class FusedMomentum(SGD):
         Args:
             closure: reevaluates the model and returns the loss.
 
+        Under ``torch.compile`` the step becomes the operator ``torch.ops.momentum_ext.step``, with the eager step's
+        bits. lr and weight_decay as tensors may change in value without a new graph; Python numbers that change make a
+        new one, and so does the second step, which finds momentum buffers, as with torch's optimizers. Closures, step
+        hooks, GradScaler's attributes, ``differentiable=True``, an edited formulation and a parameter that is listed
+        twice are left to the eager step between two graphs; with ``fullgraph=True`` torch's error says which it was.
+
+        While ``torch.profiler`` is active, each step has a range ``FusedMomentum.step: N bytes``: N bytes must move, to
+        read parameter, gradient and momentum buffer (which a tensor's first step does not read), write parameter and
+        buffer, and read and write the average. It counts what the kernels update, not what is left to torch.
+
         Returns:
             The closure's loss, or None.
 
         Raises:
             RuntimeError, TypeError, ValueError: naming the tensor or the hyperparameter; nothing has been written.
         """
+        if is_dynamo_compiling():
+            return compiled.step(self, args, kwargs)  # type: ignore[no-any-return]
         # torch wraps a step in hooks and a profiler range at 20 us a call; here it is wrapped when there is someone to
         # notice. A subclass that overrides step() has been wrapped by torch, and its hooks must not run twice.
         if (
@@ -331,7 +375,7 @@ class FusedMomentum(SGD):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or _C.has_record_function_callbacks()
-        ) and not _is_wrapped_by_torch(type(self).step):
+        ) and not self._is_wrapped_by_torch():
             run = _observed_step
         else:
             run = FusedMomentum._step
@@ -343,8 +387,11 @@ class FusedMomentum(SGD):
             raise
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's word for "already wrapped"
-    # A compiled training loop calls the step as it is: there is nothing in it to compile.
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _is_wrapped_by_torch(self) -> bool:
+        """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
+        inner = getattr(type(self).step, "__wrapped__", None)
+        return inner is not None and not getattr(inner, "hooked", False)
 
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
@@ -410,7 +457,8 @@ class FusedMomentum(SGD):
     def _launch(
         self, found_inf: Tensor | None, grad_scale: Tensor | None, factor: float | Tensor, differentiable: bool
     ) -> Any:
-        average = self._prepare_average(self.ema_decay, left_out_by_device=found_inf is not None)
+        averages = self.ema_decay is not None or self._is_averaging
+        average = self._prepare_average(self.ema_decay, found_inf is not None) if averages else None
         waits_for_average = found_inf is not None and self._is_averaging and average is None
         if waits_for_average or not (isinstance(factor, Tensor) or factor == 1.0):
             return NotImplemented
@@ -431,16 +479,9 @@ class FusedMomentum(SGD):
 
     def _update(self, inv_grad_scale: float, differentiable: bool) -> None:
         """The compiled pass, and what only torch can update."""
-        factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
-        average = self._prepare_average(self.ema_decay)
-        for_torch: Any = NotImplemented
-        if inv_grad_scale == 1.0 and (average is not None or isinstance(factor, Tensor)):
-            for_torch = self._launch(None, None, factor, differentiable)
-        if for_torch is NotImplemented:
-            if average is not None:  # the host must know
-                self._ema_count.bring_back()
-                self._prepare_average(self.ema_decay)
-            inv_grad_scale *= float(factor)
+        if self._grad_factor.is_active or self.ema_decay is not None or self._is_averaging:
+            for_torch, inv_grad_scale = self._update_and_more(inv_grad_scale, differentiable)
+        else:
             for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         if for_torch is not None:
             try:
@@ -452,10 +493,24 @@ class FusedMomentum(SGD):
                 raise
             self._plan.run()
 
+    def _update_and_more(self, inv_grad_scale: float, differentiable: bool) -> tuple[Any, float]:
+        """The same with a factor for the gradients, or averages; and what gradients were multiplied with."""
+        factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
+        averages = self.ema_decay is not None or self._is_averaging
+        average = self._prepare_average(self.ema_decay) if averages else None
+        for_torch: Any = NotImplemented
+        if inv_grad_scale == 1.0 and (average is not None or isinstance(factor, Tensor)):
+            for_torch = self._launch(None, None, factor, differentiable)
+        if for_torch is NotImplemented:
+            if average is not None:  # the host must know
+                self._ema_count.bring_back()
+                self._prepare_average(self.ema_decay)
+            inv_grad_scale *= float(factor)
+            for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
+        return for_torch, inv_grad_scale
+
     def _prepare_average(self, decay: float | None, left_out_by_device: bool = False) -> tuple[Tensor, Tensor] | None:
         """Tell the plan the averages' weight; or where on the device it is worked out."""
-        if decay is None and not self._is_averaging:
-            return None
         self._check_not_swapped()
         self._is_averaging = decay is not None
         on_device = None
@@ -515,6 +570,9 @@ class FusedMomentum(SGD):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; what was to clip the gradients goes with them."""
+        if is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+            return
         self._grad_factor.clear()
         super().zero_grad(set_to_none)
 
@@ -554,6 +612,8 @@ class FusedMomentum(SGD):
             RuntimeError: for a norm that is not finite, if asked for; for gradients that were written to after the
                 last clipping.
         """
+        if is_dynamo_compiling():
+            return compiled.clip_grad_norm_(self, max_norm, norm_type, error_if_nonfinite)
         return self._grad_factor.clip(self.param_groups, float(max_norm), float(norm_type), error_if_nonfinite)
 
     def _check_not_swapped(self) -> None:
@@ -567,7 +627,7 @@ class FusedMomentum(SGD):
         for group in self.param_groups if count else ():
             group[COUNT] = count  # in every group: any of them may go
         for group in self.param_groups:
-            if group.get("stochastic_rounding", False):
+            if group.get("stochastic_rounding", False) or ROUNDING_STEP in group:  # it may be turned on again
                 group[ROUNDING_STEP] = self._plan.rounding_step
         self._plan.convert(self.param_groups, self.state)
         unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU
@@ -607,14 +667,7 @@ class FusedMomentum(SGD):
                     name = f"param_groups[{g}]['params'][{i}]"
                     check_low_precision_step(group, param, self.defaults["differentiable"], name)
                     buffer = None  # torch gets a value of its parameter's kind
-                stand_in = _stand_in(buffer) if isinstance(buffer, Tensor) else None
-                torch_step(group, _stand_in(param), _stand_in(param.grad), stand_in)
-
-
-def _is_wrapped_by_torch(step: Callable[..., Any]) -> bool:
-    """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
-    inner = getattr(step, "__wrapped__", None)
-    return inner is not None and not getattr(inner, "hooked", False)
+                check_torch_step(group, param, param.grad, buffer)
 
 
 def _is_on_device(value: Tensor | None) -> bool:
@@ -633,20 +686,6 @@ def _warn_of_missing_kernels() -> None:
         "FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .  (in its source tree)",
         stacklevel=2,
     )
-
-
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor of the same kind and of size 1 everywhere: torch refuses it where it would refuse the original."""
-    stand_in = torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
-    if tensor.layout == torch.sparse_coo:
-        stand_in = stand_in.to_sparse(tensor.sparse_dim())
-    elif tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
-        stand_in = stand_in.to_mkldnn()
-    elif tensor.layout not in (torch.strided, torch.jagged):
-        stand_in = stand_in.to_sparse(layout=tensor.layout)
-    if tensor.requires_grad:
-        stand_in.requires_grad_()
-    return stand_in if tensor.is_leaf else stand_in.clone()
 
 
 def _reciprocal(grad_scale: Tensor | float | None) -> float:

@@ -96,6 +96,26 @@ def _on_device(param: Any, tensor: Tensor) -> Tensor:
     return tensor.to(param.device, param.dtype if is_too_wide else None)
 
 
+def settle(group: dict[str, Any], state: dict[Any, Any]) -> None:
+    """After loading: a group that names no momentum_dtype has buffers as torch would, or in fp32 for 16-bit parameters.
+
+    What a group names is converted in the next step, from what was stored.
+    """
+    for param in group["params"]:
+        entry = state.get(param, {})
+        buffer = entry.get(BUFFER)
+        if not isinstance(buffer, Tensor) or not param.is_floating_point():
+            continue
+        if group.get("momentum_dtype") is None:
+            if buffer.dtype in EIGHT_BITS and SCALE in entry:
+                entry[BUFFER] = _C.dequantize(buffer, entry.pop(SCALE)).to(param.dtype)
+            elif not (buffer.dtype == torch.float32 and param.dtype in HALVES):
+                entry[BUFFER] = buffer.to(param.dtype)
+        if not group.get("master_weights", False):
+            entry.pop(REMAINDER, None)
+            entry.pop(MASTER, None)
+
+
 # ---- torch's own path -----------------------------------------------------------------------------------------------
 
 
@@ -113,8 +133,8 @@ def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiabl
     stored_randomly = param.dtype in HALVES or group.get("momentum_dtype") in (*HALVES, *EIGHT_BITS)
     if group.get("stochastic_rounding", False) and stored_randomly:
         raise RuntimeError(
-            f"{name}: stochastic_rounding needs tensors that the kernels are made for (dense and plain, gradient too); "
-            "put it into a group without"
+            f"{name}: stochastic_rounding needs tensors and hyperparameters that the kernels are made for (dense and "
+            "plain, the gradient too; numbers or tensors that need no gradient); put it into a group without"
         )
 
 
@@ -137,6 +157,8 @@ def low_precision_step(
     if buffer is not None:
         dtype = group.get("momentum_dtype") or param.dtype
         if dtype in EIGHT_BITS:
+            if buffer.layout != torch.strided:  # torch starts from a sparse gradient's copy; blocks are dense
+                buffer = buffer.to_dense()
             state[BUFFER], state[SCALE] = _C.quantize(buffer, dtype, param)
         else:
             state[BUFFER] = buffer.to(dtype)
@@ -152,8 +174,11 @@ def low_precision_step(
 def _exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
     """The fp32 value of a 16-bit parameter with a master."""
     if param.dtype == torch.bfloat16:
-        bits = param.float().view(torch.int32)
-        return (bits + state[REMAINDER] if REMAINDER in state else bits).view(torch.float32)
+        if REMAINDER not in state:
+            return param.float()
+        rest = state[REMAINDER].to(torch.int32)  # as join() in low_precision.h
+        rest = rest.masked_fill(((param == 0) & (rest < 0)) | (param.isinf() & (rest > 0)), 0)
+        return (param.float().view(torch.int32) + rest).view(torch.float32)
     if MASTER not in state:
         return param.float()
     rounded = state[MASTER].to(param.dtype)

@@ -388,6 +388,44 @@ def test_profiler_with_stack_and_memory(one):
     assert any("Optimizer.step#FusedMomentum.step" in event.name for event in profile.events())
 
 
+@pytest.mark.parametrize(
+    "hyper, first, later",  # bytes for each element
+    [
+        ({"momentum": 0.0}, 12, 12),
+        ({"momentum": 0.9}, 16, 20),
+        ({"momentum": 0.9, "ema_decay": 0.9}, 24, 28),
+    ],
+    ids=str,
+)
+def test_profiler_range_with_bytes(hyper, first, later):
+    """One range for each step says what the step must move; hooks run once beside it."""
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (33, 1000)]
+    idle = torch.nn.Parameter(torch.randn(7))  # has no gradient: nothing to move
+    opt, calls = FusedMomentum([*params, idle], lr=0.1, **hyper), []
+    opt.register_step_post_hook(lambda *args: calls.append(1))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            opt.step()
+    events = [event for event in profile.events() if event.name.startswith("FusedMomentum.step")]
+    expected = [first * 1033, later * 1033, later * 1033]
+    assert [event.name for event in events] == [f"FusedMomentum.step: {n} bytes" for n in expected]
+    assert all(event.cpu_time > 0 for event in events)
+    assert len(calls) == 3
+    assert {row.key: row.count for row in profile.key_averages()}[events[-1].name] == (3 if first == later else 2)
+
+
+def test_profiler_range_of_16_bit():
+    param = torch.nn.Parameter(torch.randn(33).bfloat16())
+    param.grad = torch.randn(33).bfloat16()
+    opt = FusedMomentum([param], lr=0.1, momentum=0.9)
+    opt.step()
+    with torch.profiler.profile() as profile:
+        opt.step()
+    assert "FusedMomentum.step: 330 bytes" in [event.name for event in profile.events()]
+
+
 def test_results_under_the_profiler():
     pair = Pair([torch.randn(300), torch.randn(33, 5)], **HYPER)
     with torch.profiler.profile():

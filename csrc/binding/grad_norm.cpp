@@ -1,6 +1,7 @@
 #include "grad_norm.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -24,6 +25,18 @@ uint32_t version_of(const at::Tensor& tensor) {
 }  // namespace
 
 py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
+  return compute(norm_type, [&](bool complex_too) { return collect(param_groups, complex_too); });
+}
+
+py::object GradNorm::compute_of(const std::vector<at::Tensor>& grads, double norm_type) {
+  return compute(norm_type, [&](bool complex_too) {
+    start_collecting();
+    return std::all_of(grads.begin(), grads.end(),
+                       [&](const at::Tensor& grad) { return add(grad, complex_too); });
+  });
+}
+
+py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& collect) {
   seen_.clear();
   const Norm kind = norm_type == 2   ? Norm::kSumOfSquares
                     : norm_type == 1 ? Norm::kSumOfAbs
@@ -31,7 +44,7 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
   if (kind == Norm::kMax && norm_type != std::numeric_limits<double>::infinity()) {
     return py::none();
   }
-  if (!collect(param_groups, kind == Norm::kSumOfSquares)) {
+  if (!collect(/*complex_too=*/kind == Norm::kSumOfSquares)) {
     seen_.clear();
     return py::none();
   }
@@ -137,12 +150,16 @@ bool GradNorm::for_each_grad(const Visit& visit) const {
   return true;
 }
 
-bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
+void GradNorm::start_collecting() {
   entries_.clear();
   layouts_.clear();
   first_block_.assign(1, 0);
   dtype_ = at::ScalarType::Undefined;
   device_.reset();
+}
+
+bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
+  start_collecting();
   return read_params(param_groups) &&
          for_each_grad([&](const at::Tensor& grad) { return add(grad, complex_too); });
 }
@@ -188,6 +205,26 @@ double GradNorm::sum(Norm kind, double scale) {
   block_norms_.resize(static_cast<size_t>(first_block_.back()));
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   return cpu::norm(kind, table(), scale, block_norms_.data(), threads);
+}
+
+namespace {
+
+// torch divides by multiplying with the reciprocal.
+template <typename opmath_t>
+double coefficient_of(double norm, double max_norm) {
+  const opmath_t inverse = 1 / (static_cast<opmath_t>(norm) + static_cast<opmath_t>(1e-6));
+  const opmath_t coefficient = inverse * static_cast<opmath_t>(max_norm);
+  return coefficient > 1 ? 1 : coefficient;  // a NaN stays
+}
+
+}  // namespace
+
+std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm) {
+  // Only what is returned may overflow a 16-bit dtype.
+  const double coefficient = dtype == at::kDouble ? coefficient_of<double>(norm, max_norm)
+                                                  : coefficient_of<float>(norm, max_norm);
+  const double precise = dtype == at::kDouble ? norm : static_cast<float>(norm);
+  return {at::scalar_tensor(precise, at::TensorOptions().dtype(dtype)), coefficient};
 }
 
 }  // namespace momentum_ext::binding

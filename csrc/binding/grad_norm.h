@@ -5,8 +5,10 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../momentum.h"
@@ -23,6 +25,9 @@ class GradNorm {
   // it; None where a gradient is not one for the kernels. Remembers which gradients these were. On
   // a CUDA device the norm is None: conclude() has it computed there.
   py::object compute(const py::list& param_groups, double norm_type);
+
+  // The same for a list of gradients.
+  py::object compute_of(const std::vector<at::Tensor>& grads, double norm_type);
 
   // On that device, at once after compute() or later: what the next step is to multiply gradients
   // with, and, with a max_norm, the norm of what that makes, else whether the norm is not finite.
@@ -41,6 +46,8 @@ class GradNorm {
     uint32_t version;
   };
 
+  py::object compute(double norm_type, const std::function<bool(bool)>& collect);
+  void start_collecting();
   bool read_params(const py::list& param_groups);
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;
@@ -63,5 +70,9 @@ class GradNorm {
   bool is_pending_ = false;  // no pass has read them yet
   DeviceNorm on_device_;
 };
+
+// The norm as torch.nn.utils.clip_grad_norm_ returns it, a tensor of no dimension, and the
+// coefficient that clips, with torch's formula and roundings: max_norm / (norm + 1e-6), at most 1.
+std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm);
 
 }  // namespace momentum_ext::binding

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../low_precision.h"
@@ -86,6 +88,11 @@ std::pair<at::Tensor, at::Tensor> quantize(const at::Tensor& value, at::ScalarTy
 }
 
 at::Tensor dequantize(const at::Tensor& quantized, const at::Tensor& scale) {
+  if (scale.dim() != 1 || scale.size(0) != num_scales(quantized.numel())) {
+    throw std::invalid_argument("momentum_scale: expected one value for each 256 elements of its " +
+                                std::to_string(quantized.numel()) + ", got " +
+                                std::to_string(scale.numel()));
+  }
   at::Tensor value =
       at::empty_like(quantized, quantized.options().dtype(at::kFloat), at::MemoryFormat::Preserve);
   const at::Tensor blocks = as_blocks(as_flat(quantized).to(at::kFloat));

@@ -154,6 +154,8 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state, doub
 void StepPlan::update() {
   if (!new_state_.empty() || !without_average_.empty()) keep_alive();  // Python code is called
   insert_new_state();
+  std::optional<at::RecordFunction> range;
+  if (at::hasCallbacks()) begin_range(range);
   const int threads = max_threads();
   const auto num_slots = static_cast<int64_t>(slots_.size());
   try {
@@ -285,23 +287,36 @@ void StepPlan::bump_versions(int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Tensors& tensors = tensors_[i];
     if (tensors.param == nullptr) continue;
-    for (c10::TensorImpl* const written :
-         {tensors.param, tensors.buffer, tensors.average, tensors.master, tensors.scale}) {
+    const auto bump = [](c10::TensorImpl* written) {
       if (written != nullptr && !written->is_inference()) written->bump_version();
-    }
+    };
+    bump(tensors.param);
+    bump(tensors.buffer);
+    bump(tensors.average);
+    if (!any_low_precision_) continue;
+    bump(more_tensors_[i].master);
+    bump(more_tensors_[i].scale);
   }
 }
 
 // Holds on to this step's tensors while other code may run: Python's, or another thread's.
 void StepPlan::keep_alive() {
   if (!kept_alive_.empty()) return;
-  for (const Tensors& tensors : tensors_) {
-    for (c10::TensorImpl* tensor : {tensors.param, tensors.grad, tensors.buffer, tensors.average,
-                                    tensors.master, tensors.scale}) {
-      if (tensor == nullptr) continue;
-      kept_alive_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
-                               tensor->unsafe_storage());
-    }
+  const auto keep = [this](c10::TensorImpl* tensor) {
+    if (tensor == nullptr) return;
+    kept_alive_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
+                             tensor->unsafe_storage());
+  };
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Tensors& tensors = tensors_[i];
+    if (tensors.param == nullptr) continue;
+    keep(tensors.param);
+    keep(tensors.grad);
+    keep(tensors.buffer);
+    keep(tensors.average);
+    if (!any_low_precision_) continue;
+    keep(more_tensors_[i].master);
+    keep(more_tensors_[i].scale);
   }
 }
 
@@ -403,6 +418,8 @@ void StepPlan::rebuild(PyObject* state) {
   tensors_.assign(slots_.size(), {});
   entries_.assign(slots_.size(), {});
   low_precision_.assign(slots_.size(), {});
+  more_tensors_.assign(slots_.size(), {});
+  any_low_precision_ = false;
   first_element_.assign(slots_.size() + 1, 0);
   state_keys_.clear();
   PyObject* key;

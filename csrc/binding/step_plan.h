@@ -13,11 +13,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -181,6 +183,7 @@ class StepPlan {
   void prepare_slot(size_t i);
   const at::Tensor* find_buffer(const Slot& slot) const;
   const at::Tensor* find_state(const Slot& slot, PyObject* key) const;
+  const NewState* find_planned(const Slot& slot, PyObject* key) const;
   bool is_unchanged(const Slot& slot, const c10::TensorImpl& param, const c10::TensorImpl& grad,
                     const c10::TensorImpl* buffer) const;
   bool is_unchanged_layout(const Slot& slot, const c10::TensorImpl& param,
@@ -198,6 +201,8 @@ class StepPlan {
   void clear_step();
   void keep_alive();
   void update();
+  int64_t bytes_to_move() const;
+  void begin_range(std::optional<at::RecordFunction>& range) const;
   void separate_first_steps();
   bool has_cpu_tensors() const;
   bool host_must_know() const;
@@ -244,13 +249,15 @@ class StepPlan {
   FirstSteps first_steps_;  // on CUDA devices, of tensors that began under a GradScaler
 
   // This step. The vectors keep their capacity, so that a step allocates nothing once warm. The
-  // first five have one element for each slot; a slot without a gradient has an entry of no
+  // first six vectors have one element for each slot; a slot without a gradient has an entry of no
   // elements.
   struct Tensors {
     c10::TensorImpl* param = nullptr;  // nullptr: nothing to update
     c10::TensorImpl* grad = nullptr;
     c10::TensorImpl* buffer = nullptr;
     c10::TensorImpl* average = nullptr;
+  };
+  struct MoreTensors {
     c10::TensorImpl* master = nullptr;
     c10::TensorImpl* scale = nullptr;
   };
@@ -258,6 +265,8 @@ class StepPlan {
   std::vector<Tensors> tensors_;
   std::vector<TensorEntry> entries_;
   std::vector<LowPrecision> low_precision_;
+  std::vector<MoreTensors> more_tensors_;
+  bool any_low_precision_ = false;  // else nobody looks at the two
   std::vector<int64_t> first_element_;
   std::vector<PyObject*> groups_;  // the dicts, borrowed
   std::vector<PyObject*> params_;  // and their lists, borrowed

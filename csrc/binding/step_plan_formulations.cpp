@@ -26,6 +26,12 @@ void StepPlan::convert(const py::list& param_groups, const py::dict& state) {
     if (!same_groups || !read_state(state_.ptr())) rebuild(state_.ptr());
     for (size_t i = 0; i < slots_.size(); ++i) plan_conversion(i);
     convert_prepared();
+    // What was loaded counts as stored in its group's way, so that the option can be taken back.
+    for (Slot& slot : slots_) {
+      if (slot.path == Path::kUnknown && slot.storage.is_default()) {
+        slot.storage = readers_[slot.group].storage();
+      }
+    }
     clear_step();
   } catch (...) {
     clear_step();

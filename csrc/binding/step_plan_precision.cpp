@@ -1,5 +1,6 @@
 // Slots whose state is stored in fewer bits, or in more, than torch.optim.SGD would: what they
 // need, what must be converted for it, and the errors.
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -45,6 +46,7 @@ bool StepPlan::has_low_precision(const Slot& slot, const at::Tensor& buffer) con
 // What slot i needs; `buffer` becomes the one to use. Raises, and writes nothing.
 StepPlan::LowPrecisionState StepPlan::plan_low_precision(size_t i, const at::Tensor& param,
                                                          at::Tensor& buffer) const {
+  const at::NoGradGuard no_grad;
   const Slot& slot = slots_[i];
   const Storage& wanted = readers_[slot.group].storage();
   if (param.is_complex() && wanted.momentum_dtype.has_value()) {
@@ -146,7 +148,7 @@ void StepPlan::plan_master(const Slot& slot, const at::Tensor& param,
   const at::Tensor* const found = find_state(slot, key);
   if (found == nullptr) {
     state.master = empty_dense_like(param, dtype);
-    is_split ? state.master.zero_() : state.master.copy_(param);
+    is_split ? state.master.zero_() : state.master.copy_(param.detach());
     state.changes.emplace_back(key, state.master);
     return;
   }
@@ -178,6 +180,7 @@ void StepPlan::attach_low_precision(size_t i, const at::Tensor& param,
     return {key, data(tensor), tensor.dtype(), shape_of(tensor)};
   };
   const bool is_split = param.scalar_type() == at::kBFloat16;
+  any_low_precision_ = true;
   LowPrecision& low = low_precision_[i];
   low.master = data(state.master);
   low.scale = static_cast<float*>(data(state.scale));
@@ -188,8 +191,8 @@ void StepPlan::attach_low_precision(size_t i, const at::Tensor& param,
   slot.known = std::make_unique<KnownState>();
   slot.known->master = known(is_split ? remainder_key_ : master_key_, state.master);
   slot.known->scale = known(scale_key_, state.scale);
-  tensors_[i].master = state.master.defined() ? state.master.unsafeGetTensorImpl() : nullptr;
-  tensors_[i].scale = state.scale.defined() ? state.scale.unsafeGetTensorImpl() : nullptr;
+  more_tensors_[i].master = state.master.defined() ? state.master.unsafeGetTensorImpl() : nullptr;
+  more_tensors_[i].scale = state.scale.defined() ? state.scale.unsafeGetTensorImpl() : nullptr;
   const bool needed = state.master.defined() || state.scale.defined() ||
                       hyperparams_[slot.group].stochastic_rounding;
   entries_[i].low_precision = needed ? &low : nullptr;
@@ -234,7 +237,8 @@ bool StepPlan::find_known(size_t i) noexcept {
       return false;
     }
   };
-  return find(slot.known->master, tensors_[i].master) && find(slot.known->scale, tensors_[i].scale);
+  return find(slot.known->master, more_tensors_[i].master) &&
+         find(slot.known->scale, more_tensors_[i].scale);
 }
 
 }  // namespace momentum_ext::binding

@@ -68,6 +68,7 @@ void StepPlan::prepare_slot(size_t i) {
   Slot& slot = slots_[i];
   slot.path = Path::kUnknown;  // whatever happens below, the next step examines it again
   tensors_[i] = {};
+  more_tensors_[i] = {};
   entries_[i] = {};
   if (!THPVariable_Check(param_objects_[i])) {
     throw py::type_error(name_of(slot) + ": expected a tensor, got " +
@@ -171,12 +172,26 @@ const at::Tensor* StepPlan::find_buffer(const Slot& slot) const {
                          ": expected a tensor as \"momentum_buffer\", got " +
                          Py_TYPE(buffer)->tp_name + "; delete the entry to start from no momentum");
   }
-  return &THPVariable_Unpack(buffer);
+  const NewState* const planned = find_planned(slot, buffer_key_);
+  return planned != nullptr ? &planned->tensor : &THPVariable_Unpack(buffer);
 }
 
 // The tensor at opt.state[p][key]; nullptr when there is none.
 const at::Tensor* StepPlan::find_state(const Slot& slot, PyObject* key) const {
+  if (const NewState* const planned = find_planned(slot, key); planned != nullptr) {
+    return planned->tensor.defined() ? &planned->tensor : nullptr;
+  }
   return find_tensor(slot.state_dict, key);
+}
+
+// What an earlier slot of the same parameter is going to put there in this step; nullptr: nothing.
+const StepPlan::NewState* StepPlan::find_planned(const Slot& slot, PyObject* key) const {
+  const auto i = static_cast<size_t>(&slot - slots_.data());
+  if (new_state_.empty() || !is_repeated(i)) return nullptr;
+  for (auto made = new_state_.rbegin(); made != new_state_.rend(); ++made) {
+    if (made->key == key && made->param.ptr() == param_objects_[i]) return &*made;
+  }
+  return nullptr;
 }
 
 // Everything that the slot's path was chosen for still holds. The gradient's address alone may

@@ -71,9 +71,28 @@ void exchange_bytes(const RandomTile& random, int64_t n, RandomTile& exchanged) 
   }
 }
 
+// False, and nothing useful was stored, where some value is Inf or NaN: to ask once for a tile
+// halves the work on a value.
+bool store_finite_stochastic(const float* tile, const RandomTile& random, int64_t n,
+                             BFloat16* target) {
+  int32_t largest = 0;
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) {
+    const auto magnitude = static_cast<int32_t>(detail::bits_of(tile[i]) & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
+    store_finite_stochastic(target[i], tile[i], random.bits[i]);
+  }
+  return largest < 0x7f800000;
+}
+template <typename opmath_t, typename scalar_t>
+bool store_finite_stochastic(const opmath_t*, const RandomTile&, int64_t, scalar_t*) {
+  return false;
+}
+
 template <typename scalar_t, typename opmath_t>
 void store_tile_stochastic(const opmath_t* tile, const RandomTile& random, int64_t n,
                            scalar_t* target) {
+  if (store_finite_stochastic(tile, random, n, target)) return;
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     store_stochastic(target[i], static_cast<float>(tile[i]), random.bits[i]);

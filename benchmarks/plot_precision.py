@@ -1,0 +1,91 @@
+"""Draws a run of --precision: each mode's speed against fp32, its share of the memory's speed, and its memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import report as reports
+import targets
+from matplotlib.axes import Axes
+from plot import GRID, HALO, INK, QUIET, plain_axes, times
+from report import ModeRow, PrecisionReport, Report
+
+OURS, TORCH = "#0b4f8a", "#8c8c8c"
+
+
+def is_torch(row: ModeRow) -> bool:
+    """Whether the row is torch's own step."""
+    return row.label.startswith("torch")
+
+
+def color(row: ModeRow) -> str:
+    """Ours dark, torch's light."""
+    return TORCH if is_torch(row) else OURS
+
+
+def bars(axes: Axes, rows: list[ModeRow], values: list[float | None], texts: list[str]) -> None:
+    """A bar for each mode, with its figure at the end; torch's hatched."""
+    for y, (row, value, text) in enumerate(zip(rows, values, texts, strict=True)):
+        if value is None:
+            continue
+        hatch = "////" if is_torch(row) else ""
+        axes.barh(y, value, 0.62, color=color(row), hatch=hatch, edgecolor="white", linewidth=0)
+        axes.annotate(
+            text, (value, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK,
+            fontweight="bold", path_effects=HALO, zorder=6,
+        )  # fmt: skip
+    axes.set_ylim(len(rows) - 0.45, -0.6)
+    axes.set_xlim(0, max([value for value in values if value is not None], default=1.0) * 1.22)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+
+
+def draw_speeds(axes: Axes, entry: PrecisionReport, rows: list[ModeRow]) -> None:
+    """Times as fast as our fp32 step, goals as ticks."""
+    plain_axes(axes, "Speed of a step", "times as fast as our own step in fp32; ticks: goals")
+    bars(axes, rows, [row.times_fp32 for row in rows], [reports.ratio_text(row.times_fp32) for row in rows])
+    for y, row in enumerate(rows):
+        target = targets.precision_target(entry.workload, row.mode, entry.threads, entry.device)
+        if target is not None and entry.device == "cpu":
+            axes.plot([target, target], [y - 0.4, y + 0.4], color="#e8963a", linewidth=2.4, zorder=5)
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.xaxis.set_major_formatter(times)
+
+
+def draw(report: Report, path: Path) -> None:
+    """Writes the picture of the first workload at its largest number of threads."""
+    entry = max(report.precisions, key=lambda each: each.threads)
+    rows = [row for row in entry.rows if row.median_ms is not None]
+    if not rows:
+        raise ValueError("nothing to draw: no mode was measured")
+    height = 2.3 + 0.46 * len(rows)
+    figure, panels = plt.subplots(
+        1, 3, figsize=(14, height), sharey=True,
+        gridspec_kw={"left": 0.135, "right": 0.99, "top": 1 - 1.62 / height, "bottom": 0.3 / height, "wspace": 0.08},
+    )  # fmt: skip
+    environment = report.environment
+    figure.text(
+        0.012, 1 - 0.14 / height, "One step with low-precision states", va="top", fontsize=16, fontweight="bold",
+        color=INK,
+    )  # fmt: skip
+    figure.text(
+        0.012, 1 - 0.52 / height,
+        f"{entry.what}; {environment['cpu']}, {reports.counted(entry.threads, 'thread')}; torch "
+        f"{environment['torch']}; momentum_ext {environment['momentum_ext']}; medians over interleaved rounds; "
+        f"{environment['date']}",
+        va="top", fontsize=9.5, color=QUIET,
+    )  # fmt: skip
+    draw_speeds(panels[0], entry, rows)
+    plain_axes(panels[1], "Share of the memory's speed", "of the memory limit's GB/s, each mode with its own bytes")
+    shares = [row.of_memory_limit for row in rows]
+    bars(panels[1], rows, shares, [reports.number(share, ".0%") for share in shares])
+    panels[1].axvline(1, color=INK, linewidth=1.2)
+    plain_axes(panels[2], "Bytes for each element", "moved in a step; state: kept beside the parameter")
+    bars(
+        panels[2], rows, [row.moved_bytes for row in rows],
+        [f"{row.moved_bytes:.3g}, state {row.state_bytes:.3g}" for row in rows],
+    )  # fmt: skip
+    panels[2].set_xlim(0, max(row.moved_bytes for row in rows) * 1.4)
+    panels[0].set_yticks(range(len(rows)), [row.label for row in rows], fontsize=10, color=INK)
+    figure.savefig(path, dpi=160, facecolor="white")
+    plt.close(figure)

@@ -1,0 +1,81 @@
+"""The modes of low-precision states that the examples compare, and what a parameter in each of them stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momentum_ext import FusedMomentum
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A dtype of parameters and gradients, and FusedMomentum's options; None: torch.optim.SGD's for-loop."""
+
+    name: str
+    param: torch.dtype
+    options: Mapping[str, Any] | None = field(default_factory=dict)
+
+    def optimizer(self, params: Any, **hyper: Any) -> torch.optim.SGD:
+        """An optimizer in this mode."""
+        if self.options is None:
+            return torch.optim.SGD(params, **hyper, foreach=False)
+        return FusedMomentum(params, **hyper, **self.options)
+
+    @property
+    def bytes(self) -> float:
+        """Of parameter, gradient and state, for each element."""
+        options = self.options or {}
+        momentum: torch.dtype = options.get("momentum_dtype") or self.param
+        master = (2 if self.param is BF16 else 4) * bool(options.get("master_weights"))
+        return 2 * self.param.itemsize + momentum.itemsize + master + (4 / 256 if momentum.itemsize == 1 else 0)
+
+
+SR: dict[str, Any] = {"stochastic_rounding": True}
+MASTER: dict[str, Any] = {"master_weights": True}
+
+MODES: tuple[Mode, ...] = (
+    Mode("fp32, torch", FP32, None),
+    Mode("fp32", FP32),
+    Mode("fp32, bf16 momentum", FP32, {"momentum_dtype": BF16}),
+    Mode("fp32, bf16 momentum SR", FP32, {"momentum_dtype": BF16, **SR}),
+    Mode("fp32, fp16 momentum", FP32, {"momentum_dtype": FP16}),
+    Mode("fp32, int8 momentum", FP32, {"momentum_dtype": INT8}),
+    Mode("fp32, int8 momentum SR", FP32, {"momentum_dtype": INT8, **SR}),
+    Mode("fp32, fp8 momentum", FP32, {"momentum_dtype": FP8}),
+    Mode("fp32, fp8 momentum SR", FP32, {"momentum_dtype": FP8, **SR}),
+    Mode("bf16, torch", BF16, None),
+    Mode("bf16", BF16),
+    Mode("bf16, fp32 momentum", BF16, {"momentum_dtype": FP32}),
+    Mode("bf16 SR", BF16, SR),
+    Mode("bf16 SR, int8 momentum", BF16, {"momentum_dtype": INT8, **SR}),
+    Mode("bf16 split, fp32 momentum", BF16, {"momentum_dtype": FP32, **MASTER}),
+    Mode("bf16 split", BF16, MASTER),
+    Mode("bf16 split, bf16 momentum SR", BF16, {**MASTER, **SR}),
+    Mode("bf16 split, int8 momentum SR", BF16, {"momentum_dtype": INT8, **MASTER, **SR}),
+    Mode("fp16, torch", FP16, None),
+    Mode("fp16", FP16),
+    Mode("fp16 SR", FP16, SR),
+    Mode("fp16 master", FP16, MASTER),
+)
+"""SR: stochastic rounding. split, master: master_weights. Where no momentum is named, it has the parameters' dtype."""
+
+
+def truth(optimizer: torch.optim.SGD, param: Tensor) -> Tensor:
+    """The values that are trained: fp32 where there is a master, else the parameter itself, widened."""
+    state = optimizer.state[param]
+    if "master_param" in state:
+        master: Tensor = state["master_param"]
+        return master
+    if "param_remainder" in state:
+        upper = param.detach().view(torch.int16).int() << 16
+        joined: Tensor = upper + state["param_remainder"].int()
+        return joined.view(FP32)
+    return param.detach().float()

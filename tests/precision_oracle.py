@@ -1,0 +1,350 @@
+"""What the low-precision states must hold after a step, in NumPy and to the bit, written from their description alone.
+
+Nothing here is shared with csrc/ or with reference.py. Values are one-dimensional arrays in the memory order of the
+momentum buffer; 16-bit values are uint16, 8-bit ones int8 or uint8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+F32, U32, U64 = np.float32, np.uint32, np.uint64
+BLOCK = 256
+LARGEST = {torch.int8: F32(127), torch.float8_e4m3fn: F32(448)}
+EIGHT_BIT = tuple(LARGEST)
+
+
+@dataclass(frozen=True)
+class Options:
+    """A parameter group's hyperparameters, and where in the training a step stands."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+    formulation: str = "torch"
+    decoupled_weight_decay: bool = False
+    momentum_dtype: torch.dtype | None = None
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+    rounding_seed: int = 0
+    grad_scale: float | None = None
+    step: int = 0
+    """Steps that the optimizer has taken before this one."""
+    tensor: int = 0
+    """The parameter's position in the concatenated groups."""
+    fma: bool = True
+    """False: the instruction set rounds products before it adds."""
+
+
+# ------------------------------------------------------------------------------------------------- arithmetic, bits
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x, F32).view(U32)
+
+
+def from_bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x, U32).view(F32)
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, fused: bool = True) -> np.ndarray:
+    """a * b + c rounded once to fp32.
+
+    The product is exact in fp64. The sum is rounded there to odd, so that rounding it again to fp32 is as rounding the
+    exact sum (Boldo and Melquiond, "When double rounding is odd", 2005).
+    """
+    if not fused:
+        return (F32(1) * a * b + c).astype(F32)
+    product, c = np.asarray(a, np.float64) * np.asarray(b, np.float64), np.asarray(c, np.float64)
+    total = product + c
+    other = total - product
+    error = (product - (total - other)) + (c - other)
+    to_odd = np.isfinite(total) & (error != 0) & (total.view(U64) % 2 == 0)
+    total = np.where(to_odd, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+    return total.astype(F32)
+
+
+def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): [n, 4] to [n, 4]."""
+    mask, (k0, k1) = U64(0xFFFFFFFF), key
+    c0, c1, c2, c3 = (counter[:, i].astype(U64) for i in range(4))
+    for _ in range(7):
+        p0, p1 = c0 * U64(0xD2511F53), c2 * U64(0xCD9E8D57)
+        c0, c1, c2, c3 = (p1 >> U64(32)) ^ c1 ^ U64(k0), p1 & mask, (p0 >> U64(32)) ^ c3 ^ U64(k1), p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], 1).astype(U32)
+
+
+def random_16(numel: int, options: Options, first: int = 0) -> np.ndarray:
+    """16 random bits for each of the elements first, first + 1, ...: uint32 [numel]."""
+    block = np.arange(first // 8, -(-(first + numel) // 8), dtype=U64)
+    counter = np.empty((len(block), 4), U64)
+    counter[:, 0] = block & U64(0xFFFFFFFF)
+    counter[:, 1] = options.tensor
+    counter[:, 2] = options.step & 0xFFFFFFFF
+    counter[:, 3] = block >> U64(32)
+    seed = options.rounding_seed & 0xFFFFFFFFFFFFFFFF
+    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    halves = np.stack([words & U32(0xFFFF), words >> U32(16)], 2).reshape(-1)  # of each word the low one first
+    return halves[first % 8 : first % 8 + numel]
+
+
+def exchanged(random: np.ndarray) -> np.ndarray:
+    """The buffer's random bits: the parameter's with their two bytes exchanged."""
+    return (random >> U32(8) | random << U32(8)) & U32(0xFFFF)
+
+
+# ---------------------------------------------------------------------------------------------------------- 16 bits
+
+
+def widen(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """fp32 of what is held as fp32, or as bits of bf16 or fp16."""
+    if dtype is torch.float32:
+        return values
+    if dtype is torch.bfloat16:
+        return from_bits(values.astype(U32) << U32(16))
+    return values.view(np.float16).astype(F32)
+
+
+def narrow(values: np.ndarray, dtype: torch.dtype, random: np.ndarray | None = None) -> np.ndarray:
+    """Rounded to nearest, ties to even; with `random`, up or down by chance."""
+    if dtype is torch.float32:
+        return values
+    x = bits(values)
+    sign, magnitude = x >> U32(16) & U32(0x8000), x & U32(0x7FFFFFFF)
+    special = magnitude >= 0x7F800000
+    if dtype is torch.bfloat16:
+        add = U32(0x7FFF) + (x >> U32(16) & U32(1)) if random is None else random.astype(U32)
+        out = np.where(special, x, x + add) >> U32(16)
+        nan = U32(0x7FC0)
+    elif random is None:
+        with np.errstate(over="ignore"):
+            out = values.astype(np.float16).view(np.uint16).astype(U32)
+        nan = U32(0x7E00)
+    else:
+        normal = np.minimum((magnitude - U32(0x38000000) + (random >> U32(3))) >> U32(13), U32(0x7C00))
+        small = np.floor(np.abs(values) * F32(2**24) + random.astype(F32) * F32(2**-16))
+        small = np.where(magnitude < 0x38800000, small, 0).astype(U32)
+        out = sign | np.where(magnitude < 0x38800000, small, normal)
+        out = np.where(special, sign | U32(0x7C00), out)
+        nan = U32(0x7E00)
+    return np.where(magnitude > 0x7F800000, nan, out).astype(np.uint16)
+
+
+def split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(bf16 bits rounded to nearest with ties away from zero, the int16 remainder) of fp32."""
+    x = bits(values)
+    high = ((x + U32(0x8000)) >> U32(16)).astype(np.uint16)
+    remainder = (x & U32(0xFFFF)).astype(np.uint16).view(np.int16)
+    nan = np.isnan(values)
+    return np.where(nan, np.uint16(0x7FC0), high), np.where(nan, np.int16(0), remainder)
+
+
+def join(high: np.ndarray, remainder: np.ndarray | None) -> np.ndarray:
+    """The fp32 that `split` has taken apart."""
+    x = high.astype(U32) << U32(16)
+    return from_bits(x if remainder is None else x + remainder.astype(np.int32).view(U32))
+
+
+def believed(param: np.ndarray, master: np.ndarray | None) -> np.ndarray:
+    """fp16: the master, but the parameter where somebody else has written it."""
+    wide = widen(param, torch.float16)
+    if master is None:
+        return wide
+    matches = (narrow(master, torch.float16) == param) | (np.isnan(master) & np.isnan(wide))
+    return np.where(matches, master, wide)
+
+
+# ----------------------------------------------------------------------------------------------------------- 8 bits
+
+
+def quantize(values: np.ndarray, dtype: torch.dtype, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of 256 with a scale each: (int8, or the bits of e4m3fn, and the fp32 scales)."""
+    largest = LARGEST[dtype]
+    padded = np.zeros(-(-len(values) // BLOCK) * BLOCK, F32)
+    padded[: len(values)] = values
+    blocks = padded.reshape(-1, BLOCK)
+    top = np.max(np.abs(blocks), axis=1, initial=0)  # NaN where there is one
+    overflows, vanishes = ~np.isfinite(top), top < F32(2.0**-100)
+    usable = np.where(overflows | vanishes, F32(1), top)
+    scale = np.where(overflows, F32(np.nan), np.where(vanishes, F32(0), usable / largest)).astype(F32)
+    inverse = np.where(overflows | vanishes, F32(0), largest / usable).astype(F32)
+    dead = np.repeat(overflows | vanishes, BLOCK)[: len(values)]
+    scaled = np.where(dead, F32(0), values) * np.repeat(inverse, BLOCK)[: len(values)]
+    if dtype is torch.int8:
+        if random is None:
+            q = np.rint(scaled)
+        else:
+            q = np.floor(scaled + (random.astype(F32) + F32(0.5)) * F32(2**-16))
+        out = np.clip(q, -127, 127).astype(np.int8)
+    else:
+        out = e4m3fn(scaled, random)
+    return np.where(dead, out.dtype.type(0), out), scale
+
+
+def e4m3fn(values: np.ndarray, random: np.ndarray | None) -> np.ndarray:
+    """Finite values, at most 448 after clamping, as bits of float8_e4m3fn."""
+    magnitude = np.minimum(np.abs(values), F32(448))
+    x = bits(magnitude)
+    if random is None:
+        add = U32(0x7FFFF) + (x >> U32(20) & U32(1))
+        small = np.rint(magnitude * F32(512))
+    else:
+        add = random << U32(4)
+        small = np.floor(magnitude * F32(512) + random.astype(F32) * F32(2**-16))
+    is_small = magnitude < F32(2**-6)
+    normal = np.minimum((x - U32(0x3C000000) + add) >> U32(20), U32(0x7E))
+    out = np.where(is_small, np.where(is_small, small, 0).astype(U32), normal)
+    return (out | np.signbit(values).astype(U32) << U32(7)).astype(np.uint8)
+
+
+def dequantize(q: np.ndarray, scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    if dtype is torch.int8:
+        wide = q.astype(F32)
+    else:
+        magnitude = q.astype(U32) & U32(0x7F)
+        wide = np.where(magnitude < 8, magnitude.astype(F32) / F32(512), from_bits((magnitude << U32(20)) + 0x3C000000))
+        wide = np.where(magnitude == 0x7F, F32(np.nan), np.where(q & 0x80, -wide, wide))
+    return wide.astype(F32) * np.repeat(scale, BLOCK)[: len(q)]
+
+
+# ------------------------------------------------------------------------------------------------------- one tensor
+
+RAW = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float8_e4m3fn: np.uint8}
+HELD_AS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+
+
+def order_of(param: Tensor) -> list[int]:
+    """The dimensions from the slowest to the fastest in the momentum buffer's memory."""
+    strides = torch.empty_like(param, memory_format=torch.preserve_format).stride()
+    return sorted(range(param.dim()), key=lambda dim: -strides[dim])
+
+
+def flat(tensor: Tensor, order: list[int]) -> np.ndarray:
+    """A tensor's values (16-bit ones and fp8 as bits) in the buffer's memory order."""
+    tensor = tensor.detach().permute(order).contiguous().reshape(-1)
+    raw = tensor.view(HELD_AS.get(tensor.dtype, tensor.dtype)).numpy().copy()
+    return raw.view(RAW.get(tensor.dtype, raw.dtype))
+
+
+def tensor_of(values: np.ndarray, dtype: torch.dtype, like: Tensor, order: list[int]) -> Tensor:
+    """The reverse of `flat`, with the layout that torch.empty_like gives."""
+    held = torch.from_numpy(np.ascontiguousarray(values).view(np.int16 if values.dtype == np.uint16 else values.dtype))
+    typed = held.view(dtype).reshape([like.shape[dim] for dim in order])
+    out = torch.empty_like(like, dtype=dtype, memory_format=torch.preserve_format)
+    return out.copy_(typed.permute([order.index(dim) for dim in range(like.dim())]))
+
+
+def buffer_values(state: dict[str, Tensor], order: list[int]) -> np.ndarray | None:
+    buffer = state.get("momentum_buffer")
+    if buffer is None:
+        return None
+    values = flat(buffer, order)
+    if buffer.dtype in EIGHT_BIT:
+        return dequantize(values, state["momentum_scale"].numpy(), buffer.dtype)
+    return widen(values, buffer.dtype)
+
+
+def truth_of(param: Tensor, state: dict[str, Tensor], options: Options, order: list[int]) -> np.ndarray:
+    """The fp32 values that are trained."""
+    held = flat(param, order)
+    if options.master_weights and param.dtype is torch.bfloat16:
+        remainder = state.get("param_remainder")
+        return join(held, None if remainder is None else flat(remainder, order))
+    if options.master_weights and param.dtype is torch.float16:
+        master = state.get("master_param")
+        return believed(held, None if master is None else flat(master, order))
+    return widen(held, param.dtype)
+
+
+def with_buffer(
+    state: dict[str, Tensor], values: np.ndarray, dtype: torch.dtype, like: Tensor, random: np.ndarray | None = None
+) -> dict[str, Tensor]:
+    """The state with these values as its momentum buffer."""
+    order = order_of(like)
+    out = {key: value for key, value in state.items() if key not in ("momentum_buffer", "momentum_scale")}
+    if dtype in EIGHT_BIT:
+        values, scale = quantize(values, dtype, random)
+        out["momentum_scale"] = torch.from_numpy(scale)
+    else:
+        values = narrow(values, dtype, random)
+    out["momentum_buffer"] = tensor_of(values, dtype, like, order)
+    return out
+
+
+def oracle_convert(state: dict[str, Tensor], param: Tensor, options: Options) -> dict[str, Tensor]:
+    """The state after an edit of the options: rounded to nearest into what they ask for."""
+    order = order_of(param)
+    dtype = options.momentum_dtype or param.dtype
+    buffer = state.get("momentum_buffer")
+    if buffer is not None and buffer.dtype is not dtype:
+        state = with_buffer(state, buffer_values(state, order), dtype, param)
+    if not options.master_weights:
+        state = {key: value for key, value in state.items() if key not in ("param_remainder", "master_param")}
+    return state
+
+
+def step_values(p: np.ndarray, g: np.ndarray, b: np.ndarray | None, o: Options) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rule in fp32, each rounding as it is written: the new parameter and buffer."""
+    inverse = 1.0 if o.grad_scale is None else float(F32(1.0 / o.grad_scale))
+    g = F32(-inverse if o.maximize else inverse) * g
+    if o.weight_decay != 0 and o.decoupled_weight_decay:
+        p = F32(1 - o.lr * o.weight_decay) * p
+    elif o.weight_decay != 0:
+        g = fma(F32(o.weight_decay), p, g, o.fma)
+    alpha, first, ahead, rate = 1 - o.dampening, 1.0, 1.0, o.lr
+    if o.formulation == "classical" and o.momentum != 0:
+        alpha, first, ahead, rate = o.lr, o.lr, o.lr, 1.0
+    elif o.formulation == "ema" and o.momentum != 0:
+        alpha, first, ahead, rate = 1 - o.momentum, 1 - o.momentum, 1 - o.momentum, o.lr
+    direction = g
+    if o.momentum != 0:
+        b = F32(first) * g if b is None else fma(F32(alpha), g, F32(o.momentum) * b, o.fma)
+        direction = fma(F32(o.momentum), b, F32(ahead) * g, o.fma) if o.nesterov else b
+    return fma(-F32(rate), direction, p, o.fma), b
+
+
+def oracle_step(
+    param: Tensor, grad: Tensor, state: dict[str, Tensor], options: Options
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the parameter, its state) after a step, as new tensors. `grad` may have another dtype and layout."""
+    order = order_of(param)
+    numel, is_new = param.numel(), "momentum_buffer" not in state
+    with np.errstate(all="ignore"):
+        truth, buffer = step_values(
+            truth_of(param, state, options, order),
+            widen(flat(grad, order), grad.dtype),
+            None if options.momentum == 0 else buffer_values(state, order),
+            options,
+        )
+        out = dict(state)
+        if options.momentum != 0:
+            found = param.dtype if is_new else state["momentum_buffer"].dtype
+            dtype = options.momentum_dtype or found
+            random = exchanged(random_16(numel, options)) if options.stochastic_rounding else None
+            out = with_buffer(out, buffer, dtype, param, None if dtype is torch.float32 else random)
+        random = None
+        if options.master_weights and param.dtype is torch.bfloat16:
+            held, remainder = split(truth)
+            out["param_remainder"] = tensor_of(remainder, torch.int16, param, order)
+        elif options.master_weights and param.dtype is torch.float16:
+            held = narrow(truth, torch.float16)
+            out["master_param"] = tensor_of(truth, torch.float32, param, order)
+        else:
+            if options.stochastic_rounding and param.dtype is not torch.float32:
+                random = random_16(numel, options)
+            held = narrow(truth, param.dtype, random)
+    return tensor_of(held, param.dtype, param, order), out
+
+
+def options_of(group: dict, **where: object) -> Options:
+    """Those of an optimizer's parameter group, whose hyperparameters are numbers."""
+    known = {key: group[key] for key in Options.__dataclass_fields__ if key in group}
+    return replace(Options(**known), **where)

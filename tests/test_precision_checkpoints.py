@@ -1,0 +1,223 @@
+"""A resumed training has the bits of one that was not interrupted, through every way to keep an optimizer."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from helpers import assert_same, clone_params
+from precision_oracle import buffer_values, order_of
+from precision_twin import BF16, FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
+
+from momentum_ext import FusedMomentum
+
+
+def plain_pickle_takes_fp8():
+    """torch 2.13's does not, whoever pickles: an fp8 tensor comes back from torch.save alone."""
+    try:
+        pickle.loads(pickle.dumps(torch.zeros(1).to(FP8)))
+    except AttributeError:
+        return False
+    return True
+
+
+def needs_pickle(way, mode):
+    if way == "pickle" and mode["momentum_dtype"] is FP8 and not plain_pickle_takes_fp8():
+        pytest.skip("this torch cannot pickle fp8 tensors")
+
+
+MODES = pytest.mark.parametrize("mode", FEW, ids=mode_name)
+SIZES = (300, 9, 0, 1025)
+
+
+def options_of_mode(mode):
+    return {key: value for key, value in mode.items() if key != "dtype"}
+
+
+def twin_in_training(mode, steps=3, **hyper):
+    hyper = {"momentum": 0.9, "weight_decay": 0.01, "rounding_seed": 77, **hyper}
+    twin = Twin([torch.randn(size).to(mode["dtype"]) for size in SIZES], **options_of_mode(mode), **hyper)
+    twin.step(steps)
+    return twin
+
+
+def through_file(value, weights_only=True):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def through_dcp(state, directory):
+    """torch.distributed.checkpoint in one process, into a state dict that has the form and other values."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"optimizer": state}, checkpoint_id=directory, no_dist=True)
+    blank = copy.deepcopy(state)
+    for entry in blank["state"].values():
+        for tensor in entry.values():
+            tensor.view(torch.uint8).fill_(0x55) if tensor.numel() else None
+    dcp.load({"optimizer": blank}, checkpoint_id=directory, no_dist=True)
+    return blank
+
+
+WAYS = {
+    "deepcopy": lambda state, _: copy.deepcopy(state),
+    "torch.save": lambda state, _: through_file(state),
+    "pickle": lambda state, _: pickle.loads(pickle.dumps(state)),
+    "dcp": through_dcp,
+}
+
+
+def go_on(twin, state, mode, **options):
+    """The twin's optimizer and parameters replaced by new ones that load the state."""
+    twin.params = clone_params(twin.params)
+    for param in twin.params:
+        param.grad_dtype = None
+    twin.opt = FusedMomentum(twin.params, lr=99.0, **{**options_of_mode(mode), **options})
+    twin.opt.load_state_dict(state)
+    twin.check()
+
+
+@MODES
+@pytest.mark.parametrize("way", WAYS)
+def test_resume_from_a_state_dict(mode, way, tmp_path):
+    needs_pickle(way, mode)
+    twin = twin_in_training(mode)
+    go_on(twin, WAYS[way](twin.opt.state_dict(), tmp_path), mode, rounding_seed=77)
+    twin.step(3)
+
+
+@MODES
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_resume_from_a_copy_of_the_optimizer(mode, way):
+    needs_pickle(way, mode)
+    twin = twin_in_training(mode)
+    both = (twin.params, twin.opt)
+    copies = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+        "torch.save": lambda value: through_file(value, weights_only=False),
+    }
+    twin.params, twin.opt = copies[way](both)
+    for param in twin.params:
+        param.grad_dtype = None
+    twin.step(3)
+
+
+@MODES
+def test_distributed_checkpoints_own_functions(mode, tmp_path):
+    """get_state_dict and set_state_dict name states by parameter, and make missing ones by a step of lr 0."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def model_of(params):
+        model = torch.nn.Module()
+        for index, param in enumerate(params):
+            model.register_parameter(f"p{index}", param)
+        return model
+
+    twin = twin_in_training(mode)
+    dcp.save({"o": get_optimizer_state_dict(model_of(twin.params), twin.opt)}, checkpoint_id=tmp_path, no_dist=True)
+    twin.params = clone_params(twin.params)
+    fresh = FusedMomentum(twin.params, lr=99.0, momentum=0.9, rounding_seed=77, **options_of_mode(mode))
+    model = model_of(twin.params)
+    state = {"o": get_optimizer_state_dict(model, fresh)}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(model, fresh, state["o"])
+    for param in twin.params:
+        param.grad_dtype = None
+    twin.opt = fresh
+    twin.check()
+    twin.step(2)
+
+
+@MODES
+def test_state_dict_keeps_dtypes_and_values(mode):
+    twin = twin_in_training(mode)
+    state = twin.opt.state_dict()
+    fresh = FusedMomentum(clone_params(twin.params), lr=0.1, momentum=0.9, **options_of_mode(mode))
+    fresh.load_state_dict(copy.deepcopy(state))
+    again = fresh.state_dict()
+    for index, entry in state["state"].items():
+        assert set(entry) == set(again["state"][index])
+        for name in entry:
+            found = again["state"][index][name]
+            assert found.dtype is entry[name].dtype and found.stride() == entry[name].stride()
+            assert_same(found.view(torch.uint8), entry[name].view(torch.uint8), name)
+    if mode.get("stochastic_rounding"):
+        assert state["param_groups"][0]["rounding_step"] == 3
+
+
+@MODES
+@pytest.mark.parametrize("formulation", ["torch", "classical"])
+def test_from_torchs_sgd_and_back(mode, formulation):
+    """A plain SGD state loads, converted; torch_state_dict() is one, with what the buffers stand for."""
+    params = [torch.nn.Parameter(torch.randn(size).to(mode["dtype"])) for size in SIZES]
+    theirs = torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=False)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn(param.shape).to(param.dtype)
+        theirs.step()
+    held = clone_params(params)
+    mine = FusedMomentum(held, lr=0.1, momentum=0.9, **options_of_mode(mode))
+    mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    mine.param_groups[0]["formulation"] = formulation
+    for param in held:
+        param.grad = torch.randn(param.shape).to(param.dtype)
+    mine.step()
+    mine.param_groups[0]["formulation"] = "torch"
+    state = mine.torch_state_dict()
+    torch_again = torch.optim.SGD(clone_params(held), lr=9.0)
+    torch_again.load_state_dict(copy.deepcopy(state))
+    assert torch_again.param_groups[0]["lr"] == 0.1 and torch_again.param_groups[0]["momentum"] == 0.9
+    for index, param in enumerate(held):
+        assert set(state["state"][index]) == {"momentum_buffer"}
+        wide = torch.from_numpy(buffer_values(mine.state[param], order_of(param)))
+        exported = state["state"][index]["momentum_buffer"]
+        assert exported.dtype not in (INT8, FP8)
+        assert_same(exported.float(), wide, "exported buffer")
+    for param in torch_again.param_groups[0]["params"]:
+        param.grad = torch.randn(param.shape).to(param.dtype)
+        before = param.detach().clone()
+        torch_again.step()
+        assert param.numel() == 0 or not torch.equal(before, param.detach())
+
+
+@pytest.mark.parametrize("target", FEW, ids=mode_name)
+@pytest.mark.parametrize("source", [None, FP32, FP16, INT8, FP8], ids=dtype_name)
+def test_options_stay_those_of_the_optimizer_that_loads(target, source):
+    """The checkpoint of another mode is converted to this one's, as an edit of the options would."""
+    saved = {**target, "momentum_dtype": source, "master_weights": not target.get("master_weights", False)}
+    twin = twin_in_training(saved)
+    state = through_file(twin.opt.state_dict())
+    found_states = [dict(entry.state) for entry in twin.entries]
+    twin.edit(momentum_dtype=target["momentum_dtype"], master_weights=target.get("master_weights", False))
+    wanted = target["momentum_dtype"]
+    if wanted is None and source not in (INT8, FP8):  # as torch casts it, but fp32 stays beside 16-bit parameters
+        for entry, found in zip(twin.entries, found_states):
+            buffer, dtype = found["momentum_buffer"], entry.param.dtype
+            entry.edited = False
+            stays = buffer.dtype is FP32 and dtype in (BF16, FP16)
+            entry.state = {"momentum_buffer": buffer if stays else buffer.to(dtype)}
+    twin.params = clone_params(twin.params)
+    for param in twin.params:
+        param.grad_dtype = None
+    twin.opt = FusedMomentum(twin.params, lr=99.0, rounding_seed=77, **options_of_mode(target))
+    twin.opt.load_state_dict(state)
+    assert twin.opt.param_groups[0]["momentum_dtype"] is wanted
+    twin.step(2)
+
+
+def test_the_checkpoints_tensors_are_not_written():
+    """A state dict that was loaded stays what it was, whatever is trained with it afterwards."""
+    for mode in FEW:
+        twin = twin_in_training(mode)
+        state = copy.deepcopy(twin.opt.state_dict())
+        kept = copy.deepcopy(state)
+        go_on(twin, copy.deepcopy(state), mode, rounding_seed=77)
+        twin.step(2)
+        for index, entry in kept["state"].items():
+            for name in entry:
+                assert_same(state["state"][index][name].view(torch.uint8), entry[name].view(torch.uint8), name)

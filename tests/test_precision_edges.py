@@ -1,0 +1,119 @@
+"""Low-precision states where someone else writes, lists a parameter twice, or compiles the step."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import assert_same
+
+from momentum_ext import _C, FusedMomentum
+
+BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
+
+
+def optimizer_of(param, **options):
+    return FusedMomentum([param], lr=0.1, momentum=0.9, **options)
+
+
+def give_grad(param, seed):
+    param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).to(param.dtype)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("value", [0.0, -0.0, float("inf"), float("-inf")])
+def test_split_weights_that_someone_sets(value, sparse):
+    """A pruning mask, say: what is left of the old value must not make a NaN of the new one."""
+    param = torch.nn.Parameter(torch.randn(500, 4).to(BF16))
+    optimizer = optimizer_of(param, master_weights=True)
+    for seed in range(4):
+        give_grad(param, seed)
+        if sparse:
+            param.grad = param.grad.to_sparse(1)
+        optimizer.step()
+        with torch.no_grad():
+            param[::2] = value
+        optimizer.zero_grad()
+    give_grad(param, 9)
+    if sparse:
+        param.grad = param.grad.to_sparse(1)
+    optimizer.step()
+    assert not param.isnan().any()
+
+
+def twice_listed(param, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of duplicates
+        return FusedMomentum([param, param], lr=0.1, momentum=0.9, **options)
+
+
+@pytest.mark.parametrize("options", [{"momentum_dtype": BF16}, {"momentum_dtype": INT8}, {"master_weights": True}])
+def test_a_parameter_that_is_listed_twice(options):
+    """Turned on in mid-run: both updates of a step use one state, as two steps would."""
+    start = torch.randn(1000).to(BF16)
+    params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    for param in params:
+        give_grad(param, 1)
+    once, twice = optimizer_of(params[0]), twice_listed(params[1])
+    for param, optimizer in zip(params, (once, twice)):
+        optimizer.state[param] = {"momentum_buffer": torch.full_like(param, 0.25).detach()}
+        optimizer.param_groups[0].update(options)
+    once.step()
+    once.step()
+    twice.step()
+    assert_same(params[1], params[0])
+    assert twice.state[params[1]].keys() == once.state[params[0]].keys()
+    for name, tensor in once.state[params[0]].items():
+        assert_same(twice.state[params[1]][name].float(), tensor.float(), name)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_masters_know_nothing_of_autograd(dtype):
+    param = torch.nn.Parameter(torch.randn(300).to(dtype))
+    optimizer = optimizer_of(param, master_weights=True, momentum_dtype=INT8)
+    give_grad(param, 1)
+    optimizer.step()
+    assert not any(tensor.requires_grad for tensor in optimizer.state[param].values())
+    copy.deepcopy(optimizer)
+    copy.deepcopy(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, BF16, FP16, INT8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16, FP16])
+def test_what_a_plain_optimizer_loads(dtype, stored):
+    """Buffers as torch would have them, but for fp32 beside 16-bit parameters."""
+    source = torch.nn.Parameter(torch.randn(300).to(torch.float32 if stored is INT8 else stored))
+    saved = optimizer_of(source, **({"momentum_dtype": INT8} if stored is INT8 else {}))
+    give_grad(source, 1)
+    saved.step()
+    param = torch.nn.Parameter(torch.randn(300).to(dtype))
+    optimizer = optimizer_of(param)
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    stays = stored is torch.float32 and dtype in (BF16, FP16)
+    assert optimizer.state[param]["momentum_buffer"].dtype is (stored if stays else dtype)
+    assert optimizer.state[param].keys() == {"momentum_buffer"}
+    give_grad(param, 2)
+    optimizer.step()
+
+
+def test_a_scale_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="momentum_scale: expected one value for each 256 elements of its 300, got 1"):
+        _C.dequantize(torch.zeros(300, dtype=INT8), torch.ones(1))
+
+
+def test_a_compiled_step_after_the_options_were_taken_back():
+    """The state is converted first, by the eager step between two graphs."""
+    param = torch.nn.Parameter(torch.randn(300).to(BF16))
+    optimizer = optimizer_of(param, master_weights=True, momentum_dtype=INT8)
+    give_grad(param, 1)
+    optimizer.step()
+    optimizer.param_groups[0].update(master_weights=False, momentum_dtype=None)
+    torch.compile(optimizer.step, backend="eager")()
+    assert optimizer.state[param].keys() == {"momentum_buffer"}
+    assert optimizer.state[param]["momentum_buffer"].dtype is BF16
+
+
+def test_the_count_of_steps_is_in_live_groups():
+    """What flattens a checkpoint takes its keys from them."""
+    param = torch.nn.Parameter(torch.randn(30).to(BF16))
+    assert optimizer_of(param, stochastic_rounding=True).param_groups[0]["rounding_step"] == 0

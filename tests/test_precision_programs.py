@@ -1,0 +1,49 @@
+"""The programs that measure the low-precision modes: the error table lines up, the benchmark computes what it says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:  # they are no packages, and others may have modules of these names
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith((f"{ROOT}/examples", f"{ROOT}/benchmarks")):
+            del sys.modules[name]
+
+
+def test_error_table(programs, tmp_path, capsys):
+    import precision_error
+
+    assert precision_error.main(["--steps", "20", "--output", str(tmp_path / "errors.png")]) == 0
+    assert (tmp_path / "errors.png").stat().st_size > 10_000
+    lines = capsys.readouterr().out.splitlines()
+    rule = next(line for line in lines if line.startswith("---"))
+    rows = [line for line in lines if line.startswith(("fp32", "bf16", "fp16")) and "e-" in line]
+    assert len(rows) == len(precision_error.MODES) and all(len(row) <= len(rule) for row in rows)
+    assert "bf16 split, fp32 momentum: the bits of fp32" in lines
+
+
+def test_benchmark_of_the_modes(programs, tmp_path):
+    import bench_step
+    import report
+
+    file = tmp_path / "precision.json"
+    arguments = ["--precision", "--workload", "small_200x16", "--repeats", "2", "--threads", "1", "--json", str(file)]
+    assert bench_step.main([*arguments, "--plot", str(tmp_path / "precision.png")]) == 0
+    (entry,) = report.load(file).precisions
+    assert {row.mode for row in entry.rows} >= {"fp32", "bf16-momentum", "int8-momentum", "split", "bf16-sr"}
+    assert all(row.median_ms or row.reason for row in entry.rows)
+    assert entry.row("fp32").moved_bytes == 20 and entry.row("split").moved_bytes == 14
+    assert entry.row("split").difference > 0, "bf16 cannot have the bits of fp32"
+    assert torch.get_num_threads() == 1
