@@ -173,7 +173,7 @@ MOMENTUM_EXT_INLINE void philox(uint64_t seed, Lanes& c0, Lanes& c1, Lanes& c2, 
                                 const Multiply& multiply) {
   auto key0 = static_cast<uint32_t>(seed);
   auto key1 = static_cast<uint32_t>(seed >> 32);
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 7
