@@ -176,7 +176,7 @@ def _exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
     if param.dtype == torch.bfloat16:
         if REMAINDER not in state:
             return param.float()
-        rest = state[REMAINDER].to(torch.int32)  # as join() in low_precision.h
+        rest: Tensor = state[REMAINDER].to(torch.int32)  # as join() in low_precision.h
         rest = rest.masked_fill(((param == 0) & (rest < 0)) | (param.isinf() & (rest > 0)), 0)
         return (param.float().view(torch.int32) + rest).view(torch.float32)
     if MASTER not in state:
