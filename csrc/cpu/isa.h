@@ -8,6 +8,8 @@
 
 namespace momentum_ext::cpu {
 
+using Double8 = double __attribute__((vector_size(64)));
+
 // Each works on elements [begin, end) of the table's concatenated range.
 using RunFn = void (*)(const TensorTable& table, int64_t begin, int64_t end);
 

@@ -22,6 +22,8 @@ WideVector multiply_lower_halves(WideVector a, WideVector b) {
   return (WideVector)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 }
 
+Double8 add_product(Double8 sum, Double8 a, Double8 b) { return sum + a * b; }
+
 #include "half_f16c.h"
 #include "loops.h"
 }  // namespace

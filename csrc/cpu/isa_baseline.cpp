@@ -23,6 +23,8 @@ WideVector multiply_lower_halves(WideVector a, WideVector b) {
   return (a & kLowerHalf) * (b & kLowerHalf);
 }
 
+Double8 add_product(Double8 sum, Double8 a, Double8 b) { return sum + a * b; }
+
 #include "loops.h"
 }  // namespace
 }  // namespace baseline

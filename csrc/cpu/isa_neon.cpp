@@ -32,6 +32,8 @@ WideVector multiply_lower_halves(WideVector a, WideVector b) {
   return (WideVector)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 }
 
+Double8 add_product(Double8 sum, Double8 a, Double8 b) { return sum + a * b; }
+
 #include "loops.h"
 }  // namespace
 }  // namespace neon

@@ -6,7 +6,7 @@
 // size: the same bits for every number of threads and every instruction set. The square of a float
 // is exact in a double and cannot overflow it.
 
-using Vector = double __attribute__((vector_size(64)));
+using Vector = Double8;
 using FloatVector = float __attribute__((vector_size(32)));
 constexpr int kVectorSize = 8;
 constexpr int kNumVectors = 4;  // as many as hide an addition's latency
@@ -23,9 +23,13 @@ MOMENTUM_EXT_INLINE Vector load_vector(const float* from) {
   return __builtin_convertvector(v, Vector);
 }
 
-template <Norm kNorm>
+// With kIsExact the elements are floats that need no scale: their squares have at most 48 bits, so
+// that it is no matter whether they are rounded before they are added.
+template <Norm kNorm, bool kIsExact>
 MOMENTUM_EXT_INLINE Vector add_term(Vector sum, Vector x, double scale) {
-  if constexpr (kNorm == Norm::kSumOfSquares) {
+  if constexpr (kNorm == Norm::kSumOfSquares && kIsExact) {
+    return add_product(sum, x, x);
+  } else if constexpr (kNorm == Norm::kSumOfSquares) {
     x *= scale;
     return sum + x * x;
   } else {
@@ -42,25 +46,34 @@ struct NormSums {
   Vector sums[kNumVectors] = {};
 
   // n elements from a place that is a multiple of kLanes in the block.
-  template <Norm kNorm, typename T>
-  void add(const T* x, int64_t n, double scale) {
+  template <Norm kNorm, bool kIsExact, typename T>
+  void add_all(const T* x, int64_t n, double scale) {
     Vector a = sums[0], b = sums[1], c = sums[2], d = sums[3];
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      a = add_term<kNorm>(a, load_vector(x + i), scale);
-      b = add_term<kNorm>(b, load_vector(x + i + kVectorSize), scale);
-      c = add_term<kNorm>(c, load_vector(x + i + 2 * kVectorSize), scale);
-      d = add_term<kNorm>(d, load_vector(x + i + 3 * kVectorSize), scale);
+      a = add_term<kNorm, kIsExact>(a, load_vector(x + i), scale);
+      b = add_term<kNorm, kIsExact>(b, load_vector(x + i + kVectorSize), scale);
+      c = add_term<kNorm, kIsExact>(c, load_vector(x + i + 2 * kVectorSize), scale);
+      d = add_term<kNorm, kIsExact>(d, load_vector(x + i + 3 * kVectorSize), scale);
     }
     if (i < n) {  // zeros add nothing
       T rest[kLanes] = {};
       memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
-      a = add_term<kNorm>(a, load_vector(rest), scale);
-      b = add_term<kNorm>(b, load_vector(rest + kVectorSize), scale);
-      c = add_term<kNorm>(c, load_vector(rest + 2 * kVectorSize), scale);
-      d = add_term<kNorm>(d, load_vector(rest + 3 * kVectorSize), scale);
+      a = add_term<kNorm, kIsExact>(a, load_vector(rest), scale);
+      b = add_term<kNorm, kIsExact>(b, load_vector(rest + kVectorSize), scale);
+      c = add_term<kNorm, kIsExact>(c, load_vector(rest + 2 * kVectorSize), scale);
+      d = add_term<kNorm, kIsExact>(d, load_vector(rest + 3 * kVectorSize), scale);
     }
     sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+  }
+
+  template <Norm kNorm, typename T>
+  void add(const T* x, int64_t n, double scale) {
+    if (sizeof(T) == sizeof(float) && scale == 1) {
+      add_all<kNorm, true>(x, n, scale);
+    } else {
+      add_all<kNorm, false>(x, n, scale);
+    }
   }
 
   template <Norm kNorm>
