@@ -37,17 +37,18 @@ py::object GradNorm::compute_of(const std::vector<at::Tensor>& grads, double nor
 }
 
 py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& collect) {
-  seen_.clear();
   const Norm kind = norm_type == 2   ? Norm::kSumOfSquares
                     : norm_type == 1 ? Norm::kSumOfAbs
                                      : Norm::kMax;
   if (kind == Norm::kMax && norm_type != std::numeric_limits<double>::infinity()) {
+    seen_.clear();
     return py::none();
   }
   if (!collect(/*complex_too=*/kind == Norm::kSumOfSquares)) {
     seen_.clear();
     return py::none();
   }
+  seen_.erase(seen_.begin() + static_cast<ptrdiff_t>(entries_.size()), seen_.end());
   const at::ScalarType dtype = dtype_ == at::ScalarType::Undefined ? at::kFloat : dtype_;
   const auto dtype_object =
       py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype)));
@@ -190,10 +191,20 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too) {
   }
   entries_.push_back(entry);
   first_block_.push_back(first_block_.back() + (entry.numel + kNormBlock - 1) / kNormBlock);
-  seen_.push_back(
-      {c10::weak_intrusive_ptr<c10::TensorImpl>(grad.getIntrusivePtr()), version_of(grad)});
+  const size_t k = entries_.size() - 1;
+  if (k < seen_.size() && seen_[k].grad._unsafe_get_target() == &impl) {
+    seen_[k].version = version_of(grad);  // a new weak reference costs more
+  } else {
+    seen_.erase(seen_.begin() + static_cast<ptrdiff_t>(k), seen_.end());
+    seen_.push_back(
+        {c10::weak_intrusive_ptr<c10::TensorImpl>(grad.getIntrusivePtr()), version_of(grad)});
+  }
   const at::ScalarType real = c10::toRealValueType(scalar_type);
-  dtype_ = dtype_ == at::ScalarType::Undefined ? real : c10::promoteTypes(dtype_, real);
+  if (dtype_ == at::ScalarType::Undefined) {
+    dtype_ = real;
+  } else if (dtype_ != real) {
+    dtype_ = c10::promoteTypes(dtype_, real);
+  }
   return true;
 }
 

@@ -62,7 +62,7 @@ class Grad {
         store(b, single);
         std::memcpy(to, &b, 2);
         break;
-      case Dtype::kFloat16:
+      default:
         store(h, single);
         std::memcpy(to, &h, 2);
         break;
