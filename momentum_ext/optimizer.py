@@ -26,6 +26,7 @@ from momentum_ext.formulation import check_group, check_torch_step, torch_step
 from momentum_ext.lookahead import TRAIN_MODE, check_train_mode, hold_iterate, hold_lookahead
 from momentum_ext.memory import MemorySummary, summarize
 from momentum_ext.precision import (
+    EIGHT_BITS,
     OPTIONS,
     ROUNDING_STEP,
     as_torch_state_dict,
@@ -555,6 +556,9 @@ class FusedMomentum(SGD):
         no place for is left out: averages, and masters, whose parameters are in the model, rounded. The exponential
         moving average of gradients becomes ``dampening = momentum``.
 
+        Buffers that need no change are this optimizer's own tensors, as in :meth:`state_dict`: copy or save them before
+        both optimizers go on.
+
         Raises:
             ValueError: for what torch.optim.SGD cannot do: decoupled weight decay, Nesterov in the ema formulation.
             RuntimeError: while :meth:`eval` holds the iterate.
@@ -666,7 +670,8 @@ class FusedMomentum(SGD):
                 if needs_low_precision_step(group, self.state.get(param, {})):
                     name = f"param_groups[{g}]['params'][{i}]"
                     check_low_precision_step(group, param, self.defaults["differentiable"], name)
-                    buffer = None  # torch gets a value of its parameter's kind
+                    if isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS:
+                        buffer = param.detach()  # torch gets a value of its parameter's kind
                 check_torch_step(group, param, param.grad, buffer)
 
 

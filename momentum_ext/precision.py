@@ -14,7 +14,7 @@ from torch import Tensor
 
 from momentum_ext import _C
 
-__all__ = ["OPTIONS", "check_options", "keep_dtypes", "low_precision_step", "needs_low_precision_step"]
+__all__ = ["EIGHT_BITS", "OPTIONS", "check_options", "keep_dtypes", "low_precision_step", "needs_low_precision_step"]
 
 # Keys of a parameter group, with their defaults. A group without low-precision state has none of them.
 OPTIONS = {"momentum_dtype": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
@@ -37,8 +37,11 @@ def check_options(group: dict[str, Any]) -> None:
 
     Raises:
         ValueError: for a momentum_dtype that is none of those that buffers can have.
-        TypeError: for a seed that is no int.
+        TypeError: for a seed that is no int, or a switch that is no bool.
     """
+    for name in ("master_weights", "stochastic_rounding"):
+        if not isinstance(group.get(name, False), bool):
+            raise TypeError(f"Invalid {name}: {group[name]!r}; expected a bool")
     if group.get("momentum_dtype") not in MOMENTUM_DTYPES:
         raise ValueError(
             f"Invalid momentum_dtype: {group['momentum_dtype']!r}; expected None, torch.float32, torch.bfloat16, "

@@ -1,5 +1,6 @@
 """The C++ tests of the kernels, built without torch and run under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,13 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 
 
-@pytest.mark.parametrize(
-    "program", ["test_kernels", "test_cuda_kernels", "test_cuda_low_precision", "test_cuda_norm", "test_cuda_on_host"]
-)
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_kernels_under_sanitizers(compiler, program, tmp_path):
-    sources = [ROOT / f"tests/native/{program}.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    binary = tmp_path / program
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def flags_of(compiler):
     flags = [
         "-std=c++20",
         "-O1",
@@ -30,14 +28,41 @@ def test_kernels_under_sanitizers(compiler, program, tmp_path):
         "-Werror",
         "-Wno-psabi",  # as in setup.py
     ]
-    if "cuda" in program:  # the CUDA kernels as C++, which know #pragma unroll and move any type as uint4
-        flags += [f"-I{ROOT}/tests/native/cuda_on_host", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
     if compiler == "clang++":
         flags += ["-Wno-pass-failed"]  # it would say that -O1 does not vectorise
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    return flags + SANITIZERS
+
+
+@pytest.fixture(scope="module")
+def cpu_objects(tmp_path_factory):
+    """The CPU backend, compiled once for each compiler: all programs compare with it."""
+
+    @functools.cache
+    def compiled(compiler):
+        directory = tmp_path_factory.mktemp(compiler.replace("+", "p"))
+        objects = []
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            objects.append(directory / f"{source.stem}.o")
+            command = [compiler, *flags_of(compiler), "-c", str(source), "-o", str(objects[-1])]
+            subprocess.run(command, check=True)
+        return objects
+
+    return compiled
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize(
+    "program", ["test_kernels", "test_cuda_kernels", "test_cuda_low_precision", "test_cuda_norm", "test_cuda_on_host"]
+)
+def test_kernels_under_sanitizers(compiler, program, cpu_objects, tmp_path):
+    binary = tmp_path / program
+    flags = flags_of(compiler)
+    if "cuda" in program:  # the CUDA kernels as C++, which know #pragma unroll and move any type as uint4
+        flags += [f"-I{ROOT}/tests/native/cuda_on_host", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+    inputs = [str(ROOT / f"tests/native/{program}.cpp"), *map(str, cpu_objects(compiler))]
     # The kernels take OpenMP from the process, where torch has brought it; here the linker brings it.
     openmp = ["-Wl,--no-as-needed", "-l:libgomp.so.1"]
-    subprocess.run([compiler, *flags, *sanitizers, *map(str, sources), *openmp, "-o", str(binary)], check=True)
+    subprocess.run([compiler, *flags, *inputs, *openmp, "-o", str(binary)], check=True)
     result = subprocess.run([str(binary)], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 failures" in result.stdout, result.stdout

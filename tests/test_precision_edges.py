@@ -1,6 +1,7 @@
 """Low-precision states where someone else writes, lists a parameter twice, or compiles the step."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -117,3 +118,39 @@ def test_the_count_of_steps_is_in_live_groups():
     """What flattens a checkpoint takes its keys from them."""
     param = torch.nn.Parameter(torch.randn(30).to(BF16))
     assert optimizer_of(param, stochastic_rounding=True).param_groups[0]["rounding_step"] == 0
+
+
+@pytest.mark.parametrize("options", [{"momentum_dtype": BF16}, {"master_weights": True}, {"momentum_dtype": INT8}])
+def test_a_sparse_step_that_fails_writes_nothing(options):
+    params = [torch.nn.Parameter(torch.ones(4, 2)) for _ in range(3)]
+    optimizer = FusedMomentum(params, lr=0.1, momentum=0.9, **options)
+    for param, is_sparse in zip(params, (False, True, True)):
+        param.grad = torch.ones(4, 2).to_sparse(1) if is_sparse else torch.ones(4, 2)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    params[2].grad = torch.ones(4, 2)  # torch cannot add it to a sparse buffer
+    if options.get("momentum_dtype") is INT8:
+        optimizer.step()  # a buffer of 8 bits is dense
+        return
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    for param, old in zip(params, before):
+        assert_same(param.detach(), old)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_an_option_is_taken_back_after_a_copy(way):
+    param = torch.nn.Parameter(torch.randn(300))
+    optimizer = optimizer_of(param, momentum_dtype=BF16)
+    give_grad(param, 1)
+    optimizer.step()
+    copied = way(optimizer)
+    copied.param_groups[0]["momentum_dtype"] = None
+    give_grad(copied.param_groups[0]["params"][0], 2)
+    copied.step()
+    assert copied.state[copied.param_groups[0]["params"][0]]["momentum_buffer"].dtype is torch.float32
+
+
+def test_switches_are_bools():
+    with pytest.raises(TypeError, match="Invalid master_weights: 'no'; expected a bool"):
+        optimizer_of(torch.nn.Parameter(torch.zeros(3)), master_weights="no")

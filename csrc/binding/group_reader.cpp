@@ -130,29 +130,6 @@ bool is_immutable(PyObject* value) {
          PyUnicode_CheckExact(value) || THPDtype_Check(value) || value == Py_None;
 }
 
-// Groups without low-precision state have none of these keys.
-Storage read_storage(PyObject* group, size_t index) {
-  Storage storage;
-  PyObject* const dtype = find(group, kMomentumDtype);
-  if (dtype != nullptr && dtype != Py_None) {
-    constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kChar,
-                                          at::kFloat8_e4m3fn};
-    if (THPDtype_Check(dtype)) {
-      storage.momentum_dtype = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
-    }
-    if (std::find(std::begin(kDtypes), std::end(kDtypes), storage.momentum_dtype) ==
-        std::end(kDtypes)) {
-      throw py::value_error(where(index, kMomentumDtype) +
-                            ": expected None, torch.float32, torch.bfloat16, torch.float16, "
-                            "torch.int8 or torch.float8_e4m3fn, got " +
-                            std::string(py::repr(dtype)));
-    }
-  }
-  storage.master_weights = find_bool(group, kMasterWeights);
-  storage.stochastic_rounding = find_bool(group, kStochasticRounding);
-  return storage;
-}
-
 uint64_t read_rounding_seed(PyObject* group, size_t index) {
   PyObject* const seed = find(group, kRoundingSeed);
   if (seed == nullptr) return 0;
@@ -177,6 +154,29 @@ Key identify(PyObject* key) {
 }
 
 }  // namespace
+
+// Groups without low-precision state have none of these keys.
+Storage read_storage(PyObject* group, size_t index) {
+  Storage storage;
+  PyObject* const dtype = find(group, kMomentumDtype);
+  if (dtype != nullptr && dtype != Py_None) {
+    constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kChar,
+                                          at::kFloat8_e4m3fn};
+    if (THPDtype_Check(dtype)) {
+      storage.momentum_dtype = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+    }
+    if (std::find(std::begin(kDtypes), std::end(kDtypes), storage.momentum_dtype) ==
+        std::end(kDtypes)) {
+      throw py::value_error(where(index, kMomentumDtype) +
+                            ": expected None, torch.float32, torch.bfloat16, torch.float16, "
+                            "torch.int8 or torch.float8_e4m3fn, got " +
+                            std::string(py::repr(dtype)));
+    }
+  }
+  storage.master_weights = find_bool(group, kMasterWeights);
+  storage.stochastic_rounding = find_bool(group, kStochasticRounding);
+  return storage;
+}
 
 // Groups that torch.optim.SGD has made have no such key.
 Formulation read_formulation(PyObject* group, size_t index) {

@@ -17,6 +17,9 @@ namespace py = pybind11;
 // A group's formulation; groups that torch.optim.SGD has made have none, which is torch's.
 Formulation read_formulation(PyObject* group, size_t index);
 
+// How a group wants its state stored.
+Storage read_storage(PyObject* group, size_t index);
+
 // A group's lr, of whatever kind it is.
 double read_lr(PyObject* group, size_t index);
 

@@ -12,7 +12,8 @@ void StepPlan::adopt_formulations(const py::list& param_groups) {
   for (size_t g = 0; g < param_groups.size(); ++g) {
     const py::dict group = param_groups[g];
     const Formulation formulation = read_formulation(group.ptr(), g);
-    for (const py::handle param : group["params"]) stored_as_[param.ptr()] = {formulation, {}};
+    const Storage storage = read_storage(group.ptr(), g);
+    for (const py::handle param : group["params"]) stored_as_[param.ptr()] = {formulation, storage};
   }
 }
 
@@ -28,9 +29,7 @@ void StepPlan::convert(const py::list& param_groups, const py::dict& state) {
     convert_prepared();
     // What was loaded counts as stored in its group's way, so that the option can be taken back.
     for (Slot& slot : slots_) {
-      if (slot.path == Path::kUnknown && slot.storage.is_default()) {
-        slot.storage = readers_[slot.group].storage();
-      }
+      if (slot.path == Path::kUnknown) slot.storage = readers_[slot.group].storage();
     }
     clear_step();
   } catch (...) {
