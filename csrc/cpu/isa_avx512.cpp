@@ -24,12 +24,9 @@ WideVector multiply_lower_halves(WideVector a, WideVector b) {
   return (WideVector)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
 }
 
-// Rounded once.
-Double8 add_product(Double8 sum, Double8 a, Double8 b) {
-  return (Double8)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
-}
-
 #include "half_f16c.h"
+#include "norm_fma.h"
+//
 #include "loops.h"
 }  // namespace
 }  // namespace avx512
