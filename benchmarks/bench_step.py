@@ -227,13 +227,13 @@ def make_row(
 ) -> Row:
     """The row of one contender, or the reason why it has no figures."""
     if key not in samples:
-        return Row(key, label, reason=reasons[key])
+        return Row(contender=key, label=label, reason=reasons[key])
     mine = samples[key]
     first, third = mine.quartiles
     bytes_per_step = workload.elements * workload.itemsize * accesses
     return Row(
-        key,
-        label,
+        contender=key,
+        label=label,
         median_ms=mine.median / 1e6,
         quartiles_ms=(first / 1e6, third / 1e6),
         gb_per_s=bytes_per_step / mine.median,

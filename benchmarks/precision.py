@@ -134,7 +134,13 @@ def measure(
 
     def row(mode: Mode) -> ModeRow:
         if mode.key not in samples:
-            return ModeRow(mode.key, mode.label, mode.moved_bytes, mode.state_bytes, reason=reasons[mode.key])
+            return ModeRow(
+                mode=mode.key,
+                label=mode.label,
+                moved_bytes=mode.moved_bytes,
+                state_bytes=mode.state_bytes,
+                reason=reasons[mode.key],
+            )
         mine, moved = samples[mode.key], mode.moved_bytes * workload.elements
         first, third = mine.quartiles
         beside_base = any({BASE, mode.key} <= {other.key for other in batch} for batch in batches)
@@ -142,10 +148,10 @@ def measure(
         if mode.key in limits:
             share = median_ratio(limits[mode.key], mine) * moved / limit_bytes
         return ModeRow(
-            mode.key,
-            mode.label,
-            mode.moved_bytes,
-            mode.state_bytes,
+            mode=mode.key,
+            label=mode.label,
+            moved_bytes=mode.moved_bytes,
+            state_bytes=mode.state_bytes,
             median_ms=mine.median / 1e6,
             quartiles_ms=(first / 1e6, third / 1e6),
             gb_per_s=moved / mine.median,

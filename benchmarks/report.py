@@ -14,11 +14,10 @@ import targets
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contender on one workload. Times in milliseconds a step; None and a `reason` where nothing was measured."""
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What is timed in turn with others, milliseconds a step. None and a `reason` where nothing was measured."""
 
-    contender: str
     label: str
     reason: str | None = None
     median_ms: float | None = None
@@ -26,11 +25,7 @@ class Row:
     gb_per_s: float | None = None
     """Bytes that must move over the median time."""
     of_memory_limit: float | None = None
-    """Median over rounds of the memory limit's time over this one's."""
-    ours_times_faster: float | None = None
-    """Median over rounds of this one's time over ours."""
-    ns_per_tensor: float | None = None
-    steps_per_repetition: int | None = None
+    """How near to the memory limit's speed, median over rounds."""
     samples_ms: tuple[float, ...] = ()
 
     @property
@@ -39,6 +34,17 @@ class Row:
         if self.median_ms is None or self.quartiles_ms is None:
             return None
         return (self.quartiles_ms[1] - self.quartiles_ms[0]) / self.median_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Timing):
+    """One contender on one workload."""
+
+    contender: str
+    ours_times_faster: float | None = None
+    """Median over rounds of this one's time over ours."""
+    ns_per_tensor: float | None = None
+    steps_per_repetition: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,33 +83,18 @@ class HostCost:
     """Ours: what is left of the shortest list's time when its tensors are taken off."""
 
 
-@dataclass(frozen=True)
-class ModeRow:
-    """One mode on one workload. Times in milliseconds a step; None and a `reason` where nothing was measured."""
+@dataclass(frozen=True, kw_only=True)
+class ModeRow(Timing):
+    """One mode on one workload."""
 
     mode: str
-    label: str
     moved_bytes: float
     """Bytes that must move for each element."""
     state_bytes: float
-    reason: str | None = None
-    median_ms: float | None = None
-    quartiles_ms: tuple[float, float] | None = None
-    gb_per_s: float | None = None
-    of_memory_limit: float | None = None
-    """GB/s over the memory limit's GB/s, median over rounds."""
     times_fp32: float | None = None
     """Median over rounds of the fp32 step's time over this one's."""
     difference: float | None = None
     """Ours: the largest absolute difference of a parameter from the fp32 run's after the warm-up steps."""
-    samples_ms: tuple[float, ...] = ()
-
-    @property
-    def spread(self) -> float | None:
-        """Interquartile range over median (a pure number)."""
-        if self.median_ms is None or self.quartiles_ms is None:
-            return None
-        return (self.quartiles_ms[1] - self.quartiles_ms[0]) / self.median_ms
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 
 from momentum_ext import _C, compiled
 from momentum_ext.averaging import COUNT, UpdateCount, average_weight, check_decay, swapped
+from momentum_ext.checkpoint import as_torch_state_dict, keep_dtypes, settle, unpack
 from momentum_ext.clipping import GradFactor
 from momentum_ext.formulation import check_group, check_torch_step, torch_step
 from momentum_ext.lookahead import TRAIN_MODE, check_train_mode, hold_iterate, hold_lookahead
@@ -29,14 +30,10 @@ from momentum_ext.precision import (
     EIGHT_BITS,
     OPTIONS,
     ROUNDING_STEP,
-    as_torch_state_dict,
     check_low_precision_step,
     check_options,
-    keep_dtypes,
     low_precision_step,
     needs_low_precision_step,
-    settle,
-    unpack,
 )
 
 __all__ = ["FusedMomentum"]
@@ -447,7 +444,9 @@ class FusedMomentum(SGD):
                 factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
                 if isinstance(factor, Tensor) and grad_scale is not None:
                     factor, grad_scale = self._grad_factor.take_scale(self.param_groups, grad_scale), None
-                done = self._launch(found_inf, grad_scale, factor, differentiable)
+                average = self._prepare_average(left_out_by_device=found_inf is not None)
+                if found_inf is None or average is not None or not self._is_averaging:  # else the host must know
+                    done = self._launch(found_inf, grad_scale, factor, average, differentiable)
         finally:
             if done is NotImplemented:
                 self._grad_factor.restore(before)
@@ -456,12 +455,14 @@ class FusedMomentum(SGD):
         return done
 
     def _launch(
-        self, found_inf: Tensor | None, grad_scale: Tensor | None, factor: float | Tensor, differentiable: bool
+        self,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+        factor: float | Tensor,
+        average: tuple[Tensor, Tensor] | None,
+        differentiable: bool,
     ) -> Any:
-        averages = self.ema_decay is not None or self._is_averaging
-        average = self._prepare_average(self.ema_decay, found_inf is not None) if averages else None
-        waits_for_average = found_inf is not None and self._is_averaging and average is None
-        if waits_for_average or not (isinstance(factor, Tensor) or factor == 1.0):
+        if not (isinstance(factor, Tensor) or factor == 1.0):
             return NotImplemented
         done = self._plan.step_on_device(
             self.param_groups,
@@ -497,21 +498,23 @@ class FusedMomentum(SGD):
     def _update_and_more(self, inv_grad_scale: float, differentiable: bool) -> tuple[Any, float]:
         """The same with a factor for the gradients, or averages; and what gradients were multiplied with."""
         factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
-        averages = self.ema_decay is not None or self._is_averaging
-        average = self._prepare_average(self.ema_decay) if averages else None
+        average = self._prepare_average()
         for_torch: Any = NotImplemented
         if inv_grad_scale == 1.0 and (average is not None or isinstance(factor, Tensor)):
-            for_torch = self._launch(None, None, factor, differentiable)
+            for_torch = self._launch(None, None, factor, average, differentiable)
         if for_torch is NotImplemented:
             if average is not None:  # the host must know
                 self._ema_count.bring_back()
-                self._prepare_average(self.ema_decay)
+                self._prepare_average()
             inv_grad_scale *= float(factor)
             for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
         return for_torch, inv_grad_scale
 
-    def _prepare_average(self, decay: float | None, left_out_by_device: bool = False) -> tuple[Tensor, Tensor] | None:
-        """Tell the plan the averages' weight; or where on the device it is worked out."""
+    def _prepare_average(self, left_out_by_device: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Tell the plan the averages' weight, if there are any; or where on the device it is worked out."""
+        decay = self.ema_decay
+        if decay is None and not self._is_averaging:
+            return None
         self._check_not_swapped()
         self._is_averaging = decay is not None
         on_device = None

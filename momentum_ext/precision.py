@@ -1,4 +1,4 @@
-"""State in fewer bits, or in more, than the parameters: options, checkpoints, and torch's own path.
+"""State in fewer bits, or in more, than the parameters: the options, and torch's own path.
 
 What is stored, and how it is rounded, is described in docs/precision.md; the kernels' own text is
 ``csrc/low_precision.h``.
@@ -14,7 +14,14 @@ from torch import Tensor
 
 from momentum_ext import _C
 
-__all__ = ["EIGHT_BITS", "OPTIONS", "check_options", "keep_dtypes", "low_precision_step", "needs_low_precision_step"]
+__all__ = [
+    "EIGHT_BITS",
+    "OPTIONS",
+    "check_low_precision_step",
+    "check_options",
+    "low_precision_step",
+    "needs_low_precision_step",
+]
 
 # Keys of a parameter group, with their defaults. A group without low-precision state has none of them.
 OPTIONS = {"momentum_dtype": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
@@ -49,74 +56,6 @@ def check_options(group: dict[str, Any]) -> None:
         )
     if not isinstance(group.get("rounding_seed", 0), int):
         raise TypeError(f"Invalid rounding_seed: {group['rounding_seed']!r}; expected an int")
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-class _Kept:
-    """A tensor that torch's load_state_dict does not look into, and so does not cast."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def keep_dtypes(optimizer: torch.optim.Optimizer, load: Callable[[], None]) -> None:
-    """Call `load`, which is the optimizer's load_state_dict, with state that keeps its dtypes; see :func:`unpack`."""
-
-    def hide(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        hidden = {
-            key: {
-                name: _Kept(value) if name in (BUFFER, SCALE, REMAINDER, MASTER) and type(value) is Tensor else value
-                for name, value in entry.items()
-            }
-            if isinstance(entry, dict)
-            else entry
-            for key, entry in state_dict["state"].items()
-        }
-        return {**state_dict, "state": hidden}
-
-    handle = optimizer.register_load_state_dict_pre_hook(hide)  # after the user's own
-    try:
-        load()
-    finally:
-        handle.remove()
-
-
-def unpack(state: dict[Any, Any]) -> None:
-    """Take the tensors that :func:`keep_dtypes` has hidden to their parameters' devices."""
-    for param, entry in state.items():
-        for name, value in entry.items() if isinstance(entry, dict) else ():
-            if isinstance(value, _Kept):
-                entry[name] = _on_device(param, value.tensor)
-
-
-def _on_device(param: Any, tensor: Tensor) -> Tensor:
-    if not isinstance(param, Tensor):
-        return tensor
-    # Wider than what is computed with: from a model of another dtype, and cast as torch casts it.
-    is_too_wide = tensor.dtype == torch.float64 and param.is_floating_point()
-    return tensor.to(param.device, param.dtype if is_too_wide else None)
-
-
-def settle(group: dict[str, Any], state: dict[Any, Any]) -> None:
-    """After loading: a group that names no momentum_dtype has buffers as torch would, or in fp32 for 16-bit parameters.
-
-    What a group names is converted in the next step, from what was stored.
-    """
-    for param in group["params"]:
-        entry = state.get(param, {})
-        buffer = entry.get(BUFFER)
-        if not isinstance(buffer, Tensor) or not param.is_floating_point():
-            continue
-        if group.get("momentum_dtype") is None:
-            if buffer.dtype in EIGHT_BITS and SCALE in entry:
-                entry[BUFFER] = _C.dequantize(buffer, entry.pop(SCALE)).to(param.dtype)
-            elif not (buffer.dtype == torch.float32 and param.dtype in HALVES):
-                entry[BUFFER] = buffer.to(param.dtype)
-        if not group.get("master_weights", False):
-            entry.pop(REMAINDER, None)
-            entry.pop(MASTER, None)
 
 
 # ---- torch's own path -----------------------------------------------------------------------------------------------
@@ -154,8 +93,7 @@ def low_precision_step(
     value = _exact_param(param, state) if has_master else param.float() if is_low else param
     buffer = state.get(BUFFER)
     if isinstance(buffer, Tensor):
-        scale = state.pop(SCALE, None)
-        buffer = _C.dequantize(buffer, scale) if buffer.dtype in EIGHT_BITS else buffer.to(value.dtype)
+        buffer = _C.dequantize(buffer, state[SCALE]) if buffer.dtype in EIGHT_BITS else buffer.to(value.dtype)
     buffer = step(group, value, grad.to(value.dtype), buffer)
     if buffer is not None:
         dtype = group.get("momentum_dtype") or param.dtype
@@ -165,6 +103,7 @@ def low_precision_step(
             state[BUFFER], state[SCALE] = _C.quantize(buffer, dtype, param)
         else:
             state[BUFFER] = buffer.to(dtype)
+            state.pop(SCALE, None)
     if has_master:
         _store_exact_param(param, state, value)
     else:
@@ -197,44 +136,3 @@ def _store_exact_param(param: Tensor, state: dict[str, Any], value: Tensor) -> N
     bits = torch.where(value.isnan(), torch.full_like(value, torch.nan), value).view(torch.int32)
     param.copy_(((bits + 0x8000) & -0x10000).view(torch.float32))
     state[REMAINDER] = bits.to(torch.int16)
-
-
-# ---- for torch.optim.SGD --------------------------------------------------------------------------------------------
-
-_OWN_KEYS = (*OPTIONS, ROUNDING_STEP, "formulation", "decoupled_weight_decay", "ema_step")
-
-
-def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What torch.optim.SGD can load, of what FusedMomentum.state_dict() has returned; see torch_state_dict()."""
-    groups = []
-    for g, group in enumerate(state_dict["param_groups"]):
-        if "train_mode" in group:
-            raise RuntimeError("torch_state_dict(): optimizer.eval() holds the iterate; call optimizer.train() first")
-        if group.get("decoupled_weight_decay", False) and group["weight_decay"] != 0:
-            raise ValueError(
-                f"torch_state_dict(): param_groups[{g}] has decoupled_weight_decay, which torch.optim.SGD has not"
-            )
-        plain = {key: value for key, value in group.items() if key not in _OWN_KEYS}
-        if group.get("formulation") == "ema" and group["momentum"] != 0:
-            if group["nesterov"]:
-                raise ValueError(
-                    f"torch_state_dict(): param_groups[{g}] is Nesterov in the ema formulation, for which "
-                    "torch.optim.SGD would need dampening"
-                )
-            plain["dampening"] = group["momentum"]
-        groups.append(plain)
-    group_of = {index: group for group in state_dict["param_groups"] for index in group["params"]}
-    state = {}
-    for index, entry in state_dict["state"].items():
-        buffer = entry.get(BUFFER)
-        if not isinstance(buffer, Tensor):
-            continue
-        if buffer.dtype in EIGHT_BITS:
-            buffer = _C.dequantize(buffer, entry[SCALE])
-        group = group_of.get(index, {})
-        if group.get("formulation") == "classical" and group["momentum"] != 0:
-            if float(group["lr"]) == 0:
-                raise ValueError("torch_state_dict(): classical buffers are divided by the lr, which is 0")
-            buffer = buffer / group["lr"]
-        state[index] = {BUFFER: buffer}
-    return {"state": state, "param_groups": groups}

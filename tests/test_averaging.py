@@ -382,3 +382,4 @@ def test_no_groups():
     opt = FusedMomentum([torch.nn.Parameter(torch.ones(3))], lr=0.1, ema_decay=0.9)
     opt.param_groups.clear()
     opt.step()
+    assert not opt.state

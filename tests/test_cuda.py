@@ -252,9 +252,11 @@ def test_a_step_does_not_wait(on_device):
         optimizer.step()
         optimizer.step()
         optimizer.found_inf, optimizer.grad_scale = found_inf, grad_scale
+        before = [param.detach().clone() for param in params]
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not any(same(param, old) for param, old in zip(params, before) if param.numel())
 
 
 def test_a_captured_step_replays_with_another_lr():

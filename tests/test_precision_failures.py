@@ -139,8 +139,6 @@ def test_sparse_gradients_take_torchs_path(momentum_dtype):
 @pytest.mark.parametrize("master", [False, True], ids=["plain", "master"])
 def test_sparse_gradients_from_the_first_step_on(dtype, momentum_dtype, master):
     """As the same gradients written out, within what two orders of rounding differ by."""
-    if dtype is FP16 and momentum_dtype is None and not master:
-        pytest.skip("torch's own path: it cannot add sparse fp16 tensors")
     start = torch.randn(300, 4).to(dtype)
     params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
     options = {"momentum_dtype": momentum_dtype, "master_weights": master}
@@ -148,6 +146,12 @@ def test_sparse_gradients_from_the_first_step_on(dtype, momentum_dtype, master):
     for rows in ([1, 5, 7], [5, 299], [0, 1]):
         grad = torch.sparse_coo_tensor([rows], torch.randn(len(rows), 4).to(dtype), start.shape, check_invariants=True)
         params[0].grad, params[1].grad = grad, grad.to_dense()
+        if dtype is FP16 and momentum_dtype is None and not master and len(opts[0].state):
+            before = params[0].detach().clone()
+            with pytest.raises(RuntimeError, match="not implemented for 'Half'"):  # torch's own second step
+                opts[0].step()
+            assert_same(params[0].detach(), before)
+            return
         for opt in opts:
             opt.step()
     coarsest = 0.05 if momentum_dtype in (INT8, FP8) else 0.0

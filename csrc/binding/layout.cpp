@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "device.h"
+#include "tensor_access.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -121,6 +122,18 @@ std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Te
   owned->dims = std::move(dims);
   owned->layout = {owned->dims.data(), static_cast<int>(owned->dims.size())};
   return owned;
+}
+
+bool is_own_grad(const at::Tensor& param, const at::Tensor& grad) {
+  return grad.const_data_ptr() == param.const_data_ptr() && grad.strides() == param.strides() &&
+         grad.scalar_type() == param.scalar_type();
+}
+
+bool lies_like(const at::Tensor& average, const at::Tensor& param) {
+  return kernel_device(average) == kernel_device(param) &&
+         average.scalar_type() == param.scalar_type() && average.sizes() == param.sizes() &&
+         average.strides() == param.strides() &&
+         lies_in_storage(*average.unsafeGetTensorImpl(), byte_range(average).end);
 }
 
 bool overlaps_itself(const at::Tensor& tensor) {

@@ -38,6 +38,12 @@ c10::DispatchKeySet plain_keys(int16_t device);
 std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,
                                            const at::Tensor& buffer);
 
+// True when the gradient is its own parameter: each element is read before it is written.
+bool is_own_grad(const at::Tensor& param, const at::Tensor& grad);
+
+// True when the average can be walked together with its parameter, whatever the order.
+bool lies_like(const at::Tensor& average, const at::Tensor& param);
+
 // True when two elements of the tensor share a place in memory.
 bool overlaps_itself(const at::Tensor& tensor);
 

@@ -63,21 +63,9 @@ bool overlap(const at::Tensor& a, const at::Tensor& b) {
   return byte_range(a).overlaps(byte_range(b));
 }
 
-// Each element of such a gradient is read before it is written.
-bool is_own_grad(const at::Tensor& param, const at::Tensor& grad) {
-  return grad.const_data_ptr() == param.const_data_ptr() && grad.strides() == param.strides() &&
-         grad.scalar_type() == param.scalar_type();
-}
-
 void* data_of(const at::Tensor& tensor) {
   return mutable_data_of(*tensor.unsafeGetTensorImpl(),
                          static_cast<int64_t>(tensor.element_size()));
-}
-
-bool has_flat_average(const TensorEntry& entry, const at::Tensor& param,
-                      const at::Tensor& average) {
-  return entry.device == kCpu && entry.layout == nullptr && is_plain_cpu(average) &&
-         average.scalar_type() == param.scalar_type() && average.strides() == param.strides();
 }
 
 }  // namespace
@@ -185,7 +173,7 @@ bool ListStep::add(size_t i, uint32_t group) {
     if (entry.numel != 0) share_of(shares_, entry.device).add(entry);
   }
   if (const std::optional<at::Tensor>& average = lists_.averages[i]; average.has_value()) {
-    if (has_flat_average(entry, param, *average)) {
+    if (entry.device == kCpu && entry.layout == nullptr && lies_like(*average, param)) {
       entry.average = data_of(*average);
     } else {
       averaged_by_torch_.push_back(i);

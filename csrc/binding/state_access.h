@@ -8,6 +8,22 @@ namespace momentum_ext::binding {
 
 namespace py = pybind11;
 
+// The key of a loaded state need not be the interned string.
+[[gnu::noinline, gnu::cold]] inline PyObject* find_item_by_name(PyObject* dict,
+                                                                PyObject* interned_key) noexcept {
+  PyObject* key;
+  PyObject* value;
+  Py_ssize_t position = 0;
+  const char* const name = PyUnicode_AsUTF8(interned_key);  // ASCII: a pointer into the string
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (PyUnicode_Check(key) && !PyUnicode_CHECK_INTERNED(key) &&
+        PyUnicode_CompareWithASCIIString(key, name) == 0) {
+      return value;
+    }
+  }
+  return nullptr;
+}
+
 // An item of a dict; nullptr when there is none. Calls nothing of Python's but PyDict_Next, which
 // only reads, so that several threads can look at once.
 inline PyObject* find_item(PyObject* dict, PyObject* interned_key) noexcept {
@@ -18,16 +34,7 @@ inline PyObject* find_item(PyObject* dict, PyObject* interned_key) noexcept {
   while (PyDict_Next(dict, &position, &key, &value)) {
     if (key == interned_key) return value;
   }
-  // The key of a loaded state need not be the interned string.
-  const char* const name = PyUnicode_AsUTF8(interned_key);  // ASCII: a pointer into the string
-  position = 0;
-  while (PyDict_Next(dict, &position, &key, &value)) {
-    if (PyUnicode_Check(key) && !PyUnicode_CHECK_INTERNED(key) &&
-        PyUnicode_CompareWithASCIIString(key, name) == 0) {
-      return value;
-    }
-  }
-  return nullptr;
+  return find_item_by_name(dict, interned_key);
 }
 
 // The tensor at dict[key]; nullptr when there is none. Needs the GIL.

@@ -122,6 +122,7 @@ class StepPlan {
     Formulation formulation{};  // of the buffer
     Storage storage;            // of the state
     bool has_buffer = false;
+    bool has_known = false;  // further tensors, in `known`
     uint8_t param_itemsize = 0;
     uint8_t grad_itemsize = 0;
     uint8_t buffer_itemsize = 0;

@@ -13,13 +13,6 @@
 namespace momentum_ext::binding {
 namespace {
 
-bool lie_alike(const TensorEntry& entry, const at::Tensor& param, const at::Tensor& average) {
-  return (entry.device != kCpu || entry.layout == nullptr) &&
-         kernel_device(average) == entry.device && average.scalar_type() == param.scalar_type() &&
-         average.sizes() == param.sizes() && average.strides() == param.strides() &&
-         lies_in_storage(*average.unsafeGetTensorImpl(), byte_range(average).end);
-}
-
 // Whether a new tensor like this one has its strides.
 bool keeps_layout(const at::Tensor& param) {
   return param.layout() == at::kStrided && param.is_non_overlapping_and_dense();
@@ -70,7 +63,8 @@ bool StepPlan::can_attach(size_t i, const at::Tensor& param, const at::Tensor& a
   // A parameter that is listed twice is averaged once, after both updates.
   const bool once = std::none_of(repeated_.begin(), repeated_.end(),
                                  [i](const auto& pair) { return pair.second == i; });
-  return once && tensors_[i].param != nullptr && lie_alike(entries_[i], param, average);
+  const bool is_walked = entries_[i].device != kCpu || entries_[i].layout == nullptr;
+  return once && tensors_[i].param != nullptr && is_walked && lies_like(average, param);
 }
 
 void StepPlan::attach(size_t i, const at::Tensor& average) {

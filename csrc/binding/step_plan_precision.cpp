@@ -189,6 +189,7 @@ void StepPlan::attach_low_precision(size_t i, const at::Tensor& param,
                     : is_split              ? Master::kRemainder
                                             : Master::kCopy;
   slot.known = std::make_unique<KnownState>();
+  slot.has_known = true;
   slot.known->master = known(is_split ? remainder_key_ : master_key_, state.master);
   slot.known->scale = known(scale_key_, state.scale);
   more_tensors_[i].master = state.master.defined() ? state.master.unsafeGetTensorImpl() : nullptr;

@@ -55,7 +55,7 @@ StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
   }
   tensors_[i] = {const_cast<c10::TensorImpl*>(&param), const_cast<c10::TensorImpl*>(&grad),
                  const_cast<c10::TensorImpl*>(buffer)};
-  if (slot.known != nullptr && !find_known(i)) return Status::kNeedsCare;
+  if (slot.has_known && !find_known(i)) return Status::kNeedsCare;
   TensorEntry& entry = entries_[i];
   entry.grad = const_data_of(grad, slot.grad_itemsize);
   entry.numel = slot.num_reals;
@@ -256,6 +256,7 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   slot.path = Path::kUnknown;
   slot.shapes.reset();
   slot.known.reset();
+  slot.has_known = false;
   ranges_changed_ = true;
   const auto check_written = [&](const at::Tensor& tensor, const std::string& name) {
     if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
@@ -313,10 +314,7 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   }
   // A gradient may be its own parameter (each element is read before it is written), but overlap in
   // no other way.
-  const bool is_own_grad = grad.const_data_ptr() == param.const_data_ptr() &&
-                           grad.strides() == param.strides() &&
-                           grad.scalar_type() == param.scalar_type();
-  if ((shares_memory(param, grad) && !is_own_grad) ||
+  if ((shares_memory(param, grad) && !is_own_grad(param, grad)) ||
       (buffer.defined() && (shares_memory(buffer, grad) || shares_memory(buffer, param)))) {
     slot.path = Path::kTorch;
     return;

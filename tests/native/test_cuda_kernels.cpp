@@ -16,45 +16,13 @@
 #include "../../csrc/cuda/low_precision.cu"
 #include "../../csrc/cuda/step.cu"
 #include "../../csrc/momentum.h"
+#include "checks.h"
 
 using namespace momentum_ext;
 
 namespace {
 
-int failures = 0;
-int checks = 0;
-
-void expect(bool holds, const std::string& what) {
-  ++checks;
-  if (holds) return;
-  if (++failures <= 20) std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
-
-std::mt19937_64 generator(20261123);
-
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
-
-void put(Dtype dtype, char* to, double value) {
-  const auto single = static_cast<float>(value);
-  BFloat16 b;
-  Float16 h;
-  switch (dtype) {
-    case Dtype::kFloat64:
-      std::memcpy(to, &value, 8);
-      break;
-    case Dtype::kFloat32:
-      std::memcpy(to, &single, 4);
-      break;
-    case Dtype::kBFloat16:
-      store(b, single);
-      std::memcpy(to, &b, 2);
-      break;
-    default:
-      store(h, single);
-      std::memcpy(to, &h, 2);
-      break;
-  }
-}
 
 // ---- a tensor and its twin ----------------------------------------------------------------------
 
@@ -70,7 +38,7 @@ struct Array {
       : dtype(dtype_), size(size_), offset(offset_), twin(bytes()) {
     block = static_cast<char*>(std::malloc(offset_bytes() + bytes()));
     for (int64_t i = 0; i < size; ++i) {
-      put(dtype, twin.data() + i * itemsize(dtype), std::normal_distribution<double>()(generator));
+      put(dtype, twin.data() + i * itemsize(dtype), normal());
     }
     restore();
   }

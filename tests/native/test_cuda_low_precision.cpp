@@ -15,22 +15,11 @@
 #include "../../csrc/cuda/low_precision.cu"
 #include "../../csrc/cuda/step.cu"
 #include "../../csrc/momentum.h"
+#include "checks.h"
 
 using namespace momentum_ext;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool holds, const std::string& what) {
-  ++checks;
-  if (holds) return;
-  if (++failures <= 20) std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
-
-std::mt19937_64 generator(20261125);
-double normal() { return std::normal_distribution<double>()(generator); }
 
 // ---- a tensor and its twin ----------------------------------------------------------------------
 
@@ -95,25 +84,12 @@ bool same(const Array& array, Dtype dtype) {
 }
 
 void put(Array& array, Dtype dtype, int64_t i, double value) {
-  const auto single = static_cast<float>(value);
-  switch (dtype) {
-    case Dtype::kFloat64:
-      array.at<double>(i) = value;
-      break;
-    case Dtype::kFloat32:
-      array.at<float>(i) = single;
-      break;
-    case Dtype::kBFloat16:
-      store(array.at<BFloat16>(i), single);
-      break;
-    case Dtype::kFloat16:
-      store(array.at<Float16>(i), single);
-      break;
-    case Dtype::kInt8:
-      array.at<int8_t>(i) = static_cast<int8_t>(std::fmax(-127, std::fmin(127, 40 * value)));
-      break;
-    default:
-      store(array.at<Float8E4M3>(i), 20 * single);
+  if (dtype == Dtype::kInt8) {
+    array.at<int8_t>(i) = static_cast<int8_t>(std::fmax(-127, std::fmin(127, 40 * value)));
+  } else if (dtype == Dtype::kFloat8E4M3) {
+    store(array.at<Float8E4M3>(i), 20 * static_cast<float>(value));
+  } else {
+    put(dtype, array.twin.data() + i * array.itemsize, value);
   }
 }
 

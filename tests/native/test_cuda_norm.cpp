@@ -14,21 +14,11 @@
 #include <vector>
 
 #include "../../csrc/cuda/norm.cu"
+#include "checks.h"
 
 using namespace momentum_ext;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool holds, const std::string& what) {
-  ++checks;
-  if (holds) return;
-  if (++failures <= 20) std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
-
-std::mt19937_64 generator(20261125);
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
 constexpr Norm kNorms[] = {Norm::kSumOfSquares, Norm::kSumOfAbs, Norm::kMax};
@@ -42,52 +32,12 @@ class Grad {
     block_.reset(
         static_cast<char*>(std::malloc(skipped_ + static_cast<size_t>(size * itemsize(dtype)))));
     for (int64_t i = 0; i < size; ++i) {
-      put(i, scale * std::normal_distribution<double>()(generator));
+      put(i, scale * normal());
     }
   }
 
-  void put(int64_t i, double value) {
-    char* const to = block_.get() + skipped_ + i * itemsize(dtype_);
-    const auto single = static_cast<float>(value);
-    BFloat16 b;
-    Float16 h;
-    switch (dtype_) {
-      case Dtype::kFloat64:
-        std::memcpy(to, &value, 8);
-        break;
-      case Dtype::kFloat32:
-        std::memcpy(to, &single, 4);
-        break;
-      case Dtype::kBFloat16:
-        store(b, single);
-        std::memcpy(to, &b, 2);
-        break;
-      default:
-        store(h, single);
-        std::memcpy(to, &h, 2);
-        break;
-    }
-  }
-
-  double get(int64_t i) const {
-    const char* const from = block_.get() + skipped_ + i * itemsize(dtype_);
-    switch (dtype_) {
-      case Dtype::kFloat64: {
-        double value;
-        std::memcpy(&value, from, 8);
-        return value;
-      }
-      case Dtype::kFloat32: {
-        float value;
-        std::memcpy(&value, from, 4);
-        return value;
-      }
-      case Dtype::kBFloat16:
-        return load(*reinterpret_cast<const BFloat16*>(from));
-      default:
-        return load(*reinterpret_cast<const Float16*>(from));
-    }
-  }
+  void put(int64_t i, double value) { ::put(dtype_, at(i), value); }
+  double get(int64_t i) const { return ::get(dtype_, at(i)); }
 
   TensorEntry entry(int16_t device) const {
     TensorEntry made{};
@@ -100,6 +50,8 @@ class Grad {
   int64_t size() const { return size_; }
 
  private:
+  char* at(int64_t i) const { return block_.get() + skipped_ + i * itemsize(dtype_); }
+
   struct Free {
     void operator()(char* block) const { std::free(block); }
   };

@@ -6,17 +6,9 @@
 #include <cstdio>
 #include <vector>
 
+#include "checks.h"
+
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool holds, const char* what) {
-  ++checks;
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-}
 
 template <typename... Args>
 void launch(void (*kernel)(Args...), unsigned blocks, unsigned threads,

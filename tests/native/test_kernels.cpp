@@ -15,26 +15,11 @@
 
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/momentum.h"
+#include "checks.h"
 
 using namespace momentum_ext;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool holds, const std::string& what) {
-  ++checks;
-  if (holds) return;
-  if (++failures <= 20) std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
-
-std::mt19937_64 generator(20261123);
-
-double random_value() {
-  static std::normal_distribution<double> normal;
-  return normal(generator);
-}
 
 // ---- a tensor as the test sees it: values in double, exact, and their bytes in memory
 // ------------
@@ -48,68 +33,18 @@ struct Array {
 
   void* data() { return bytes.get() + unaligned; }
 
-  template <typename scalar_t>
-  scalar_t raw(int64_t offset) {
-    scalar_t value;
-    std::memcpy(&value, static_cast<char*>(data()) + offset * itemsize(dtype), sizeof(value));
-    return value;
-  }
-
-  double get(int64_t i) {
-    switch (dtype) {
-      case Dtype::kFloat32:
-        return raw<float>(offsets[i]);
-      case Dtype::kFloat64:
-        return raw<double>(offsets[i]);
-      case Dtype::kBFloat16:
-        return load(raw<BFloat16>(offsets[i]));
-      default:
-        return load(raw<Float16>(offsets[i]));
-    }
-  }
+  void* at(int64_t offset) { return static_cast<char*>(data()) + offset * itemsize(dtype); }
+  double get(int64_t i) { return ::get(dtype, at(offsets[i])); }
 };
 
 // The value that memory holds after `value` was stored in this dtype.
 double rounded_to(Dtype dtype, double value) {
-  const auto single = static_cast<float>(value);
-  BFloat16 b;
-  Float16 h;
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return value;
-    case Dtype::kFloat32:
-      return single;
-    case Dtype::kBFloat16:
-      store(b, single);
-      return load(b);
-    default:
-      store(h, single);
-      return load(h);
-  }
+  double stored = 0;
+  put(dtype, &stored, value);
+  return get(dtype, &stored);
 }
 
-void put(Array& array, int64_t offset, double value) {
-  char* const at = static_cast<char*>(array.data()) + offset * itemsize(array.dtype);
-  const auto single = static_cast<float>(value);
-  BFloat16 b;
-  Float16 h;
-  switch (array.dtype) {
-    case Dtype::kFloat64:
-      std::memcpy(at, &value, 8);
-      break;
-    case Dtype::kFloat32:
-      std::memcpy(at, &single, 4);
-      break;
-    case Dtype::kBFloat16:
-      store(b, single);
-      std::memcpy(at, &b, 2);
-      break;
-    default:
-      store(h, single);
-      std::memcpy(at, &h, 2);
-      break;
-  }
-}
+void put(Array& array, int64_t offset, double value) { put(array.dtype, array.at(offset), value); }
 
 Array make_array(Dtype dtype, std::vector<int64_t> offsets, int64_t unaligned_elements) {
   int64_t size = 0;
@@ -118,7 +53,7 @@ Array make_array(Dtype dtype, std::vector<int64_t> offsets, int64_t unaligned_el
   Array array{dtype, std::move(offsets),
               std::make_unique<char[]>(static_cast<size_t>(unaligned + size * itemsize(dtype))),
               size, unaligned};
-  for (int64_t i = 0; i < size; ++i) put(array, i, random_value());
+  for (int64_t i = 0; i < size; ++i) put(array, i, normal());
   return array;
 }
 
@@ -442,7 +377,7 @@ void move_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& gr
     Case& each = cases[k];
     for (size_t i = k % 5; i < expected[k].size(); i += 5) {
       const auto at = static_cast<int64_t>(i);
-      put(each.param, each.param.offsets[i], random_value());
+      put(each.param, each.param.offsets[i], normal());
       const double changed = each.param.get(at);
       if (changed == iterates[k][i]) continue;
       expected[k][i] =
