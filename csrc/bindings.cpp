@@ -65,36 +65,42 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "step",
           [](StepPlan& plan, const py::list& param_groups, const py::dict& state,
              double inv_grad_scale, bool all_for_torch) {
-            return plan.step(param_groups, state, inv_grad_scale, all_for_torch, {});
+            return plan.step(param_groups, state, {inv_grad_scale, all_for_torch, {}, {}, {}});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("inv_grad_scale") = 1.0,
           py::arg("all_for_torch") = false)
       // Apart from step(), to which two more arguments would cost a tenth of a microsecond.
       .def(
-          "step_on_device",
+          "step_with",
           [](StepPlan& plan, const py::list& param_groups, const py::dict& state,
-             bool all_for_torch, const std::optional<at::Tensor>& found_inf,
+             double inv_grad_scale, bool all_for_torch, std::optional<double> average_weight,
+             const py::object& grads, const std::optional<at::Tensor>& found_inf,
              const std::optional<at::Tensor>& grad_scale,
              const std::optional<at::Tensor>& grad_factor,
              const std::optional<std::pair<at::Tensor, at::Tensor>>& average, double decay,
              bool warms_up) {
-            ScalerTensors scaler{found_inf.value_or(at::Tensor()),
-                                 grad_scale.value_or(at::Tensor()),
-                                 grad_factor.value_or(at::Tensor()),
-                                 {}};
-            if (average) scaler.average = {average->first, average->second, decay, warms_up};
-            return plan.step(param_groups, state, 1.0, all_for_torch, std::move(scaler));
+            StepPlan::Options options{inv_grad_scale, all_for_torch, {}, average_weight, {}};
+            if (!grads.is_none()) options.grads = grads;
+            options.scaler = {found_inf.value_or(at::Tensor()),
+                              grad_scale.value_or(at::Tensor()),
+                              grad_factor.value_or(at::Tensor()),
+                              {}};
+            if (average) {
+              options.scaler.average = {average->first, average->second, decay, warms_up};
+            }
+            return plan.step(param_groups, state, std::move(options));
           },
-          py::arg("param_groups"), py::arg("state"), py::arg("all_for_torch"), py::arg("found_inf"),
-          py::arg("grad_scale"), py::arg("grad_factor"), py::arg("average"), py::arg("ema_decay"),
-          py::arg("ema_warmup"))
+          py::arg("param_groups"), py::arg("state"), py::arg("inv_grad_scale") = 1.0,
+          py::arg("all_for_torch") = false, py::arg("average_weight") = py::none(),
+          py::arg("grads") = py::none(), py::arg("found_inf") = py::none(),
+          py::arg("grad_scale") = py::none(), py::arg("grad_factor") = py::none(),
+          py::arg("average") = py::none(), py::arg("ema_decay") = 0.0,
+          py::arg("ema_warmup") = false)
+      .def("begin_torch_step", &StepPlan::begin_torch_step)
       .def("run", &StepPlan::run)
       .def("discard", &StepPlan::discard)
-      .def("convert", &StepPlan::convert, py::arg("param_groups"), py::arg("state"))
-      .def("set_average_weight", &StepPlan::set_average_weight, py::arg("weight"))
+      .def("pending_changes", &StepPlan::pending_changes, py::arg("param_groups"), py::arg("state"))
       .def_property("rounding_step", &StepPlan::rounding_step, &StepPlan::set_rounding_step)
-      .def("begin_torch_step", &StepPlan::begin_torch_step)
-      .def("adopt_formulations", &StepPlan::adopt_formulations, py::arg("param_groups"))
       .def("unstarted_buffers", &StepPlan::unstarted_buffers);
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;
   py::class_<GradNorm>(m, "GradNorm")
@@ -104,7 +110,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("compute_of", &GradNorm::compute_of, py::arg("grads"), py::arg("norm_type"))
       .def("conclude", &GradNorm::conclude, py::arg("factor"), py::arg("inv_scale"),
            py::arg("grad_scale"), py::arg("max_norm"))
-      .def("compare", &GradNorm::compare, py::arg("param_groups"));
+      .def("remember", &GradNorm::remember, py::arg("param_groups"),
+           py::arg("indices") = py::none())
+      .def("match", &GradNorm::match, py::arg("param_groups"))
+      .def_property_readonly("num_grads", &GradNorm::num_grads)
+      .def_property_readonly("device", &GradNorm::device)
+      .def_property_readonly("has_float16", &GradNorm::has_float16);
   py::class_<ListStep>(m, "ListStep")
       .def(py::init([](const py::list& groups, std::vector<at::Tensor> params,
                        std::vector<at::Tensor> grads,
@@ -128,6 +139,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("clip_by_norm", &clip_by_norm, py::arg("norm"), py::arg("dtype"), py::arg("max_norm"));
   m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
   m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"));
+  m.def("check_memory", &check_memory, py::arg("tensor"), py::arg("name"));
   m.def("is_capturing", [](int16_t device) { return is_capturing(device); }, py::arg("device"));
   m.def("isa", &cpu::isa);
   m.def("isas", &cpu::isas);

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from momentum_ext import _C
 
-__all__ = ["UpdateCount", "average_weight", "check_decay", "swapped"]
+__all__ = ["COUNT", "HeldWeights", "UpdateCount", "average_weight", "check_decay", "swapped"]
 
 # A parameter's state has AVERAGE; the first group counts the updates, so that a checkpoint has the count.
 AVERAGE = "ema"
@@ -88,6 +88,31 @@ class UpdateCount:
         self._stays_on_host = True
 
 
+class HeldWeights:
+    """Whether other weights are in the parameters' place, inside a context of this name.
+
+    An object of its own, because wrappers (Lightning's, accelerate's) copy an optimizer's attributes: they then share
+    this one, and a step inside raises in each of them.
+    """
+
+    def __init__(self) -> None:
+        self.context: str | None = None
+
+    def check(self) -> None:
+        """Raises RuntimeError inside such a context."""
+        if self.context is not None:
+            raise RuntimeError(f"other weights are in the parameters' place; leave {self.context}() first")
+
+    @contextmanager
+    def hold(self, context: str) -> Iterator[None]:
+        self.check()
+        self.context = context
+        try:
+            yield
+        finally:
+            self.context = None
+
+
 @contextmanager
 def swapped(state: dict[Tensor, Any]) -> Iterator[None]:
     """Parameters and averages in each other's memory; both come back bit for bit."""
@@ -98,6 +123,7 @@ def swapped(state: dict[Tensor, Any]) -> Iterator[None]:
                 f"an average is {average.dtype} {tuple(average.shape)} on {average.device} and its parameter "
                 f"{param.dtype} {tuple(param.shape)} on {param.device}; delete it from the state to start a new one"
             )
+    _check_memory(pairs)
     done = 0
     try:
         for pair in pairs:
@@ -105,8 +131,15 @@ def swapped(state: dict[Tensor, Any]) -> Iterator[None]:
             done += 1
         yield
     finally:
+        _check_memory(pairs)
         for pair in reversed(pairs[:done]):  # parameters may share memory
             _swap(*pair)
+
+
+def _check_memory(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for i, (param, average) in enumerate(pairs):
+        _C.check_memory(param, f"parameter {i} with an average")
+        _C.check_memory(average, f"ema of parameter {i}")
 
 
 @torch.no_grad()

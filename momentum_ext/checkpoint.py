@@ -1,4 +1,4 @@
-"""Checkpoints of low-precision state: loaded without torch's casts, and written for torch.optim.SGD."""
+"""Checkpoints: what leaves by state_dict(), and what comes in by load_state_dict(), without torch's casts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,69 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
-from momentum_ext.averaging import COUNT
-from momentum_ext.precision import BUFFER, EIGHT_BITS, HALVES, MASTER, OPTIONS, REMAINDER, ROUNDING_STEP, SCALE
+from momentum_ext.averaging import AVERAGE, COUNT
+from momentum_ext.formulation import FORMULATION_DEFAULTS
+from momentum_ext.lookahead import LOOKAHEAD
+from momentum_ext.precision import BUFFER, EIGHT_BITS, MASTER, OPTIONS, REMAINDER, ROUNDING_STEP, SCALE, check_options
 
-__all__ = ["as_torch_state_dict", "keep_dtypes", "settle", "unpack"]
+__all__ = ["as_torch_state_dict", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
 
-_OWN_KEYS = (*OPTIONS, ROUNDING_STEP, COUNT, "formulation", "decoupled_weight_decay")
+OWN_DEFAULTS = {**FORMULATION_DEFAULTS, **OPTIONS}
+_OWN_KEYS = (*OWN_DEFAULTS, ROUNDING_STEP, COUNT, "buffer_formulation")
+
+# State of ours, and the dtypes in which it leaves and comes back where gloo and NCCL do not move its own.
+_OWN_STATE = (BUFFER, SCALE, REMAINDER, MASTER, AVERAGE, LOOKAHEAD)
+_LEAVES_AS = {torch.int16: torch.bfloat16, torch.float8_e4m3fn: torch.uint8}
+_COMES_BACK_AS = {(REMAINDER, torch.bfloat16): torch.int16, (BUFFER, torch.uint8): torch.float8_e4m3fn}
+
+
+def without_defaults(group: dict[str, Any]) -> None:
+    """Drop our options where they say what torch.optim.SGD would do; a momentum_dtype becomes its name."""
+    check_options(group)
+    for name, default in OWN_DEFAULTS.items():
+        if name != "rounding_seed" and group.get(name, default) == default:
+            group.pop(name, None)
+    if "stochastic_rounding" not in group:  # the seed says nothing without it
+        group.pop("rounding_seed", None)
+
+
+# ---- out ------------------------------------------------------------------------------------------------------------
+
+
+def with_changes(state_dict: dict[str, Any], changes: list[Any], names: dict[int, Any]) -> dict[str, Any]:
+    """A state dict with what the next step would start from, in dtypes that can travel.
+
+    `changes` are (parameter, key, tensor or None), `names` the state dict's keys of the parameters, by id.
+    """
+    state = {name: dict(entry) if isinstance(entry, dict) else entry for name, entry in state_dict["state"].items()}
+    for param, key, tensor in changes:
+        entry = state[names[id(param)]]
+        if tensor is None:
+            entry.pop(key, None)
+        else:
+            entry[key] = tensor
+    for entry in state.values():
+        for key in _OWN_STATE if isinstance(entry, dict) else ():
+            if isinstance(entry.get(key), Tensor) and entry[key].dtype in _LEAVES_AS:
+                entry[key] = _view(entry[key], _LEAVES_AS[entry[key].dtype])
+    return {**state_dict, "state": state}
+
+
+def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same memory in another dtype of the same size; of a DTensor, too."""
+    if type(tensor) is Tensor:
+        return tensor.view(dtype)
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor.view(dtype)
+    local = tensor.to_local().view(dtype)
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+# ---- in -------------------------------------------------------------------------------------------------------------
 
 
 class _Kept:
@@ -30,7 +87,7 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, load: Callable[[], None]) -> N
     def hide(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         hidden = {
             key: {
-                name: _Kept(value) if name in (BUFFER, SCALE, REMAINDER, MASTER) and type(value) is Tensor else value
+                name: _Kept(value) if name in _OWN_STATE and isinstance(value, Tensor) else value
                 for name, value in entry.items()
             }
             if isinstance(entry, dict)
@@ -51,43 +108,44 @@ def unpack(state: dict[Any, Any]) -> None:
     for param, entry in state.items():
         for name, value in entry.items() if isinstance(entry, dict) else ():
             if isinstance(value, _Kept):
-                entry[name] = _on_device(param, value.tensor)
+                dtype = _COMES_BACK_AS.get((name, value.tensor.dtype))
+                tensor = value.tensor if dtype is None else _view(value.tensor, dtype)
+                entry[name] = tensor.to(param.device) if isinstance(param, Tensor) else tensor
 
 
-def _on_device(param: Any, tensor: Tensor) -> Tensor:
-    if not isinstance(param, Tensor):
-        return tensor
-    # Wider than what is computed with: from a model of another dtype, and cast as torch casts it.
-    is_too_wide = tensor.dtype == torch.float64 and param.is_floating_point()
-    return tensor.to(param.device, param.dtype if is_too_wide else None)
+def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
+    """Raises ValueError for state that is not whole, by name."""
+    for g, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            entry = state.get(param, {})
+            name = f"state of param_groups[{g}]['params'][{i}]"
+            buffer, scale = entry.get(BUFFER), entry.get(SCALE)
+            if isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS and not isinstance(scale, Tensor):
+                raise ValueError(
+                    f'{name}: its "{BUFFER}" is {buffer.dtype} and there is no "{SCALE}" beside it; delete the buffer '
+                    "to start from no momentum, or load a whole checkpoint"
+                )
+            for key in (BUFFER, REMAINDER, MASTER, AVERAGE):
+                tensor = entry.get(key)
+                if isinstance(tensor, Tensor) and tensor.shape != param.shape:
+                    raise ValueError(
+                        f'{name}: its "{key}" has shape {tuple(tensor.shape)} and the parameter {tuple(param.shape)}; '
+                        "load the checkpoint of this model"
+                    )
+            if isinstance(entry.get(AVERAGE), Tensor) and COUNT not in group:
+                raise ValueError(
+                    f'{name}: it has an average ("{AVERAGE}") and its group no "{COUNT}", which counts the updates; '
+                    "delete the averages to start new ones, or load a whole checkpoint"
+                )
 
 
-def settle(group: dict[str, Any], state: dict[Any, Any]) -> None:
-    """After loading: a group that names no momentum_dtype has buffers as torch would, or in fp32 for 16-bit parameters.
-
-    What a group names is converted in the next step, from what was stored.
-    """
-    for param in group["params"]:
-        entry = state.get(param, {})
-        buffer = entry.get(BUFFER)
-        if not isinstance(buffer, Tensor) or not param.is_floating_point():
-            continue
-        if group.get("momentum_dtype") is None:
-            if buffer.dtype in EIGHT_BITS and SCALE in entry:
-                entry[BUFFER] = _C.dequantize(buffer, entry.pop(SCALE)).to(param.dtype)
-            elif not (buffer.dtype == torch.float32 and param.dtype in HALVES):
-                entry[BUFFER] = buffer.to(param.dtype)
-        if not group.get("master_weights", False):
-            entry.pop(REMAINDER, None)
-            entry.pop(MASTER, None)
+# ---- for torch.optim.SGD --------------------------------------------------------------------------------------------
 
 
 def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     """What torch.optim.SGD can load, of what FusedMomentum.state_dict() has returned; see torch_state_dict()."""
     groups = []
     for g, group in enumerate(state_dict["param_groups"]):
-        if "train_mode" in group:
-            raise RuntimeError("torch_state_dict(): optimizer.eval() holds the iterate; call optimizer.train() first")
         if group.get("decoupled_weight_decay", False) and group["weight_decay"] != 0:
             raise ValueError(
                 f"torch_state_dict(): param_groups[{g}] has decoupled_weight_decay, which torch.optim.SGD has not"
@@ -107,8 +165,9 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
         buffer = entry.get(BUFFER)
         if not isinstance(buffer, Tensor):
             continue
-        if buffer.dtype in EIGHT_BITS:
-            buffer = _C.dequantize(buffer, entry[SCALE])
+        if SCALE in entry:
+            stored = buffer if buffer.dtype == torch.int8 else buffer.view(torch.float8_e4m3fn)
+            buffer = _C.dequantize(stored, entry[SCALE])
         group = group_of.get(index, {})
         if group.get("formulation") == "classical" and group["momentum"] != 0:
             if float(group["lr"]) == 0:

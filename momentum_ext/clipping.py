@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,185 +11,267 @@ from torch import Tensor
 
 from momentum_ext import _C
 
-__all__ = ["GradFactor", "clip_by_norm"]
+__all__ = ["GradFactor", "StandIns", "clip_by_norm"]
+
+# The gradients in the place of those of these parameters.
+StandIns = dict[Tensor, Tensor]
+
+
+@dataclass
+class _Coefficient:
+    """What gradients are multiplied with in the next step, as if it had been written into them."""
+
+    factor: float | Tensor
+    norm: float | Tensor | None  # of the gradients that it was computed from
+    unscales: bool  # 1 / scale of a GradScaler is in it
+    is_over: bool = False  # the GradScaler has gone on without a step
+
+    def lapses_when_written(self) -> bool:
+        """False where new values would be multiplied with what was computed from others.
+
+        After an overflow they would not: then training goes on with new gradients in the same memory. Only this
+        question reads the norm of CUDA gradients.
+        """
+        if self.is_over:
+            return True
+        if self.unscales:
+            return False
+        return _is_one(self.factor) or (self.norm is not None and not math.isfinite(float(self.norm)))
 
 
 class GradFactor:
-    """What the next step multiplies the gradients with, and for which gradients that was worked out.
+    """What the next step multiplies the gradients with, and which gradients that was worked out for.
+
+    A coefficient belongs to the memory of the gradients that it was computed from, as if they had been clipped in
+    place: a view of the same storage is clipped, a gradient in other memory is not. Gradients that were written to
+    since are an error, unless what waits is known to be 1 or came from an overflow. What ends a coefficient is
+    ``zero_grad()``, the step that uses it, and a step that a GradScaler leaves out.
 
     For CUDA gradients it is a tensor on their device, which the host does not read. It lives in one of two places that
     take turns: a captured graph finds it where it was, and the one before is there as long as a step may yet fail.
-
-    The factor belongs to the gradients that were there when it was worked out. Gradients that have all been replaced
-    since (another backward from None) are not clipped by it. If only some have, if they were written to, or if they are
-    still to be unscaled, what is meant cannot be told, and :meth:`current` raises. ``zero_grad`` clears it.
     """
 
     def __init__(self) -> None:
         self.is_active = False  # an attribute, because each step asks
         self.traced: Tensor | None = None  # the factor of a compiled function, where nobody has read its value
         self._norms = _C.GradNorm()
-        self._factor: float | Tensor = 1.0
-        self._unscales = False
+        self._coefficients: list[_Coefficient] = []
+        self._is_same = False  # current() has found the gradients that were remembered
         self._known: tuple[float, float | None, torch.dtype] | None = (
             None  # norm_type, norm of the gradients as they are (None: the device knows), dtype
         )
 
-    def current(self, param_groups: list[dict[str, Any]]) -> float | Tensor:
-        """The factor for the gradients that are there now.
+    def current(self, param_groups: list[dict[str, Any]]) -> tuple[float | Tensor, StandIns | None]:
+        """The factor for the gradients that are there now; where they have different ones 1, and stand-ins.
 
         Raises:
-            RuntimeError: for gradients that are partly others than those that were clipped.
+            RuntimeError: for a gradient that was written to since, with its place in `param_groups`.
         """
+        self._is_same = False
         if self.traced is not None:
-            return float(self.traced)
-        if _is_one(self._factor):
-            return 1.0
-        found = self._norms.compare(param_groups)
-        if found == "changed":
-            raise RuntimeError(
-                "some gradients were written to or replaced after clip_grad_norm_() or unscale_(), which take effect "
-                "in step(); clip after the last backward(), or call zero_grad() to start again"
-            )
-        if found == "replaced":
-            if self._unscales:
+            return float(self.traced), None
+        if not self._coefficients:
+            return 1.0, None
+        found = self._norms.match(param_groups)
+        self._is_same = found is None
+        if found is None:
+            return self._coefficients[0].factor, None
+        factors = {param_groups[g]["params"][i]: self._factor_of(code, g, i) for g, i, code in found}
+        if len({id(factor) if isinstance(factor, Tensor) else factor for factor in factors.values()}) <= 1:
+            return next(iter(factors.values()), 1.0), None
+        return 1.0, {param: _multiplied(param.grad, factor) for param, factor in factors.items() if not _is_one(factor)}
+
+    def _factor_of(self, code: int, g: int, i: int) -> float | Tensor:
+        if code >= 0:
+            return self._coefficients[code].factor
+        name = f"gradient of param_groups[{g}]['params'][{i}]"
+        if code == -1:
+            if any(each.unscales and not each.is_over for each in self._coefficients):
                 raise RuntimeError(
-                    "all gradients were replaced after unscale_(), which takes effect in step(): the new ones may "
-                    "still be scaled; change them before unscale_(), or call zero_grad() to start again"
+                    f"{name}: it was replaced after unscale_(), which takes effect in step(), so it may still be "
+                    "scaled; replace it before unscale_(), or call optimizer.zero_grad() to start again"
                 )
-            self.clear()
-        return self._factor
-
-    def snapshot(self) -> tuple[float | Tensor, bool, bool, Tensor | None]:
-        """To be given to :meth:`restore` when a step fails."""
-        return self._factor, self._unscales, self.is_active, self.traced
-
-    def restore(self, snapshot: tuple[float | Tensor, bool, bool, Tensor | None]) -> None:
-        self._factor, self._unscales, self.is_active, self.traced = snapshot
-        self._known = None
+            return 1.0
+        coefficient = self._coefficients[-2 - code]
+        if coefficient.lapses_when_written():
+            return 1.0
+        before = "unscale_()" if coefficient.unscales else "clip_grad_norm_()"
+        raise RuntimeError(
+            f"{name}: it was written to after {before}, which takes effect in step(); clip last, after the last "
+            "backward, call optimizer.zero_grad() to start again, or use max_grad_norm, which clips in the step"
+        )
 
     def clear(self) -> None:
         """After the step."""
         self.traced = None
-        self._factor = 1.0
-        self._unscales = False
+        self._coefficients = []
         self._known = None
         self.is_active = False
+
+    def outlive_scaler(self) -> None:
+        """After GradScaler.update() without a step: what waits belongs to these very values."""
+        for coefficient in self._coefficients:
+            coefficient.is_over = True
 
     def unscale(self, param_groups: list[dict[str, Any]], inv_scale: Tensor, only_checks: bool) -> Tensor | None:
         """Have the next step multiply with `inv_scale`, which is 1 where it only checks.
 
         Returns torch.amp.GradScaler's found_inf, on the gradients' device; None: torch must do it.
+
+        Raises:
+            ValueError: for fp16 gradients that are to be unscaled, as in torch.
         """
-        factor = self.current(param_groups)
+        factor, grads = self.current(param_groups)
         computed = self._norms.compute(param_groups, 2.0)
         if computed is None:
             return None
-        self.traced = None
+        if not only_checks and self._norms.has_float16:
+            raise ValueError("Attempting to unscale FP16 gradients.")
         norm, dtype = computed
         if norm is None:
-            new, found_inf = self._norms.conclude(_on_device(factor), None if only_checks else inv_scale, None, None)
-            self._factor = factor if only_checks else new
+            scale = None if only_checks else inv_scale
+            new, found_inf = self._norms.conclude(self._on_device(factor), scale, None, None)
         else:
-            found_inf = torch.full((), 0.0 if math.isfinite(norm) else 1.0)
-            self._factor = factor if only_checks else factor * float(inv_scale)
-        self._unscales = self._unscales or not (only_checks or (norm is not None and float(inv_scale) == 1.0))
-        self.is_active = True
+            found_inf = torch.full((), 0.0 if math.isfinite(norm) else 1.0, dtype=torch.float32, device="cpu")
+            new = float(factor) * float(inv_scale)
+        unscales = not only_checks and (norm is None or float(inv_scale) != 1.0)
+        self._remember(param_groups, grads, factor if only_checks else new, None, unscales)
         self._known = (2.0, norm, dtype)
         return found_inf
 
+    @property
+    def has_grads(self) -> bool:
+        """Whether :meth:`unscale` has found any."""
+        return self._norms.num_grads != 0
+
     def clip(
-        self,
-        param_groups: list[dict[str, Any]],
-        max_norm: float,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        inv_grad_scale: float = 1.0,
+        self, param_groups: list[dict[str, Any]], max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> Tensor:
-        """As torch.nn.utils.clip_grad_norm_, for the gradients times the factor; the factor takes the coefficient.
-
-        `inv_grad_scale` is what the step will multiply with besides.
-        """
-        factor = self.current(param_groups)
-        known = self._norm(param_groups, norm_type)
-        if known is None:
-            return self._clip_by_torch(param_groups, factor, max_norm, norm_type, error_if_nonfinite, inv_grad_scale)
-        norm, dtype = known
-        if norm is None:
-            device = next(param.grad.device for param in _with_grad(param_groups) if param.grad is not None)
-            return self._clip_on_device(device, factor, max_norm, norm_type, error_if_nonfinite, inv_grad_scale)
-        # In double until here: only what is returned may overflow a 16-bit dtype.
-        norm *= abs(float(factor) * inv_grad_scale)
-        returned, coefficient = clip_by_norm(norm, dtype, max_norm, norm_type, error_if_nonfinite)
-        self.traced = None
-        self._factor = factor * coefficient
-        self.is_active = True
-        return returned
-
-    def clip_and_unscale(
-        self, param_groups: list[dict[str, Any]], max_norm: float, grad_scale: Tensor | None
-    ) -> Tensor | None:
-        """As :meth:`clip`, of CUDA gradients by their 2-norm; the factor takes 1 / grad_scale as well.
-
-        None, and nothing has changed, where the host must read grad_scale.
-        """
-        factor = self.current(param_groups)
-        known = self._norm(param_groups, 2.0)
-        if known is None or known[0] is not None:
-            return None
-        self._factor, norm = self._norms.conclude(_on_device(factor), None, grad_scale, max_norm)
-        self.is_active = True
+        """As torch.nn.utils.clip_grad_norm_, for the gradients times their factors, which take the coefficient."""
+        factor, grads = self.current(param_groups)
+        computed = self._norm_of(param_groups, grads, norm_type)
+        if computed is None:
+            return self._clip_by_torch(param_groups, factor, grads, max_norm, norm_type, error_if_nonfinite, 1.0)
+        norm, new = self._clipped(computed, factor, max_norm, norm_type, error_if_nonfinite, 1.0)
+        self._remember(param_groups, grads, new, norm, unscales=False)
         return norm
 
-    def take_scale(self, param_groups: list[dict[str, Any]], grad_scale: Tensor) -> Tensor:
-        """A factor on the device that has 1 / grad_scale in it."""
-        factor = _on_device(self.current(param_groups))
-        self._factor, _ = self._norms.conclude(factor, None, grad_scale, None)
-        return self._factor
+    def in_step(
+        self, param_groups: list[dict[str, Any]], max_norm: float | None, inv_grad_scale: float
+    ) -> tuple[float | Tensor, StandIns | None, Tensor | None]:
+        """Factor and stand-ins for a step, and with a `max_norm` the norm of the gradients times `inv_grad_scale`.
 
-    def _norm(self, param_groups: list[dict[str, Any]], norm_type: float) -> tuple[float | None, torch.dtype] | None:
+        Nothing is remembered, so that a step that fails ends nothing.
+        """
+        factor, grads = self.current(param_groups)
+        if max_norm is None:
+            return factor, grads, None
+        computed = self._norm_of(param_groups, grads, 2.0)
+        if computed is None:
+            return 1.0, None, self._clip_by_torch(param_groups, factor, grads, max_norm, 2.0, False, inv_grad_scale)
+        norm, new = self._clipped(computed, factor, max_norm, 2.0, False, inv_grad_scale)
+        return new, grads, norm
+
+    def in_step_on_device(
+        self, param_groups: list[dict[str, Any]], max_norm: float | None, grad_scale: Tensor | None
+    ) -> tuple[float | Tensor, StandIns | None, Tensor | None] | None:
+        """The same; a factor that is a tensor has 1 / `grad_scale` in it. None where the host must know."""
+        factor, grads = self.current(param_groups)
+        if max_norm is not None:
+            computed = self._norm_of(param_groups, grads, 2.0)
+            if computed is None or computed[0] is not None:
+                return None
+            new, norm = self._norms.conclude(self._on_device(factor), None, grad_scale, max_norm)
+            return new, grads, norm
+        if isinstance(factor, Tensor) and grad_scale is not None:
+            factor = self._norms.conclude(factor, None, grad_scale, None)[0]
+        return factor, grads, None
+
+    def _norm_of(
+        self, param_groups: list[dict[str, Any]], grads: StandIns | None, norm_type: float
+    ) -> tuple[float | None, torch.dtype] | None:
         """Norm (None: the device knows it) and dtype; None for what only torch can do."""
-        known, self._known = self._known, None
-        if known is not None and known[0] == norm_type and self._norms.compare(param_groups) == "same":
+        if grads is not None:
+            return self._norms.compute_of(_all_grads(param_groups, grads), norm_type)
+        known = self._known
+        if known is not None and known[0] == norm_type and self._is_same:
             return known[1:]
         return self._norms.compute(param_groups, norm_type)
 
-    def _clip_on_device(
+    def _clipped(
         self,
-        device: torch.device,
+        computed: tuple[float | None, torch.dtype],
         factor: float | Tensor,
         max_norm: float,
         norm_type: float,
         error_if_nonfinite: bool,
         inv_grad_scale: float,
-    ) -> Tensor:
-        scale = None if inv_grad_scale == 1.0 else torch.full((), inv_grad_scale, device=device)
-        new, norm = self._norms.conclude(_on_device(factor), scale, None, max_norm)
-        if error_if_nonfinite and not math.isfinite(norm.item()):
+    ) -> tuple[Tensor, float | Tensor]:
+        """The norm as torch returns it, and the factor with the coefficient that clips in it."""
+        norm, dtype = computed
+        if norm is not None:  # in double until here: only what is returned may overflow a 16-bit dtype
+            norm *= abs(float(factor) * inv_grad_scale)
+            returned, coefficient = clip_by_norm(norm, dtype, max_norm, norm_type, error_if_nonfinite)
+            return returned, factor * coefficient
+        scale = self._on_device(inv_grad_scale, torch.float32)
+        new, returned = self._norms.conclude(self._on_device(factor), scale, None, max_norm)
+        if error_if_nonfinite and not math.isfinite(float(returned)):
             _raise_nonfinite(norm_type)
         # A step that multiplies with a number of the host's does not stay on the device: it may wait here.
-        self._factor = new if scale is None else float(new) / inv_grad_scale
+        return returned, new if scale is None else float(new) / inv_grad_scale
+
+    def _on_device(self, factor: float | Tensor, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        """Where the gradients are; None for 1."""
+        if isinstance(factor, Tensor):
+            return factor
+        return None if factor == 1.0 else torch.full((), factor, dtype=dtype, device=f"cuda:{self._norms.device}")
+
+    def _remember(
+        self,
+        param_groups: list[dict[str, Any]],
+        grads: StandIns | None,
+        factor: float | Tensor,
+        norm: float | Tensor | None,
+        unscales: bool,
+    ) -> None:
+        """The gradients that are there now have this factor; with stand-ins, each has it besides its own."""
+        before = self._coefficients
+        unscales = unscales or any(each.unscales for each in before)
+        if grads is None:
+            self._coefficients = [_Coefficient(factor, norm, unscales)]
+            self._norms.remember(param_groups)
+        else:
+            codes = [max(code, -1) for _, _, code in self._norms.match(param_groups) or []]
+            kinds = sorted(set(codes))
+            factors = [before[code].factor if code >= 0 else 1.0 for code in kinds]
+            self._coefficients = [_Coefficient(each * factor, norm, unscales) for each in factors]
+            self._norms.remember(param_groups, [kinds.index(code) for code in codes])
+        self._known = None if grads is not None else self._known  # that of the gradients as they are
+        self.traced = None
         self.is_active = True
-        return norm
 
     def _clip_by_torch(
         self,
         param_groups: list[dict[str, Any]],
         factor: float | Tensor,
+        grads: StandIns | None,
         max_norm: float,
         norm_type: float,
         error_if_nonfinite: bool,
         inv_grad_scale: float,
     ) -> Tensor:
         """Other norms, devices and layouts: torch's own functions, which write to the gradients."""
-        params = list(_with_grad(param_groups))
-        grads = [param.grad for param in params if param.grad is not None]
-        if not _is_one(factor):
+        params = _with_grad(param_groups)
+        if grads is not None or not _is_one(factor):
             with torch.no_grad():
-                for grad in grads:
-                    grad.mul_(factor)
+                for param in params:
+                    if grads is None:
+                        param.grad.mul_(factor)
+                    elif param in grads:
+                        param.grad.copy_(grads[param])
         self.clear()
-        norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite) * inv_grad_scale
+        norm = torch.nn.utils.get_total_norm([param.grad for param in params], norm_type, error_if_nonfinite)
+        norm = norm * inv_grad_scale
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm
 
@@ -203,14 +285,21 @@ def clip_by_norm(
     return _C.clip_by_norm(norm, dtype, max_norm)
 
 
-def _with_grad(param_groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+def _with_grad(param_groups: list[dict[str, Any]]) -> list[Any]:
     """Parameters that have a gradient, each once."""
-    seen = set()
-    for group in param_groups:
-        for param in group["params"]:
-            if param.grad is not None and id(param) not in seen:
-                seen.add(id(param))
-                yield param
+    params = {id(param): param for group in param_groups for param in group["params"]}
+    return [param for param in params.values() if param.grad is not None]
+
+
+def _all_grads(param_groups: list[dict[str, Any]], grads: StandIns) -> list[Tensor]:
+    return [grads.get(param, param.grad) for param in _with_grad(param_groups)]
+
+
+@torch.no_grad()
+def _multiplied(grad: Any, factor: float | Tensor) -> Tensor:
+    """A stand-in for a gradient, in the precision that the step computes in."""
+    exact = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+    return exact * factor  # type: ignore[no-any-return]
 
 
 def _raise_nonfinite(norm_type: float) -> None:
@@ -224,7 +313,3 @@ def _raise_nonfinite(norm_type: float) -> None:
 def _is_one(factor: float | Tensor) -> bool:
     """Without a look at the device."""
     return not isinstance(factor, Tensor) and factor == 1.0
-
-
-def _on_device(factor: float | Tensor) -> Tensor | None:
-    return factor if isinstance(factor, Tensor) else None

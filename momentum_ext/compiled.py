@@ -21,15 +21,16 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from momentum_ext import operators  # noqa: F401  # registers them
 from momentum_ext.averaging import AVERAGE, UpdateCount
-from momentum_ext.lookahead import TRAIN_MODE
 
 if TYPE_CHECKING:
     from momentum_ext.optimizer import FusedMomentum
 
 __all__ = ["Traced", "clip_grad_norm_", "step", "zero_grad"]
 
-# What a group has when it wants more than the operator knows, and what such a group is not compiled for.
+# What a group has when it wants more than the operator knows, and what such a group is not compiled for; and what the
+# state of its parameters has then.
 _EAGER_OPTIONS = ("momentum_dtype", "master_weights", "stochastic_rounding")
+_EAGER_STATE = ("momentum_scale", "param_remainder", "master_param")
 
 
 # What a graph sets to None, by names of their own: torch 2.13's Dynamo has one constant for every None that is written
@@ -141,11 +142,6 @@ def _step(optimizer: FusedMomentum) -> None:
     _clear_factor(optimizer)
 
 
-def stored_as(group: dict[str, Any]) -> tuple[str, bool]:
-    """The formulation of a group's buffers, and whether its state is in other bits than torch's."""
-    return group.get("formulation", "torch"), any(bool(group.get(option)) for option in _EAGER_OPTIONS)
-
-
 def zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
     """FusedMomentum.zero_grad() in a graph, where this torch can."""
     if not _GRAPHS_ZERO_GRAD:
@@ -188,7 +184,7 @@ def _clear_factor(optimizer: FusedMomentum) -> None:
     factor = optimizer._grad_factor
     if factor.is_active:
         factor.traced = factor._known = _NO_FACTOR
-        factor._factor, factor._unscales, factor.is_active = 1.0, False, False
+        factor._coefficients, factor.is_active = [], False
 
 
 def _find(optimizer: FusedMomentum, param: Tensor, key: str) -> Tensor | None:
@@ -219,10 +215,11 @@ _REASONS = {
     "hooks": "step hooks are called by the eager step",
     "scaler": "a GradScaler has left grad_scale or found_inf on the optimizer",
     "differentiable": "differentiable=True takes torch's own path",
-    "mode": "parameters and their averages or iterates have changed places (ema_weights(), eval())",
+    "held": "other weights are in the parameters' place (ema_weights(), iterate_weights())",
     "clipped": "the gradients were clipped or unscaled outside of the compiled function; clip inside",
-    "formulation": "a group's formulation or precision was edited, so that its state is to be converted first",
-    "options": "a group has momentum_dtype, master_weights or stochastic_rounding",
+    "formulation": "a group's formulation was edited, so that its momentum buffers are to be converted first",
+    "options": "a group has momentum_dtype, master_weights or stochastic_rounding, or its state has another dtype",
+    "idle": "lr is 0 in every group, which is no training",
     "count": "the averages' count of updates is on the CUDA device, since an overflow or a warm-up there",
     "hyperparameters": "a hyperparameter is neither a number nor a tensor that needs no gradient",
     "repeated": "a parameter is listed twice",
@@ -241,16 +238,18 @@ def _why_not(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, 
         return "scaler"
     if optimizer.defaults["differentiable"]:
         return "differentiable"
-    if optimizer._is_swapped or not all(group.get(TRAIN_MODE, True) for group in groups):
-        return "mode"
+    if optimizer._held_weights.context is not None:
+        return "held"
     if optimizer._grad_factor.is_active and optimizer._grad_factor.traced is None:
         return "clipped"
     if optimizer.ema_decay is not None and optimizer._traced.ema_count.is_on_device:
         return "count"
-    if any(group.get(option) for group in groups for option in _EAGER_OPTIONS):
+    if any(group.get(option) for group in groups for option in _EAGER_OPTIONS) or _has_other_state(optimizer):
         return "options"
-    if [stored_as(group) for group in groups] != optimizer._formulations:
+    if any(group.get("formulation", "torch") != group.get("buffer_formulation", "torch") for group in groups):
         return "formulation"
+    if all(_is_number(group["lr"]) and group["lr"] == 0 for group in groups):
+        return "idle"
     for group in groups:
         if not (_is_number(group["momentum"]) and _is_number(group["dampening"])):
             return "hyperparameters"
@@ -263,6 +262,18 @@ def _why_not(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, 
                 return "repeated"
             seen.add(param)
     return None
+
+
+def _has_other_state(optimizer: FusedMomentum) -> bool:
+    """State in another format than a group without options has, which the next eager step converts."""
+    for group in optimizer.__dict__["param_groups"]:
+        for param in group["params"]:
+            buffer = _find(optimizer, param, "momentum_buffer")
+            if buffer is not None and buffer.dtype != param.dtype:
+                return True
+            if any(_find(optimizer, param, key) is not None for key in _EAGER_STATE):
+                return True
+    return False
 
 
 def _is_number(value: Any) -> bool:
@@ -284,9 +295,7 @@ def _outside(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
 def _run_eager_step(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from momentum_ext.optimizer import FusedMomentum
 
-    result = FusedMomentum.step(optimizer, *args, **kwargs)
-    optimizer._note_formulations()  # the plan has converted the buffers
-    return result
+    return FusedMomentum.step(optimizer, *args, **kwargs)
 
 
 def _run_eager_clip(optimizer: FusedMomentum, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:

@@ -27,16 +27,29 @@ class GradScaler(torch.amp.GradScaler):
         scaler.update()
 
     ``unscale_`` leaves ``param.grad`` scaled: what it means takes effect in the step. So clip by the optimizer's
-    method, not by torch's function, which would write to gradients that are still scaled (the step then raises). On a
-    CUDA device nothing waits for the numbers: all of it is one pass that reads the gradients and one that updates.
+    method, not by torch's function, which would write to gradients that are still scaled (the step then raises), and
+    take torch's scaler where hooks or trainers want to see unscaled gradients between ``unscale_`` and ``step``. On a
+    CUDA device nothing waits for the numbers: all of it is one pass that reads the gradients and one that updates. The
+    optimizer's ``step()`` is called after an overflow, too, and does nothing then.
+
     Other optimizers, and gradients that the kernels are not made for (sparse, on several devices), are treated by torch
-    as ever.
+    as ever. A default dtype or device has no effect.
     """
 
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As torch's; a FusedMomentum is handed scale and overflow, whether it was made with ``fused=True`` or not."""
+        if not isinstance(optimizer, FusedMomentum) or "_step_supports_amp_scaling" in optimizer.__dict__:
+            return super().step(optimizer, *args, **kwargs)
+        optimizer._step_supports_amp_scaling = True
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            del optimizer._step_supports_amp_scaling
+
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """As torch's; what a step that was left out would have unscaled goes."""
+        """As torch's."""
         for optimizer in self._unscaled:
-            optimizer._grad_factor.clear()
+            optimizer._grad_factor.outlive_scaler()
         self._unscaled.clear()
         super().update(new_scale)
 
@@ -53,14 +66,10 @@ class GradScaler(torch.amp.GradScaler):
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         if isinstance(optimizer, FusedMomentum):
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if not grads:
-                return {}
-            if not allow_fp16 and any(grad.dtype == torch.float16 for grad in grads):
-                raise ValueError("Attempting to unscale FP16 gradients.")
+            factor = optimizer._grad_factor
             # Without unscale_(), torch asks for fp16 too and gives 1: step() gets the scale itself.
-            ours = optimizer._grad_factor.unscale(optimizer.param_groups, inv_scale, only_checks=allow_fp16)
+            ours = factor.unscale(optimizer.param_groups, inv_scale, only_checks=allow_fp16)
             self._unscaled.add(optimizer)
             if ours is not None:
-                return {grads[0].device: ours}
+                return {ours.device: ours} if factor.has_grads else {}
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)

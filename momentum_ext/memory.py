@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momentum_ext.precision import BUFFER, EIGHT_BITS, MASTER, REMAINDER, SCALE
+from momentum_ext.precision import BUFFER, EIGHT_BITS, MASTER, REMAINDER, SCALE, dtype_of_buffer
 
 __all__ = ["MemorySummary", "summarize"]
 
@@ -64,9 +64,7 @@ def _sizes_of(param: Tensor, group: dict[str, Any], state: dict[str, Any], has_a
         return sizes  # a frozen parameter
     sizes["grads"] = param.grad.numel() * param.grad.element_size() if param.grad is not None else size
     if group["momentum"] != 0:
-        wanted = group.get("momentum_dtype")
-        found = state.get(BUFFER)
-        dtype = wanted or (found.dtype if isinstance(found, Tensor) and found.dtype not in EIGHT_BITS else param.dtype)
+        dtype = dtype_of_buffer(group, param)
         sizes[BUFFER] = numel * dtype.itemsize
         if dtype in EIGHT_BITS:
             sizes[SCALE] = 4 * -(-numel // BLOCK)

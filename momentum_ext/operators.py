@@ -136,7 +136,7 @@ def _clip(
         computed = float(norm), norm.dtype
     norm, coefficient = clip_by_norm(computed[0] * abs(factor), computed[1], max_norm, norm_type, error_if_nonfinite)
     norm = norm.to(grads[0].device) if grads else norm
-    return norm, torch.tensor(factor * coefficient, dtype=torch.float64)
+    return norm, torch.tensor(factor * coefficient, dtype=torch.float64, device="cpu")
 
 
 def _average(params: list[Tensor], averages: list[Tensor], average_weight: Tensor) -> None:
@@ -158,7 +158,7 @@ for _name, _function in (("step", _step), ("clip", _clip), ("average", _average)
 
 @torch.library.impl(_LIBRARY, "average_weight", "CompositeExplicitAutograd")
 def _weight(count: Tensor, decay: float, warmup: bool) -> Tensor:
-    return torch.tensor(_average_weight(decay, warmup, int(count)), dtype=torch.float64)
+    return torch.tensor(_average_weight(decay, warmup, int(count)), dtype=torch.float64, device="cpu")
 
 
 @torch.library.register_fake(  # type: ignore[untyped-decorator]

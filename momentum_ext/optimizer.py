@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -20,18 +20,26 @@ from torch.optim.optimizer import (
 )
 
 from momentum_ext import _C, compiled
-from momentum_ext.averaging import COUNT, UpdateCount, average_weight, check_decay, swapped
-from momentum_ext.checkpoint import as_torch_state_dict, keep_dtypes, settle, unpack
-from momentum_ext.clipping import GradFactor
+from momentum_ext.averaging import COUNT, HeldWeights, UpdateCount, average_weight, check_decay, swapped
+from momentum_ext.checkpoint import (
+    OWN_DEFAULTS,
+    as_torch_state_dict,
+    check_complete,
+    keep_dtypes,
+    unpack,
+    with_changes,
+    without_defaults,
+)
+from momentum_ext.clipping import GradFactor, StandIns
 from momentum_ext.formulation import check_group, check_torch_step, torch_step
-from momentum_ext.lookahead import TRAIN_MODE, check_train_mode, hold_iterate, hold_lookahead
+from momentum_ext.lookahead import iterates, restore_lookahead
 from momentum_ext.memory import MemorySummary, summarize
 from momentum_ext.precision import (
+    BUFFER,
     EIGHT_BITS,
-    OPTIONS,
     ROUNDING_STEP,
+    SCALE,
     check_low_precision_step,
-    check_options,
     low_precision_step,
     needs_low_precision_step,
 )
@@ -56,7 +64,8 @@ class FusedMomentum(SGD):
         p &\leftarrow p - \gamma d                      &&\text{lr } \gamma
 
     This is the formula of :class:`torch.optim.SGD`; Nesterov's form is that of Sutskever et al., "On the importance of
-    initialization and momentum in deep learning" (ICML 2013), seen from the look-ahead point (see :meth:`eval`).
+    initialization and momentum in deep learning" (ICML 2013), seen from the look-ahead point (see
+    :meth:`iterate_weights`).
 
     The field writes momentum in other ways too; ``formulation`` chooses, for each group:
 
@@ -76,15 +85,19 @@ class FusedMomentum(SGD):
     :math:`1 - \mu` times as large; there is no bias correction, so its first steps are small. With Nesterov the
     direction is :math:`\mu v + \gamma g` (classical) or :math:`\mu v + (1 - \mu) g` (ema). Without momentum all are
     :math:`p - \gamma g`. A formulation that is edited in ``param_groups`` between two steps takes effect in the next
-    one: the buffers are converted between torch's and the classical form at the current learning rate, anything else
-    raises.
+    one with momentum: the buffers, whose form is in the group's ``"buffer_formulation"``, are converted between torch's
+    and the classical form at the learning rate of that step, anything else raises.
 
     ``decoupled_weight_decay`` shrinks the parameter, :math:`p \leftarrow (1 - \gamma \lambda) p`, before the step,
     and leaves the gradient as it is (SGDW: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR
     2019).
 
     16-bit tensors are computed in fp32 and rounded once for each stored value. A momentum buffer is made with its
-    parameter's dtype and layout; one that is found in another dtype or layout is used as it is.
+    parameter's dtype and layout; one that is found in another dtype is converted, one in another layout used as it is.
+
+    A group has keys of ours only where it uses these options, and ``state_dict()`` of an optimizer that uses none has
+    SGD's keys alone. A step with lr 0 in every group is no training: it makes the state and leaves averages, counts and
+    ``grad_norm`` alone (``torch.distributed.checkpoint`` makes a fresh optimizer's state by such a step).
 
     Args:
         params: tensors or dicts of parameter groups, of any shape and layout. fp32, fp64, bf16, fp16, complex64 and
@@ -100,7 +113,8 @@ class FusedMomentum(SGD):
         maximize: maximize the objective instead of minimizing (default: False).
         foreach: accepted so that one line is enough to change; has no effect.
         differentiable: step through autograd; takes torch's path (default: False).
-        fused: accepted so that one line is enough to change; has no effect.
+        fused: True lets torch.amp.GradScaler hand over its scale, as in torch, so that the step unscales; without it
+            the scaler unscales the gradients and leaves steps out. The step is the same.
         formulation: ``"torch"``, ``"classical"`` or ``"ema"``, see above; the last two have no dampening
             (default: ``"torch"``).
         decoupled_weight_decay: decay the parameter instead of adding to the gradient (default: False).
@@ -112,8 +126,9 @@ class FusedMomentum(SGD):
             lerp follows the step (default: None).
         ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps; for parameters on one CUDA device
             it counts them, so that a captured graph warms up too (default: False).
-        momentum_dtype: dtype of the momentum buffers: float32, bfloat16, float16, int8 or float8_e4m3fn; None is
-            torch's, the parameter's own. Those of 8 bits have one fp32 scale for each 256 elements
+        momentum_dtype: dtype of the momentum buffers: float32, bfloat16, float16, int8 or float8_e4m3fn, as a
+            torch.dtype or its name (which groups and checkpoints hold); None is torch's, the parameter's own, and
+            float32 beside a master. Those of 8 bits have one fp32 scale for each 256 elements
             (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022 (default: None).
         master_weights: keep the exact fp32 value of 16-bit parameters: for bf16 as 16 more bits
             (``"param_remainder"``), for fp16 as a copy (``"master_param"``) (default: False).
@@ -135,9 +150,6 @@ class FusedMomentum(SGD):
         optimizer.step()
     """
 
-    # torch.amp.GradScaler then hands over grad_scale and found_inf instead of rewriting the gradients.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -156,7 +168,7 @@ class FusedMomentum(SGD):
         max_grad_norm: float | None = None,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
@@ -164,11 +176,18 @@ class FusedMomentum(SGD):
         check_decay(ema_decay, ema_warmup)
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
-        self._own_defaults = {"formulation": formulation, "decoupled_weight_decay": decoupled_weight_decay}
-        precision = (momentum_dtype, master_weights, stochastic_rounding, rounding_seed)
-        # Groups have these keys only where they say something: each key costs every step a comparison.
-        if precision != tuple(OPTIONS.values()):
-            self._own_defaults.update(zip(OPTIONS, precision))
+        self.max_grad_norm = max_grad_norm
+        self.ema_decay = ema_decay
+        self.ema_warmup = ema_warmup
+        # Groups have a key only where it says something: others load into torch's SGD, and cost no comparison.
+        self._own_defaults = {
+            "formulation": formulation,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "momentum_dtype": momentum_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
+        }
         super().__init__(
             params,
             lr,
@@ -181,10 +200,8 @@ class FusedMomentum(SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        self._own_defaults = {key: value for key, value in self._own_defaults.items() if value != OWN_DEFAULTS[key]}
         self.defaults.update(self._own_defaults)
-        self.max_grad_norm = max_grad_norm
-        self.ema_decay = ema_decay
-        self.ema_warmup = ema_warmup
         self._start()
 
     def _start(self) -> None:
@@ -192,12 +209,12 @@ class FusedMomentum(SGD):
         self._plan = _C.StepPlan()
         counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
         self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])
-        self._grad_factor = GradFactor()
-        self._is_swapped = False
-        self._is_averaging = False
         self._traced = compiled.Traced(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
-        self._plan.adopt_formulations(self.param_groups)
-        self._note_formulations()
+        # These outlive a loaded state: wrappers share the one, the gradients of the other are as they were.
+        self.__dict__.setdefault("_held_weights", HeldWeights())
+        self.__dict__.setdefault("_grad_factor", GradFactor())
+        if self.defaults.get("fused"):  # torch sets it when the optimizer is made, and a copy forgets it
+            self._step_supports_amp_scaling = True
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -212,10 +229,6 @@ class FusedMomentum(SGD):
     def _ema_count(self) -> UpdateCount:
         return self._traced.ema_count
 
-    def _note_formulations(self) -> None:
-        """How the state is stored, for a compiled step, which does not convert."""
-        self._formulations = [compiled.stored_as(group) for group in self.param_groups]
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
 
@@ -228,73 +241,116 @@ class FusedMomentum(SGD):
         group = self.param_groups[-1]
         for name, value in self._own_defaults.items():
             group.setdefault(name, value)
-        if group.get("stochastic_rounding", False):
-            group.setdefault(ROUNDING_STEP, 0)  # what flattens a checkpoint reads its keys from the live groups
         try:
             check_group(group)
-            check_options(group)
+            without_defaults(group)
         except (TypeError, ValueError):
             del self.param_groups[num_groups:]
             raise
-        if "_plan" in self.__dict__:  # not while the optimizer is made
-            self._plan.adopt_formulations([group])
-            self._formulations = [*self._formulations, compiled.stored_as(group)]
-        if num_groups and not self.param_groups[0].get(TRAIN_MODE, True):
-            hold_iterate([group], self.state)
+        self._add_own_keys(group)
+
+    def _add_own_keys(self, group: dict[str, Any]) -> None:
+        """Keys beside the options that are used: what flattens a checkpoint reads its keys from the live groups."""
+        if "formulation" in group:
+            group.setdefault("buffer_formulation", group["formulation"])
+        if group.get("stochastic_rounding", False):
+            group.setdefault(ROUNDING_STEP, 0)
+        if self.ema_decay is not None:
+            group.setdefault(COUNT, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """As :meth:`torch.optim.Optimizer.state_dict`, with the momentum buffers in their group's formulation."""
-        self._settle()
-        return super().state_dict()
+        """As :meth:`torch.optim.Optimizer.state_dict`, with the state that the next step would start from.
+
+        What was edited in ``param_groups`` and is to be converted is converted here, in a copy. Tensors leave in dtypes
+        that every backend moves: an int16 remainder as bfloat16, an fp8 buffer as uint8, both with the same bits.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.
+        """
+        self._held_weights.check()
+        self._update_counts()
+        handle = self.register_state_dict_post_hook(FusedMomentum._finish_state_dict, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _finish_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        changes, converted = self._plan.pending_changes(self.param_groups, self.state)
+        names: dict[int, Any] = {}
+        for g, (group, packed) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+            names.update(zip(map(id, group["params"]), packed["params"], strict=True))
+            without_defaults(packed)
+            if g in converted:
+                packed.pop("buffer_formulation", None)
+                if "formulation" in packed:
+                    packed["buffer_formulation"] = packed["formulation"]
+        return with_changes(state_dict, changes + self._unstarted(), names)
+
+    def _unstarted(self) -> list[tuple[Tensor, str, None]]:
+        """Momentum that was never computed, because its first step overflowed on the GPU."""
+        buffers = {id(buffer) for buffer in self._plan.unstarted_buffers()}
+        if not buffers:
+            return []
+        params = [param for param, entry in self.state.items() if id(entry.get(BUFFER)) in buffers]
+        return [(param, key, None) for param in params for key in (BUFFER, SCALE)]
+
+    def _update_counts(self) -> None:
+        """What counts outside of the groups goes into them."""
+        count = int(self._ema_count)
+        for group in self.param_groups:
+            if self.ema_decay is not None or count:
+                group[COUNT] = count  # in every group: any of them may go
+            if group.get("stochastic_rounding", False):
+                group[ROUNDING_STEP] = self._plan.rounding_step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of torch.optim.SGD has returned.
 
-        The formulation stays that of this optimizer: momentum buffers of another one are converted where that is
-        exact, at the loaded learning rate. So do momentum_dtype, master_weights, stochastic_rounding and its seed:
-        what was stored in another way is converted in the next step. A group without momentum_dtype gets its buffers
-        in the parameters' dtype, as from torch, but fp32 stays fp32 beside 16-bit parameters.
+        The options of this optimizer stay: formulation, momentum_dtype, master_weights, stochastic_rounding and its
+        seed. State keeps the dtype and the formulation that it was saved in, and the next step converts it where that
+        is exact, at the loaded learning rate. ``decoupled_weight_decay`` is loaded where it was saved. What 0.1.0 had
+        saved after ``eval()`` is moved back to the look-ahead point: load the model first.
 
         Raises:
-            ValueError: where it is not; the optimizer is then as it was.
+            ValueError: for state that is not whole, by its name, and for a formulation that cannot be converted; the
+                optimizer is then as it was.
         """
-        self._check_not_swapped()
+        self._held_weights.check()
         before = dict(self.__dict__)
-        groups = self.param_groups
+        old_groups = self.param_groups
         keep_dtypes(self, lambda: super(FusedMomentum, self).load_state_dict(state_dict))
         try:
-            for group, old in zip(self.param_groups, groups):
-                formulation = old.get("formulation", "torch")
-                if group["formulation"] != formulation:
-                    self._own_buffers(group)
-                group["formulation"] = formulation
-                group.setdefault("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
-                for name in OPTIONS:
+            check_complete(self.param_groups, self.state)
+            for group, old in zip(self.param_groups, old_groups, strict=True):
+                stored = group.pop("buffer_formulation", group.get("formulation", "torch"))
+                decoupled = group.get("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
+                for name in OWN_DEFAULTS:
                     group.pop(name, None)
                     if name in old:
                         group[name] = old[name]
-                if group.get("stochastic_rounding", False):
-                    group.setdefault(ROUNDING_STEP, 0)
-                settle(group, self.state)
-            self._plan.convert(self.param_groups, self.state)
+                group["decoupled_weight_decay"] = decoupled
+                without_defaults(group)
+                if stored != "torch" or "formulation" in group:
+                    group["buffer_formulation"] = stored
+                if "stochastic_rounding" not in group:
+                    group.pop(ROUNDING_STEP, None)
+                self._add_own_keys(group)
+            self._plan.pending_changes(self.param_groups, self.state)  # raises what the next step would
+            restore_lookahead(self.param_groups, self.state)
         except BaseException:
             self.__dict__.update(before)
             raise
-        self._note_formulations()
-        self._grad_factor = before["_grad_factor"]  # the gradients are as they were
-
-    def _own_buffers(self, group: dict[str, Any]) -> None:
-        """Before buffers that were loaded are converted: torch may have taken the checkpoint's own tensors."""
-        for param in group["params"]:
-            entry = self.state.get(param, {})
-            for name in ("momentum_buffer", "momentum_scale"):
-                if isinstance(entry.get(name), Tensor):
-                    entry[name] = entry[name].clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._held_weights.check()
+        self._update_counts()
+        state = super().__getstate__()
+        if unstarted := self._unstarted():
+            names = {id(param): param for param in self.state}
+            state = with_changes(state, unstarted, names)
         return {
-            **super().__getstate__(),
+            **state,
             "max_grad_norm": self.max_grad_norm,
             "ema_decay": self.ema_decay,
             "ema_warmup": self.ema_warmup,
@@ -304,36 +360,32 @@ class FusedMomentum(SGD):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpack(state["state"])
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("formulation", "torch")
-        self._own_defaults = {
-            "formulation": self.defaults.get("formulation", "torch"),
-            "decoupled_weight_decay": self.defaults.get("decoupled_weight_decay", False),
-            **{name: self.defaults[name] for name in OPTIONS if name in self.defaults},
-        }
+        self._own_defaults = {name: self.defaults[name] for name in OWN_DEFAULTS if name in self.defaults}
         for name, default in (("max_grad_norm", None), ("ema_decay", None), ("ema_warmup", False)):
             self.__dict__.setdefault(name, default)
         self._start()
 
-    def eval(self) -> None:
-        r"""Move parameters that are trained with Nesterov to the textbook's iterate, in one pass.
+    @contextmanager
+    def iterate_weights(self) -> Iterator[None]:
+        r"""Within the context, parameters that are trained with Nesterov are the textbook's iterates.
 
         With ``nesterov=True`` the gradient is taken at the look-ahead point, and that is where the model's parameters
         are between steps. The iterate is :math:`p + \gamma \mu b` (classical: :math:`p + \mu v`): evaluate and save the
-        model there, then call :meth:`train`. Until then :meth:`step` raises. The iterates are the textbook's while lr
-        and momentum are constant; with the classical formulation also under a learning rate schedule. Needs memory for
-        one copy of the parameters. Has no effect on groups without Nesterov, or when called again.
-        """
-        self._settle()
-        hold_iterate(self.param_groups, self.state)
+        model there. On leaving, the parameters get the very bits that they had; elements that were changed inside (a
+        loaded model, say) move by the same distance instead. One pass in, one out, and memory for one copy of the
+        parameters. The iterates are the textbook's while lr and momentum are constant; with the classical formulation
+        also under a learning rate schedule. Groups without Nesterov stay as they are.
 
-    def train(self) -> None:
-        """Undo :meth:`eval`: back to the very bits that the parameters had.
+        :meth:`step` and :meth:`state_dict` raise inside: an optimizer's checkpoint belongs to the look-ahead point. Save
+        the model inside and the optimizer outside, or both outside to go on training.
 
-        Elements that were changed in between (a loaded model, say) move by the same distance instead.
+        Example::
+
+            with optimizer.iterate_weights():
+                evaluate(model)
         """
-        self._check_not_swapped()
-        hold_lookahead(self.param_groups, self.state)
+        with self._held_weights.hold("iterate_weights"), iterates(self.param_groups, self.state):
+            yield
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -392,138 +444,120 @@ class FusedMomentum(SGD):
         return inner is not None and not getattr(inner, "hooked", False)
 
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+        if self._held_weights.context is not None:  # before the closure writes gradients
+            self._held_weights.check()
         loss = None
         if closure is not None:
-            self._check_not_swapped()
-            check_train_mode(self.param_groups)  # before the closure writes gradients
             with torch.enable_grad():
                 loss = closure()
-
-        inv_grad_scale = 1.0
-        differentiable = self.defaults["differentiable"]
         attributes = self.__dict__
-        for_torch: Any = NotImplemented
-        if "found_inf" in attributes or "grad_scale" in attributes:
-            found_inf, grad_scale = attributes.get("found_inf"), attributes.get("grad_scale")
-            # No need to wait for their values, if there are any.
-            if found_inf is not grad_scale and _is_on_device(found_inf) and _is_on_device(grad_scale):
-                for_torch = self._step_on_device(found_inf, grad_scale, differentiable)
-            if for_torch is NotImplemented:
-                if found_inf is not None and float(found_inf) != 0:
-                    self._grad_factor.clear()
-                    return loss
-                inv_grad_scale = _reciprocal(grad_scale)
-        if for_torch is NotImplemented and self.max_grad_norm is not None:
-            before = self._grad_factor.snapshot()
-            try:
-                self.grad_norm = self._grad_factor.clip(
-                    self.param_groups, self.max_grad_norm, inv_grad_scale=inv_grad_scale
-                )
-                self._update(inv_grad_scale, differentiable)
-            except BaseException:
-                self._grad_factor.restore(before)
-                raise
-        elif for_torch is NotImplemented:
-            self._update(inv_grad_scale, differentiable)
-        if self._grad_factor.is_active:
-            self._grad_factor.clear()
-        if self.ema_decay is not None:
-            self._ema_count.add()
+        if (
+            self.max_grad_norm is None
+            and self.ema_decay is None
+            and not self._grad_factor.is_active
+            and "found_inf" not in attributes
+            and "grad_scale" not in attributes
+        ):
+            for_torch = self._plan.step(self.param_groups, self.state, 1.0, self.defaults["differentiable"])
+            if for_torch is not None:
+                self._step_by_torch(for_torch, 1.0, None)
+        else:
+            self._step_and_more(attributes.get("found_inf"), attributes.get("grad_scale"))
         return loss
 
-    def _step_on_device(self, found_inf: Tensor | None, grad_scale: Tensor | None, differentiable: bool) -> Any:
-        """A step whose numbers the host never learns; NotImplemented, and nothing has been written, where it must."""
-        before = self._grad_factor.snapshot()
-        done: Any = NotImplemented
-        try:
-            grad_norm = self.grad_norm
-            if self.max_grad_norm is not None:
-                grad_norm = self._grad_factor.clip_and_unscale(self.param_groups, self.max_grad_norm, grad_scale)
-                grad_scale = None
-            if self.max_grad_norm is None or grad_norm is not None:
-                factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
-                if isinstance(factor, Tensor) and grad_scale is not None:
-                    factor, grad_scale = self._grad_factor.take_scale(self.param_groups, grad_scale), None
-                average = self._prepare_average(left_out_by_device=found_inf is not None)
-                if found_inf is None or average is not None or not self._is_averaging:  # else the host must know
-                    done = self._launch(found_inf, grad_scale, factor, average, differentiable)
-        finally:
-            if done is NotImplemented:
-                self._grad_factor.restore(before)
-        if done is not NotImplemented:
-            self.grad_norm = grad_norm
-        return done
+    def _step_and_more(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """The step with what a GradScaler hands over, clipping and averages."""
+        # A step with lr 0 makes state, and is otherwise no step: see the class.
+        trains = any(_is_nonzero(group["lr"]) for group in self.param_groups)
+        done, norm = False, None
+        if found_inf is not grad_scale and _is_on_device(found_inf) and _is_on_device(grad_scale):
+            done, norm = self._step_on_device(found_inf, grad_scale, trains)
+        if not done:
+            if found_inf is not None and float(found_inf) != 0:
+                self._grad_factor.clear()
+                return
+            inv_grad_scale = 1.0 if grad_scale is None else float(grad_scale.double().reciprocal().float())
+            factor, grads, norm = self._grad_factor.in_step(self.param_groups, self.max_grad_norm, inv_grad_scale)
+            if inv_grad_scale != 1.0 or not self._launch(None, None, factor, grads, trains):
+                self._step_on_host(inv_grad_scale * float(factor), grads, trains)
+        if trains and self.max_grad_norm is not None:
+            self.grad_norm = norm
+        self._grad_factor.clear()
+        if trains and self.ema_decay is not None:
+            self._ema_count.add()
+
+    def _step_on_host(self, inv_grad_scale: float, grads: StandIns | None, trains: bool) -> None:
+        weight = None
+        if self.ema_decay is not None:
+            if self._ema_count.is_on_device:
+                self._ema_count.bring_back()
+            weight = average_weight(self.ema_decay, self.ema_warmup, int(self._ema_count)) if trains else 0.0
+        for_torch = self._plan.step_with(
+            self.param_groups, self.state, inv_grad_scale, self.defaults["differentiable"], weight, grads
+        )
+        if for_torch is not None:
+            self._step_by_torch(for_torch, inv_grad_scale, grads)
+
+    def _step_on_device(
+        self, found_inf: Tensor | None, grad_scale: Tensor | None, trains: bool
+    ) -> tuple[bool, Tensor | None]:
+        """A step whose numbers the host never learns; False, and nothing has been written, where it must."""
+        in_step = self._grad_factor.in_step_on_device(self.param_groups, self.max_grad_norm, grad_scale)
+        if in_step is None:
+            return False, None
+        factor, grads, norm = in_step
+        if isinstance(factor, Tensor):
+            grad_scale = None  # it is in the factor
+        return self._launch(found_inf, grad_scale, factor, grads, trains), norm
 
     def _launch(
         self,
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
         factor: float | Tensor,
-        average: tuple[Tensor, Tensor] | None,
-        differentiable: bool,
-    ) -> Any:
-        if not (isinstance(factor, Tensor) or factor == 1.0):
-            return NotImplemented
-        done = self._plan.step_on_device(
+        grads: StandIns | None,
+        trains: bool,
+    ) -> bool:
+        """The step, where all numbers that only a device knows stay there; False where the host must know them."""
+        average = None
+        weight: float | None = None
+        if self.ema_decay is not None:
+            left_out_by_device = found_inf is not None
+            if trains:
+                average = self._ema_count.on_device(self._first_device(), left_out_by_device or self.ema_warmup)
+                if average is None and left_out_by_device:
+                    return False
+            weight = 1.0 if average else average_weight(self.ema_decay, self.ema_warmup, int(self._ema_count))
+            weight = weight if trains else 0.0
+        on_device = factor if isinstance(factor, Tensor) else None
+        if (on_device is None and factor != 1.0) or found_inf is grad_scale is on_device is average:
+            return False
+        done = self._plan.step_with(
             self.param_groups,
             self.state,
-            differentiable,
+            1.0,
+            self.defaults["differentiable"],
+            weight,
+            grads,
             found_inf,
             grad_scale,
-            factor if isinstance(factor, Tensor) else None,
+            on_device,
             average,
             self.ema_decay or 0.0,
             self.ema_warmup,
         )
-        if done is NotImplemented and average is not None:
-            self._ema_count.bring_back()
-        return done
+        return done is not NotImplemented
 
-    def _update(self, inv_grad_scale: float, differentiable: bool) -> None:
-        """The compiled pass, and what only torch can update."""
-        if self._grad_factor.is_active or self.ema_decay is not None or self._is_averaging:
-            for_torch, inv_grad_scale = self._update_and_more(inv_grad_scale, differentiable)
-        else:
-            for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
-        if for_torch is not None:
-            try:
-                self._check_torch_step(for_torch)
-                self._plan.begin_torch_step()
-                self._torch_step(for_torch, inv_grad_scale, differentiable)
-            except BaseException:
-                self._plan.discard()
-                raise
-            self._plan.run()
-
-    def _update_and_more(self, inv_grad_scale: float, differentiable: bool) -> tuple[Any, float]:
-        """The same with a factor for the gradients, or averages; and what gradients were multiplied with."""
-        factor = self._grad_factor.current(self.param_groups) if self._grad_factor.is_active else 1.0
-        average = self._prepare_average()
-        for_torch: Any = NotImplemented
-        if inv_grad_scale == 1.0 and (average is not None or isinstance(factor, Tensor)):
-            for_torch = self._launch(None, None, factor, average, differentiable)
-        if for_torch is NotImplemented:
-            if average is not None:  # the host must know
-                self._ema_count.bring_back()
-                self._prepare_average()
-            inv_grad_scale *= float(factor)
-            for_torch = self._plan.step(self.param_groups, self.state, inv_grad_scale, differentiable)
-        return for_torch, inv_grad_scale
-
-    def _prepare_average(self, left_out_by_device: bool = False) -> tuple[Tensor, Tensor] | None:
-        """Tell the plan the averages' weight, if there are any; or where on the device it is worked out."""
-        decay = self.ema_decay
-        if decay is None and not self._is_averaging:
-            return None
-        self._check_not_swapped()
-        self._is_averaging = decay is not None
-        on_device = None
-        weight = 0.0
-        if decay is not None:
-            on_device = self._ema_count.on_device(self._first_device(), left_out_by_device or self.ema_warmup)
-            weight = 1.0 if on_device else average_weight(decay, self.ema_warmup, int(self._ema_count))
-        self._plan.set_average_weight(weight)
-        return on_device
+    def _step_by_torch(self, positions: list[tuple[int, int]], inv_grad_scale: float, grads: StandIns | None) -> None:
+        """The second half of a prepared step: what only torch can update, and then the rest."""
+        try:
+            self._check_torch_step(positions)
+            self._plan.begin_torch_step()
+            self._torch_step(positions, inv_grad_scale, grads or {})
+        except BaseException:
+            self._plan.discard()
+            raise
+        self._plan.run()
 
     def _first_device(self) -> torch.device:
         params = (param for group in self.param_groups for param in group["params"])
@@ -543,14 +577,8 @@ class FusedMomentum(SGD):
         """
         if self.ema_decay is None:
             raise RuntimeError("ema_weights() needs an optimizer that was made with ema_decay")
-        if self._is_swapped:
-            raise RuntimeError("ema_weights() is active already")
-        with swapped(self.state):
-            self._is_swapped = True
-            try:
-                yield
-            finally:
-                self._is_swapped = False
+        with self._held_weights.hold("ema_weights"), swapped(self.state):
+            yield
 
     def torch_state_dict(self) -> dict[str, Any]:
         """The state as torch.optim.SGD.load_state_dict takes it: momentum buffers, in its formulation.
@@ -564,7 +592,7 @@ class FusedMomentum(SGD):
 
         Raises:
             ValueError: for what torch.optim.SGD cannot do: decoupled weight decay, Nesterov in the ema formulation.
-            RuntimeError: while :meth:`eval` holds the iterate.
+            RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.
         """
         return as_torch_state_dict(self.state_dict())
 
@@ -599,11 +627,12 @@ class FusedMomentum(SGD):
         called, which write to the gradients. On a CUDA device nothing waits: norm and coefficient stay there, and both
         can be captured into a graph, max_norm as the number that it is then.
 
-        Called again, it clips what the first call has left, as torch's function does. Gradients that have all been
-        replaced before the step (``p.grad = p.grad + noise`` too) are not clipped, and what is written to them through
-        ``p.grad.data`` goes unseen. If only some were, or if they were written to (another backward),
-        :meth:`step` raises: clip after the last backward. A step without gradients, or one that is left out for an
-        overflow, uses the coefficient up.
+        The coefficient belongs to the memory of these gradients, as if it had been written there. Called again, it clips
+        what the first call has left. A gradient that is replaced before the step by one in other memory is not clipped,
+        the others are; what is written to them through ``p.grad.data`` goes unseen. :meth:`zero_grad`, the step that uses
+        it and a step that a ``momentum_ext.GradScaler`` leaves out end it; a step that raises does not. Gradients that
+        are written to before the step (another backward) make it raise: clip last. After an overflow, whose norm is not
+        finite, they are simply not clipped.
 
         Args:
             max_norm: what the norm shall not exceed.
@@ -616,42 +645,21 @@ class FusedMomentum(SGD):
             The norm before clipping, a tensor of no dimension in the gradients' dtype, on their device.
 
         Raises:
-            RuntimeError: for a norm that is not finite, if asked for; for gradients that were written to after the
-                last clipping.
+            RuntimeError: for a norm that is not finite, if asked for; for a gradient that was written to after the
+                last clipping, with its place in ``param_groups``.
         """
         if is_dynamo_compiling():
             return compiled.clip_grad_norm_(self, max_norm, norm_type, error_if_nonfinite)
         return self._grad_factor.clip(self.param_groups, float(max_norm), float(norm_type), error_if_nonfinite)
 
-    def _check_not_swapped(self) -> None:
-        if self._is_swapped:
-            raise RuntimeError("parameters and averages have changed places; leave ema_weights() first")
-
-    def _settle(self) -> None:
-        """Before the state leaves: buffers in their group's formulation, and none that was never computed."""
-        self._check_not_swapped()
-        count = int(self._ema_count)
-        for group in self.param_groups if count else ():
-            group[COUNT] = count  # in every group: any of them may go
-        for group in self.param_groups:
-            if group.get("stochastic_rounding", False) or ROUNDING_STEP in group:  # it may be turned on again
-                group[ROUNDING_STEP] = self._plan.rounding_step
-        self._plan.convert(self.param_groups, self.state)
-        unstarted = self._plan.unstarted_buffers()  # their first step overflowed on the GPU
-        for param, state in list(self.state.items()) if unstarted else []:
-            if any(state.get("momentum_buffer") is buffer for buffer in unstarted):
-                del state["momentum_buffer"]
-                state.pop("momentum_scale", None)
-                if not state:
-                    del self.state[param]
-
-    def _torch_step(self, positions: Iterable[tuple[int, int]], inv_grad_scale: float, differentiable: bool) -> None:
+    def _torch_step(self, positions: list[tuple[int, int]], inv_grad_scale: float, grads: StandIns) -> None:
         """Torch's own update of the tensors at these (group, index in group)."""
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
             for g, i in positions:
                 group = self.param_groups[g]
                 param = group["params"][i]
-                grad = param.grad if inv_grad_scale == 1.0 else param.grad * inv_grad_scale
+                grad = grads.get(param, param.grad)
+                grad = grad if inv_grad_scale == 1.0 else grad * inv_grad_scale
                 if needs_low_precision_step(group, self.state.get(param, {})):
                     low_precision_step(group, param, grad, self.state[param], torch_step)
                     continue
@@ -661,7 +669,7 @@ class FusedMomentum(SGD):
                 if has_momentum:
                     self.state[param]["momentum_buffer"] = buffer
 
-    def _check_torch_step(self, positions: Iterable[tuple[int, int]]) -> None:
+    def _check_torch_step(self, positions: list[tuple[int, int]]) -> None:
         """Let torch raise on one-element stand-ins what it would raise for these tensors, while nothing is written."""
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for g, i in positions:
@@ -696,11 +704,9 @@ def _warn_of_missing_kernels() -> None:
     )
 
 
-def _reciprocal(grad_scale: Tensor | float | None) -> float:
-    """1 / grad_scale, rounded to fp32 as GradScaler.unscale_ rounds it."""
-    if grad_scale is None:
-        return 1.0
-    return torch.tensor(1.0 / float(grad_scale), dtype=torch.float32).item()
+def _is_nonzero(lr: Any) -> bool:
+    """False for an lr of 0, without waiting for a device."""
+    return lr.is_cuda or bool(lr != 0) if isinstance(lr, Tensor) else lr != 0
 
 
 # torch's wrapper: a profiler range, the hooks, and the mark that its Python tracer looks for.

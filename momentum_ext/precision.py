@@ -19,13 +19,16 @@ __all__ = [
     "OPTIONS",
     "check_low_precision_step",
     "check_options",
+    "dtype_of_buffer",
     "low_precision_step",
+    "momentum_dtype_of",
     "needs_low_precision_step",
 ]
 
 # Keys of a parameter group, with their defaults. A group without low-precision state has none of them.
 OPTIONS = {"momentum_dtype": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
-MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+_DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in MOMENTUM_DTYPES}
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -39,8 +42,29 @@ REMAINDER = "param_remainder"
 MASTER = "master_param"
 
 
+def momentum_dtype_of(group: dict[str, Any]) -> torch.dtype | None:
+    """The group's momentum_dtype: groups hold its name, which every checkpoint format can carry.
+
+    Raises:
+        ValueError: for one that is none of those that buffers can have.
+    """
+    found = group.get("momentum_dtype")
+    dtype = _DTYPE_OF.get(found) if isinstance(found, str) else found
+    if found is not None and dtype not in MOMENTUM_DTYPES:
+        raise ValueError(
+            f"Invalid momentum_dtype: {found!r}; expected None or {', '.join(_DTYPE_OF)}, as a torch.dtype or its name"
+        )
+    return dtype
+
+
+def dtype_of_buffer(group: dict[str, Any], param: Tensor) -> torch.dtype:
+    """That of the parameter's momentum buffer: fp32 beside a master, else the parameter's own."""
+    has_master = group.get("master_weights", False) and param.dtype in HALVES
+    return momentum_dtype_of(group) or (torch.float32 if has_master else param.dtype)
+
+
 def check_options(group: dict[str, Any]) -> None:
-    """Refuse what no step could do, when a group is made.
+    """Refuse what no step could do, when a group is made; its momentum_dtype becomes a name.
 
     Raises:
         ValueError: for a momentum_dtype that is none of those that buffers can have.
@@ -49,11 +73,9 @@ def check_options(group: dict[str, Any]) -> None:
     for name in ("master_weights", "stochastic_rounding"):
         if not isinstance(group.get(name, False), bool):
             raise TypeError(f"Invalid {name}: {group[name]!r}; expected a bool")
-    if group.get("momentum_dtype") not in MOMENTUM_DTYPES:
-        raise ValueError(
-            f"Invalid momentum_dtype: {group['momentum_dtype']!r}; expected None, torch.float32, torch.bfloat16, "
-            "torch.float16, torch.int8 or torch.float8_e4m3fn"
-        )
+    dtype = momentum_dtype_of(group)
+    if dtype is not None:
+        group["momentum_dtype"] = str(dtype).removeprefix("torch.")
     if not isinstance(group.get("rounding_seed", 0), int):
         raise TypeError(f"Invalid rounding_seed: {group['rounding_seed']!r}; expected an int")
 
@@ -65,14 +87,21 @@ def needs_low_precision_step(group: dict[str, Any], state: dict[str, Any]) -> bo
     """True where torch's functional sgd cannot be given the tensors as they are stored."""
     buffer = state.get(BUFFER)
     is_8_bit = isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS
-    return is_8_bit or any(group.get(name, default) != default for name, default in OPTIONS.items())
+    has_master = REMAINDER in state or MASTER in state
+    return is_8_bit or has_master or any(group.get(name, default) != default for name, default in OPTIONS.items())
 
 
 def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiable: bool, name: str) -> None:
     """Raises RuntimeError for what only the kernels can do."""
     if differentiable:
         raise RuntimeError(f"{name}: momentum_dtype, master_weights and stochastic_rounding need differentiable=False")
-    stored_randomly = param.dtype in HALVES or group.get("momentum_dtype") in (*HALVES, *EIGHT_BITS)
+    dtype = dtype_of_buffer(group, param)
+    if dtype in EIGHT_BITS and type(param.data) is not Tensor:
+        raise RuntimeError(
+            f"{name}: momentum_dtype {group['momentum_dtype']!r} needs plain tensors, got {type(param.data).__name__}; "
+            "put it into a group with a 16- or 32-bit momentum_dtype"
+        )
+    stored_randomly = param.dtype in HALVES or dtype in (*HALVES, *EIGHT_BITS)
     if group.get("stochastic_rounding", False) and stored_randomly:
         raise RuntimeError(
             f"{name}: stochastic_rounding needs tensors and hyperparameters that the kernels are made for (dense and "
@@ -96,7 +125,7 @@ def low_precision_step(
         buffer = _C.dequantize(buffer, state[SCALE]) if buffer.dtype in EIGHT_BITS else buffer.to(value.dtype)
     buffer = step(group, value, grad.to(value.dtype), buffer)
     if buffer is not None:
-        dtype = group.get("momentum_dtype") or param.dtype
+        dtype = dtype_of_buffer(group, param)
         if dtype in EIGHT_BITS:
             if buffer.layout != torch.strided:  # torch starts from a sparse gradient's copy; blocks are dense
                 buffer = buffer.to_dense()

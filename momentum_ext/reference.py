@@ -53,7 +53,7 @@ def update(
         raise ValueError(f"Invalid formulation: {formulation!r}")
     g = grad
     if grad_scale is not None:
-        g = g * torch.tensor(1.0 / grad_scale, dtype=torch.float32).item()
+        g = g * torch.tensor(1.0 / grad_scale, dtype=torch.float32, device="cpu").item()
     if maximize:
         g = -g
     if weight_decay != 0 and decoupled_weight_decay:

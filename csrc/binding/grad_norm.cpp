@@ -15,15 +15,6 @@
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
-namespace {
-
-uint32_t version_of(const at::Tensor& tensor) {
-  return tensor.is_inference() ? 0
-                               : tensor.unsafeGetTensorImpl()->version_counter().current_version();
-}
-
-}  // namespace
-
 py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
   return compute(norm_type, [&](bool complex_too) { return collect(param_groups, complex_too); });
 }
@@ -31,8 +22,13 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
 py::object GradNorm::compute_of(const std::vector<at::Tensor>& grads, double norm_type) {
   return compute(norm_type, [&](bool complex_too) {
     start_collecting();
-    return std::all_of(grads.begin(), grads.end(),
-                       [&](const at::Tensor& grad) { return add(grad, complex_too); });
+    size_t i = 0;
+    return std::all_of(grads.begin(), grads.end(), [&](const at::Tensor& grad) {
+      const auto name = [&] { return "grads[" + std::to_string(i) + "]"; };
+      const bool added = add(grad, complex_too, name);
+      ++i;
+      return added;
+    });
   });
 }
 
@@ -41,14 +37,9 @@ py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& 
                     : norm_type == 1 ? Norm::kSumOfAbs
                                      : Norm::kMax;
   if (kind == Norm::kMax && norm_type != std::numeric_limits<double>::infinity()) {
-    seen_.clear();
     return py::none();
   }
-  if (!collect(/*complex_too=*/kind == Norm::kSumOfSquares)) {
-    seen_.clear();
-    return py::none();
-  }
-  seen_.erase(seen_.begin() + static_cast<ptrdiff_t>(entries_.size()), seen_.end());
+  if (!collect(/*complex_too=*/kind == Norm::kSumOfSquares)) return py::none();
   const at::ScalarType dtype = dtype_ == at::ScalarType::Undefined ? at::kFloat : dtype_;
   const auto dtype_object =
       py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype)));
@@ -92,41 +83,56 @@ py::tuple GradNorm::conclude(const std::optional<at::Tensor>& factor,
                         wrap(max_norm.has_value() ? result.norm : result.found_inf));
 }
 
-const char* GradNorm::compare(const py::list& param_groups) {
-  if (!read_params(param_groups)) return "changed";
-  bool same = true;
+void GradNorm::remember(const py::list& param_groups,
+                        const std::optional<std::vector<int64_t>>& indices) {
+  if (!read_params(param_groups)) return records_.clear();
   size_t n = 0;
-  for_each_grad([&](const at::Tensor& grad) {
-    same = n < seen_.size() && seen_[n].grad._unsafe_get_target() == grad.unsafeGetTensorImpl() &&
-           seen_[n].version == version_of(grad);
+  for_each_grad([&](const at::Tensor& grad, size_t) {
+    records_.set(n, *grad.unsafeGetTensorImpl(), indices.has_value() ? indices->at(n) : 0);
+    ++n;
+    return true;
+  });
+  records_.resize(n);
+}
+
+py::object GradNorm::match(const py::list& param_groups) {
+  py::list found;
+  if (!read_params(param_groups)) return std::move(found);
+  size_t n = 0;
+  bool same = records_.has_one_coefficient();
+  for_each_grad([&](const at::Tensor& grad, size_t) {
+    same = same && records_.is_same(n, *grad.unsafeGetTensorImpl());
     ++n;
     return same;
   });
-  if (same && n == seen_.size()) return "same";
-  std::unordered_set<const c10::TensorImpl*> known;
-  for (const Seen& seen : seen_) known.insert(seen.grad._unsafe_get_target());
-  const bool none_left = for_each_grad(
-      [&](const at::Tensor& grad) { return known.count(grad.unsafeGetTensorImpl()) == 0; });
-  return none_left ? "replaced" : "changed";
+  if (same && n == records_.size()) return py::none();
+  for_each_grad([&](const at::Tensor& grad, size_t k) {
+    found.append(py::make_tuple(places_[k].group, places_[k].index,
+                                records_.find(*grad.unsafeGetTensorImpl())));
+    return true;
+  });
+  return std::move(found);
 }
 
 // The parameters, each once; false where a group has none. Most of the time they are as they were.
 bool GradNorm::read_params(const py::list& param_groups) {
   size_t n = 0;
   bool same = true;
+  static PyObject* const params_key = PyUnicode_InternFromString("params");
   const auto for_each_param = [&](const auto& visit) {
-    for (const py::handle group : param_groups) {
-      PyObject* const params = PyDict_GetItemString(group.ptr(), "params");
+    for (size_t g = 0; g < param_groups.size(); ++g) {
+      PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
+      PyObject* const params = PyDict_Check(group) ? PyDict_GetItem(group, params_key) : nullptr;
       if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params))) return false;
       PyObject** const items = PySequence_Fast_ITEMS(params);
       for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
         if (!THPVariable_Check(items[i])) return false;
-        visit(items[i]);
+        visit(items[i], Place{g, static_cast<size_t>(i)});
       }
     }
     return true;
   };
-  const bool readable = for_each_param([&](PyObject* param) {
+  const bool readable = for_each_param([&](PyObject* param, Place) {
     same = same && n < listed_.size() && listed_[n] == param;
     ++n;
   });
@@ -134,19 +140,22 @@ bool GradNorm::read_params(const py::list& param_groups) {
   if (same && n == listed_.size()) return true;
   listed_.clear();
   params_.clear();
+  places_.clear();
   std::unordered_set<PyObject*> visited;
-  return for_each_param([&](PyObject* param) {
+  return for_each_param([&](PyObject* param, Place place) {
     listed_.push_back(param);
-    if (visited.insert(param).second) params_.push_back(param);
+    if (!visited.insert(param).second) return;
+    params_.push_back(param);
+    places_.push_back(place);
   });
 }
 
-// Calls visit(gradient) in order; stops and returns false when that does.
+// Calls visit(gradient, its parameter's number) in order; stops and returns false when that does.
 template <typename Visit>
 bool GradNorm::for_each_grad(const Visit& visit) const {
-  for (PyObject* const param : params_) {
-    const at::Tensor& grad = grad_of(*THPVariable_Unpack(param).unsafeGetTensorImpl());
-    if (grad.defined() && !visit(grad)) return false;
+  for (size_t k = 0; k < params_.size(); ++k) {
+    const at::Tensor& grad = grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
+    if (grad.defined() && !visit(grad, k)) return false;
   }
   return true;
 }
@@ -157,28 +166,43 @@ void GradNorm::start_collecting() {
   first_block_.assign(1, 0);
   dtype_ = at::ScalarType::Undefined;
   device_.reset();
+  has_float16_ = false;
 }
 
 bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
   start_collecting();
   return read_params(param_groups) &&
-         for_each_grad([&](const at::Tensor& grad) { return add(grad, complex_too); });
+         for_each_grad([&](const at::Tensor& grad, size_t k) {
+           const auto name = [&] {
+             return "gradient of param_groups[" + std::to_string(places_[k].group) +
+                    "]['params'][" + std::to_string(places_[k].index) + "]";
+           };
+           return add(grad, complex_too, name);
+         });
 }
 
-bool GradNorm::add(const at::Tensor& grad, bool complex_too) {
+template <typename Name>
+bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
   const at::ScalarType scalar_type = grad.scalar_type();
   const std::optional<Dtype> dtype = kernel_dtype(scalar_type);
   const std::optional<int16_t> device = kernel_device(grad);
-  if (!device || !dtype || (grad.is_complex() && !complex_too)) return false;
-  if (device_.value_or(*device) != *device) return false;
+  const auto is_ours = [&] {
+    return device && dtype && (!grad.is_complex() || complex_too) &&
+           device_.value_or(*device) == *device && !operators_are_watched();
+  };
+  if (!is_ours()) {
+    check_memory(grad, name());
+    return false;
+  }
   device_ = device;
+  has_float16_ = has_float16_ || *dtype == Dtype::kFloat16;
   const int64_t numel = grad.numel();
   const int64_t size = static_cast<int64_t>(grad.element_size());
   const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
   const void* const data = const_data_of(impl, size);
   const bool is_dense = grad.is_contiguous() || grad.is_non_overlapping_and_dense();
   const int64_t bytes = is_dense ? numel * size : num_bytes(shape_of(grad), size);
-  if (numel != 0 && !lies_in_storage(impl, ByteRange(data, bytes).end)) return false;
+  if (!lies_in_storage(impl, ByteRange(data, bytes).end)) check_memory(grad, name());
   TensorEntry entry{};
   entry.grad = data;
   entry.grad_dtype = *dtype;
@@ -191,14 +215,6 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too) {
   }
   entries_.push_back(entry);
   first_block_.push_back(first_block_.back() + (entry.numel + kNormBlock - 1) / kNormBlock);
-  const size_t k = entries_.size() - 1;
-  if (k < seen_.size() && seen_[k].grad._unsafe_get_target() == &impl) {
-    seen_[k].version = version_of(grad);  // a new weak reference costs more
-  } else {
-    seen_.erase(seen_.begin() + static_cast<ptrdiff_t>(k), seen_.end());
-    seen_.push_back(
-        {c10::weak_intrusive_ptr<c10::TensorImpl>(grad.getIntrusivePtr()), version_of(grad)});
-  }
   const at::ScalarType real = c10::toRealValueType(scalar_type);
   if (dtype_ == at::ScalarType::Undefined) {
     dtype_ = real;

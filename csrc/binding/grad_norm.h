@@ -1,5 +1,5 @@
-// The norm of all gradients of an optimizer, in one parallel region or one launch, and whether they
-// are still the same gradients later.
+// The norm of all gradients of an optimizer, in one parallel region or one launch, and what has
+// become of these gradients later.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,6 +13,7 @@
 
 #include "../momentum.h"
 #include "device_norm.h"
+#include "grad_records.h"
 #include "layout.h"
 
 namespace momentum_ext::binding {
@@ -22,8 +23,8 @@ namespace py = pybind11;
 class GradNorm {
  public:
   // The p-norm (1, 2 or inf) of all gradients together, and the dtype in which torch would return
-  // it; None where a gradient is not one for the kernels. Remembers which gradients these were. On
-  // a CUDA device the norm is None: conclude() has it computed there.
+  // it; None where a gradient is not one for the kernels. On a CUDA device the norm is None:
+  // conclude() has it computed there.
   py::object compute(const py::list& param_groups, double norm_type);
 
   // The same for a list of gradients.
@@ -35,30 +36,42 @@ class GradNorm {
                      const std::optional<at::Tensor>& inv_scale,
                      const std::optional<at::Tensor>& grad_scale, std::optional<double> max_norm);
 
-  // What has become of them: "same", "replaced" (none of them is there any more) or "changed" (some
-  // are not, or were written to).
-  const char* compare(const py::list& param_groups);
+  // Of the gradients that the last compute() read.
+  size_t num_grads() const { return entries_.size(); }
+  bool has_float16() const { return has_float16_; }
+  int16_t device() const { return device_.value_or(kCpu); }
+
+  // Remembers the gradients that are there now, each with the index of its coefficient; without
+  // indices it is 0 for all.
+  void remember(const py::list& param_groups, const std::optional<std::vector<int64_t>>& indices);
+
+  // None when the gradients are those that were remembered, untouched, with one coefficient. Else
+  // for each gradient that is there: its parameter's group and index, and the coefficient's index;
+  // -1: its memory was not remembered, -2 - index: it was written since.
+  py::object match(const py::list& param_groups);
 
  private:
-  // Keeps a gradient's address from being used again, not its memory.
-  struct Seen {
-    c10::weak_intrusive_ptr<c10::TensorImpl> grad;
-    uint32_t version;
-  };
-
   py::object compute(double norm_type, const std::function<bool(bool)>& collect);
   void start_collecting();
   bool read_params(const py::list& param_groups);
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;
   bool collect(const py::list& param_groups, bool complex_too);
-  bool add(const at::Tensor& grad, bool complex_too);
+  template <typename Name>
+  bool add(const at::Tensor& grad, bool complex_too, const Name& name);
   TensorTable table() const;
   double sum(Norm kind, double scale);
 
+  // A parameter's place in the groups.
+  struct Place {
+    size_t group;
+    size_t index;
+  };
+
   std::vector<PyObject*> listed_;  // as the groups list them: only compared
   std::vector<PyObject*> params_;  // each once; followed only after they were compared
-  std::vector<Seen> seen_;
+  std::vector<Place> places_;      // of each of these
+  GradRecords records_;
   // The vectors keep their capacity, so that nothing is allocated once warm.
   std::vector<TensorEntry> entries_;
   std::vector<int64_t> first_block_;
@@ -68,6 +81,7 @@ class GradNorm {
   std::optional<int16_t> device_;  // of the gradients; none where there are none
   Norm kind_ = Norm::kSumOfSquares;
   bool is_pending_ = false;  // no pass has read them yet
+  bool has_float16_ = false;
   DeviceNorm on_device_;
 };
 

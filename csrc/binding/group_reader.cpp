@@ -8,6 +8,7 @@
 #include <iterator>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "layout.h"
 
@@ -24,7 +25,7 @@ enum Key {
   kMaximize,
   kDecoupledWeightDecay,
   kFormulation,
-  kTrainMode,
+  kBufferFormulation,
   kMomentumDtype,
   kMasterWeights,
   kStochasticRounding,
@@ -40,7 +41,7 @@ constexpr const char* kNames[kNumKeys] = {"params",
                                           "maximize",
                                           "decoupled_weight_decay",
                                           "formulation",
-                                          "train_mode",
+                                          "buffer_formulation",
                                           "momentum_dtype",
                                           "master_weights",
                                           "stochastic_rounding",
@@ -153,23 +154,26 @@ Key identify(PyObject* key) {
   return kNumKeys;
 }
 
-}  // namespace
-
 // Groups without low-precision state have none of these keys.
 Storage read_storage(PyObject* group, size_t index) {
   Storage storage;
   PyObject* const dtype = find(group, kMomentumDtype);
   if (dtype != nullptr && dtype != Py_None) {
-    constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kChar,
-                                          at::kFloat8_e4m3fn};
-    if (THPDtype_Check(dtype)) {
-      storage.momentum_dtype = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+    constexpr std::pair<const char*, at::ScalarType> kDtypes[] = {
+        {"float32", at::kFloat}, {"bfloat16", at::kBFloat16},           {"float16", at::kHalf},
+        {"int8", at::kChar},     {"float8_e4m3fn", at::kFloat8_e4m3fn},
+    };
+    for (const auto& [name, type] : kDtypes) {  // checkpoints have names, an edit may have either
+      const bool is_it = THPDtype_Check(dtype)
+                             ? reinterpret_cast<THPDtype*>(dtype)->scalar_type == type
+                             : PyUnicode_Check(dtype) &&
+                                   PyUnicode_CompareWithASCIIString(dtype, name) == 0;
+      if (is_it) storage.momentum_dtype = type;
     }
-    if (std::find(std::begin(kDtypes), std::end(kDtypes), storage.momentum_dtype) ==
-        std::end(kDtypes)) {
+    if (!storage.momentum_dtype.has_value()) {
       throw py::value_error(where(index, kMomentumDtype) +
-                            ": expected None, torch.float32, torch.bfloat16, torch.float16, "
-                            "torch.int8 or torch.float8_e4m3fn, got " +
+                            ": expected None or float32, bfloat16, float16, int8 or float8_e4m3fn, "
+                            "as a torch.dtype or its name, got " +
                             std::string(py::repr(dtype)));
     }
   }
@@ -179,18 +183,31 @@ Storage read_storage(PyObject* group, size_t index) {
 }
 
 // Groups that torch.optim.SGD has made have no such key.
-Formulation read_formulation(PyObject* group, size_t index) {
-  PyObject* const value = find(group, kFormulation);
+Formulation read_formulation(PyObject* group, size_t index, Key key) {
+  PyObject* const value = find(group, key);
   if (value == nullptr) return Formulation::kTorch;
   const char* const name = PyUnicode_Check(value) ? PyUnicode_AsUTF8(value) : nullptr;
   PyErr_Clear();  // of a string that has no UTF-8
   const std::optional<Formulation> found = name == nullptr ? std::nullopt : formulation_named(name);
   if (!found.has_value()) {
-    throw py::value_error(where(index, kFormulation) +
-                          ": expected 'torch', 'classical' or 'ema', got " +
+    throw py::value_error(where(index, key) + ": expected 'torch', 'classical' or 'ema', got " +
                           std::string(py::repr(value)));
   }
   return *found;
+}
+
+}  // namespace
+
+void GroupReader::note_converted(PyObject* group) {
+  buffer_formulation_ = formulation_;
+  immutable_ = false;  // the dict has changed
+  PyObject* const key = interned(kBufferFormulation);
+  if (formulation_ == Formulation::kTorch) {
+    if (PyDict_Contains(group, key) == 1) PyDict_DelItem(group, key);
+    return;
+  }
+  const py::str name(to_string(formulation_));
+  if (PyDict_SetItem(group, key, name.ptr()) != 0) throw py::error_already_set();
 }
 
 double read_lr(PyObject* group, size_t index) {
@@ -244,15 +261,15 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
     needs_torch_ = needs_torch_ || !found.has_value();
     return found.value_or(1.0);
   };
-  formulation_ = read_formulation(group, index);
+  formulation_ = read_formulation(group, index, kFormulation);
+  buffer_formulation_ = read_formulation(group, index, kBufferFormulation);
   const bool decoupled = find_bool(group, kDecoupledWeightDecay);
-  PyObject* const train_mode = find(group, kTrainMode);
-  in_train_mode_ = train_mode == nullptr || as_bool(train_mode);
   Hyperparams h;
   // The kernels read torch's numbers by themselves; others are made of several, on the host.
   const bool as_torch = formulation_ == Formulation::kTorch && !decoupled;
   const auto device = [&](DeviceNumber& slot) { return as_torch ? &slot : nullptr; };
   const double lr = number(kLr, true, true, device(h.on_device.lr));
+  lr_is_zero_ = lr == 0;
   const double momentum = number(kMomentum, false, false, device(h.on_device.momentum));
   const double dampening = number(kDampening, false, false);
   const double weight_decay = number(kWeightDecay, true, false, device(h.on_device.weight_decay));

@@ -14,12 +14,6 @@ namespace momentum_ext::binding {
 
 namespace py = pybind11;
 
-// A group's formulation; groups that torch.optim.SGD has made have none, which is torch's.
-Formulation read_formulation(PyObject* group, size_t index);
-
-// How a group wants its state stored.
-Storage read_storage(PyObject* group, size_t index);
-
 // A group's lr, of whatever kind it is.
 double read_lr(PyObject* group, size_t index);
 
@@ -41,14 +35,18 @@ class GroupReader {
   // grad.
   bool needs_torch() const { return needs_torch_; }
 
-  // False while optimizer.eval() holds the parameters elsewhere.
-  bool in_train_mode() const { return in_train_mode_; }
-
-  // How the group wants its momentum written.
+  // How the group wants its momentum written, and how the buffers of the group are written.
   Formulation formulation() const { return formulation_; }
+  Formulation buffer_formulation() const { return buffer_formulation_; }
 
-  // And how it wants its state stored.
+  // How the group wants its state stored.
   const Storage& storage() const { return storage_; }
+
+  // True for an lr of 0 that the host knows.
+  bool lr_is_zero() const { return lr_is_zero_; }
+
+  // Writes into the dict that the buffers are now as the group wants them.
+  void note_converted(PyObject* group);
 
  private:
   // One item of the dict as it was last read. The value of a hyperparameter is kept alive: as long
@@ -62,8 +60,9 @@ class GroupReader {
   std::vector<Item> items_;
   bool immutable_ = false;  // all values are numbers; a tensor's value may change in place
   bool needs_torch_ = false;
-  bool in_train_mode_ = true;
+  bool lr_is_zero_ = false;
   Formulation formulation_ = Formulation::kTorch;
+  Formulation buffer_formulation_ = Formulation::kTorch;
   Storage storage_;
   bool scaled_ = false;  // the coefficients are those of inv_grad_scale_
   double inv_grad_scale_ = 1.0;

@@ -1,10 +1,11 @@
 #include "layout.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "device.h"
 #include "tensor_access.h"
@@ -12,23 +13,15 @@
 namespace momentum_ext::binding {
 namespace {
 
-c10::DispatchKeySet keys_of_new_tensor(bool inference_mode) {
+// The dispatch keys of a plain dense tensor. Its TensorImpl is made without the dispatcher: a mode
+// that happens to be active (FakeTensorMode, functionalize) would have other keys, and CUDA may be
+// missing.
+c10::DispatchKeySet keys_of_new_tensor(at::DeviceType device, bool inference_mode) {
   const c10::InferenceMode guard(inference_mode);
-  return at::empty({0}, at::device(at::kCPU).dtype(at::kFloat)).key_set();
-}
-
-// The keys that a plain CUDA tensor has, told without making one: there may be no GPU. Put together
-// as torch does it for a new tensor; should a later torch do it otherwise, which shows in the keys
-// of a CPU tensor, the set stays empty and no CUDA tensor counts as plain.
-c10::DispatchKeySet cuda_keys_like(c10::DispatchKeySet cpu_keys, bool inference_mode) {
-  const auto keys = [&](c10::DispatchKey dense, c10::BackendComponent backend) {
-    const c10::DispatchKeySet all = c10::DispatchKeySet(dense) |
-                                    c10::getAutocastRelatedKeySetFromBackend(backend) |
-                                    c10::getAutogradRelatedKeySetFromBackend(backend);
-    return inference_mode ? all - c10::autograd_dispatch_keyset_with_ADInplaceOrView : all;
-  };
-  if (keys(c10::DispatchKey::CPU, c10::BackendComponent::CPUBit) != cpu_keys) return {};
-  return keys(c10::DispatchKey::CUDA, c10::BackendComponent::CUDABit);
+  const auto key = device == at::kCPU ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
+  return c10::make_intrusive<c10::TensorImpl>(
+             c10::DispatchKeySet(key), caffe2::TypeMeta::Make<float>(), at::Device(device, 0))
+      ->key_set();
 }
 
 // Outermost first, by the parameter's strides, so that the walk goes through the parameter's memory
@@ -89,25 +82,22 @@ std::optional<Dtype> kernel_dtype(at::ScalarType dtype) {
 }
 
 c10::DispatchKeySet plain_keys(int16_t device) {
-  static const c10::DispatchKeySet cpu_keys = keys_of_new_tensor(/*inference_mode=*/false);
-  static const c10::DispatchKeySet cuda_keys = cuda_keys_like(cpu_keys, /*inference_mode=*/false);
+  static const c10::DispatchKeySet cpu_keys = keys_of_new_tensor(at::kCPU, false);
+  static const c10::DispatchKeySet cuda_keys = keys_of_new_tensor(at::kCUDA, false);
   return device == kCpu ? cpu_keys : cuda_keys;
 }
 
 bool is_plain_cpu(const at::Tensor& tensor) {
-  static const c10::DispatchKeySet inference_keys = keys_of_new_tensor(/*inference_mode=*/true);
+  static const c10::DispatchKeySet inference_keys = keys_of_new_tensor(at::kCPU, true);
   return tensor.key_set() == plain_keys(kCpu) || tensor.key_set() == inference_keys;
 }
 
 std::optional<int16_t> kernel_device(const at::Tensor& tensor) {
-  static const c10::DispatchKeySet inference_keys =
-      cuda_keys_like(keys_of_new_tensor(/*inference_mode=*/true), /*inference_mode=*/true);
+  static const c10::DispatchKeySet inference_keys = keys_of_new_tensor(at::kCUDA, true);
   if (is_plain_cpu(tensor)) return kCpu;
   if (!kHasCudaKernels) return std::nullopt;
   const c10::DispatchKeySet keys = tensor.key_set();
-  if (keys.empty() || (keys != plain_keys(/*device=*/0) && keys != inference_keys)) {
-    return std::nullopt;
-  }
+  if (keys != plain_keys(/*device=*/0) && keys != inference_keys) return std::nullopt;
   return tensor.device().index();
 }
 
@@ -124,6 +114,12 @@ std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Te
   return owned;
 }
 
+bool operators_are_watched() {
+  constexpr c10::DispatchKeySet kWatchers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                           c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
+  return c10::impl::tls_local_dispatch_key_set().included_.has_any(kWatchers);
+}
+
 bool is_own_grad(const at::Tensor& param, const at::Tensor& grad) {
   return grad.const_data_ptr() == param.const_data_ptr() && grad.strides() == param.strides() &&
          grad.scalar_type() == param.scalar_type();
@@ -134,6 +130,20 @@ bool lies_like(const at::Tensor& average, const at::Tensor& param) {
          average.scalar_type() == param.scalar_type() && average.sizes() == param.sizes() &&
          average.strides() == param.strides() &&
          lies_in_storage(*average.unsafeGetTensorImpl(), byte_range(average).end);
+}
+
+void check_memory(const at::Tensor& tensor, const std::string& name) {
+  const bool has_memory = tensor.layout() == at::kStrided && (tensor.is_cpu() || tensor.is_cuda()) &&
+                          !tensor.key_set().has(c10::DispatchKey::Python) && !tensor.is_nested();
+  if (!has_memory || tensor.numel() == 0) return;
+  const int64_t itemsize = static_cast<int64_t>(tensor.element_size());
+  const int64_t needed =
+      num_bytes(shape_of(tensor), itemsize) + tensor.storage_offset() * itemsize;
+  const auto found = static_cast<int64_t>(tensor.storage().nbytes());
+  if (found >= needed && tensor.storage().data() != nullptr) return;
+  throw std::runtime_error(name + ": its storage has " + std::to_string(found) +
+                           " bytes and it needs " + std::to_string(needed) +
+                           "; it was freed or resized");
 }
 
 bool overlaps_itself(const at::Tensor& tensor) {
@@ -191,11 +201,11 @@ bool same_shape(const c10::impl::SizesAndStrides& shape, const c10::TensorImpl& 
   return tensor.sizes() == shape.sizes_arrayref() && tensor.strides() == shape.strides_arrayref();
 }
 
-int64_t num_bytes(const c10::impl::SizesAndStrides& shape, int64_t itemsize) {
+int64_t num_bytes(c10::IntArrayRef sizes, c10::IntArrayRef strides, int64_t itemsize) {
   int64_t reach = 0;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    if (shape.size_at_unchecked(d) == 0) return 0;
-    reach += (shape.size_at_unchecked(d) - 1) * shape.stride_at_unchecked(d);
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return 0;
+    reach += (sizes[d] - 1) * strides[d];
   }
   return (reach + 1) * itemsize;
 }

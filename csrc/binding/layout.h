@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../tensor_table.h"
@@ -32,6 +33,11 @@ std::optional<int16_t> kernel_device(const at::Tensor& tensor);
 // The dispatch keys of such a tensor on this device, unless it was made in inference mode.
 c10::DispatchKeySet plain_keys(int16_t device);
 
+// True while a mode watches or replaces torch's operators: FakeTensorMode, make_fx, functionalize,
+// torch.func's transforms, MemTracker. What a kernel writes would escape it, so torch's own
+// operators must do the work.
+bool operators_are_watched();
+
 // How to walk the three tensors (which have the same sizes) in step, in the parameter's order in
 // memory; nullptr when they share one dense layout and can be walked as flat arrays. `buffer` may
 // be undefined.
@@ -43,6 +49,9 @@ bool is_own_grad(const at::Tensor& param, const at::Tensor& grad);
 
 // True when the average can be walked together with its parameter, whatever the order.
 bool lies_like(const at::Tensor& average, const at::Tensor& param);
+
+// Raises where a strided tensor's storage was freed, or is too small for it.
+void check_memory(const at::Tensor& tensor, const std::string& name);
 
 // True when two elements of the tensor share a place in memory.
 bool overlaps_itself(const at::Tensor& tensor);
@@ -61,6 +70,9 @@ ByteRange byte_range(const at::Tensor& tensor);
 // A tensor's sizes and strides, to keep and to compare with.
 c10::impl::SizesAndStrides shape_of(const at::Tensor& tensor);
 bool same_shape(const c10::impl::SizesAndStrides& shape, const c10::TensorImpl& tensor);
-int64_t num_bytes(const c10::impl::SizesAndStrides& shape, int64_t itemsize);
+int64_t num_bytes(c10::IntArrayRef sizes, c10::IntArrayRef strides, int64_t itemsize);
+inline int64_t num_bytes(const c10::impl::SizesAndStrides& shape, int64_t itemsize) {
+  return num_bytes(shape.sizes_arrayref(), shape.strides_arrayref(), itemsize);
+}
 
 }  // namespace momentum_ext::binding

@@ -53,10 +53,7 @@ void check_tensor(const at::Tensor& tensor, const at::Tensor& param, const std::
                              ": an inference tensor cannot be updated outside "
                              "torch.inference_mode(); clone() it outside inference mode first");
   }
-  if (kernel_device(tensor).has_value() &&
-      !lies_in_storage(*tensor.unsafeGetTensorImpl(), byte_range(tensor).end)) {
-    throw std::runtime_error(name + ": its storage was freed or resized");
-  }
+  check_memory(tensor, name);
 }
 
 bool overlap(const at::Tensor& a, const at::Tensor& b) {
@@ -226,6 +223,13 @@ void ListStep::run() {
   const py::gil_scoped_release released;
   const at::NoGradGuard no_grad;
   const bool in_order = shares_memory();
+  if (in_order) {  // a later tensor may yet write to an earlier one's memory
+    averaged_by_torch_.clear();
+    for (size_t i = 0; i < lists_.averages.size(); ++i) {
+      if (lists_.averages[i].has_value()) averaged_by_torch_.push_back(i);
+    }
+    for (TensorEntry& entry : entries_) entry.average = nullptr;
+  }
   for (const size_t i : updated_) {
     const auto bump = [](const at::Tensor& tensor) {
       if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();

@@ -62,11 +62,7 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
                     bool back) {
   for (size_t i = 0; i < params.size(); ++i) {
     const auto check = [&](const at::Tensor& tensor, const char* name) {
-      if (is_plain_cpu(tensor) &&
-          !lies_in_storage(*tensor.unsafeGetTensorImpl(), byte_range(tensor).end)) {
-        throw std::runtime_error(std::string(name) + "[" + std::to_string(i) +
-                                 "]: its storage was freed or resized");
-      }
+      check_memory(tensor, std::string(name) + "[" + std::to_string(i) + "]");
       if (tensor.device() != params[i].device()) {
         throw std::runtime_error(std::string(name) + "[" + std::to_string(i) +
                                  "]: it is on another device than its parameter; move the "

@@ -7,9 +7,12 @@
 // takes part in no reference cycle. Addresses that it remembers are compared, never followed; those
 // that it follows were read from the optimizer in the same step.
 //
-// A step has two halves. Preparing checks everything and allocates new momentum buffers, but writes
-// nothing that a user can see. Running inserts the new buffers into the state and updates. Tensors
-// that the kernels are not made for are handed to the caller for torch's own path in between.
+// The state says what it is: its dtypes and keys tell its format, "buffer_formulation" in the group
+// how its buffers are written. A step compares that with what the group wants and converts.
+//
+// A step has two halves. Preparing checks everything and allocates new state, but writes nothing
+// that a user can see. Running inserts the new state and updates. Tensors that the kernels are not
+// made for are handed to the caller for torch's own path in between.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -35,29 +38,32 @@ namespace momentum_ext::binding {
 
 class StepPlan {
  public:
+  // What a step may be given besides the optimizer.
+  struct Options {
+    double inv_grad_scale = 1;
+    bool all_for_torch = false;
+    // For a step on CUDA devices alone, where the kernels read what it points to.
+    ScalerTensors scaler;
+    // Keep an exponential moving average of each parameter at opt.state[p]["ema"], in the same
+    // pass, with this weight of the new parameter; 0: only make those that are missing.
+    std::optional<double> average_weight;
+    // Parameters with the tensors that stand in for their gradients; null: there are none.
+    py::object grads;
+  };
+
   // Updates all tensors that have a gradient and returns None. When some of them need torch's path
-  // it writes nothing and returns a list of their (group, index in group): the caller treats those
-  // and then calls run(), or discard() on an error.
-  //
-  // `scaler` is for a step on CUDA devices alone, where the kernels read what it points to. When
-  // the host would have to know as well, step() returns NotImplemented and has written nothing.
-  py::object step(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
-                  bool all_for_torch, ScalerTensors scaler = {});
+  // it writes nothing and returns a list of their (group, index in group): the caller calls
+  // begin_torch_step(), treats those and calls run(), or discard() on an error. When the host would
+  // have to know what the scaler points to, step() returns NotImplemented and has written nothing.
+  py::object step(const py::list& param_groups, const py::dict& state, Options options);
+  void begin_torch_step();
   void run();
   void discard();
 
-  // From now on keep an exponential moving average of each parameter at opt.state[p]["ema"], in
-  // the same pass. `weight` is that of the new parameter in the next step; 0 for none at all.
-  void set_average_weight(double weight);
-
-  // Momentum buffers are in the formulation that their group named when they were last used. When a
-  // group names another one, they are converted at the group's lr: in the next step, before torch's
-  // path by begin_torch_step(), or at once by convert().
-  void convert(const py::list& param_groups, const py::dict& state);
-  void begin_torch_step();
-
-  // Takes the buffers to be in the formulation that their group names now.
-  void adopt_formulations(const py::list& param_groups);
+  // What the next step would make of the state before it updates: a list of (parameter, key, tensor
+  // or None for a key that goes), and the indices of the groups whose buffers are then written in
+  // their group's formulation. Changes nothing.
+  py::tuple pending_changes(const py::list& param_groups, const py::dict& state);
 
   // How many steps there have been: random numbers depend on it.
   uint32_t rounding_step() const { return rounding_step_; }
@@ -120,7 +126,6 @@ class StepPlan {
     int16_t device = kCpu;
     Path path = Path::kUnknown;
     Formulation formulation{};  // of the buffer
-    Storage storage;            // of the state
     bool has_buffer = false;
     bool has_known = false;  // further tensors, in `known`
     uint8_t param_itemsize = 0;
@@ -147,18 +152,11 @@ class StepPlan {
     int16_t device = kCpu;
   };
 
-  // The state of a slot that is stored in its group's way, and what must be put into it for that.
-  struct LowPrecisionState {
+  // The state of a slot in its group's formulation and format, and what must be put into it for that.
+  struct PlannedState {
     at::Tensor master;
     at::Tensor scale;
     std::vector<std::pair<PyObject*, at::Tensor>> changes;  // an undefined tensor: the key goes
-  };
-
-  // A momentum buffer in another formulation than its group's.
-  struct Conversion {
-    at::Tensor buffer;  // undefined: a slot before this one has it too
-    double lr;
-    size_t slot;
   };
 
   bool read_groups(const py::list& param_groups, double inv_grad_scale);
@@ -166,22 +164,26 @@ class StepPlan {
   bool is_same_list(size_t g) const;
   bool read_state(PyObject* state);
   void rebuild(PyObject* state);
-  void prepare(const py::list& param_groups, const py::dict& state, double inv_grad_scale,
-               bool all_for_torch);
+  void prepare(const py::list& param_groups, const py::dict& state);
+  void compare(const py::list& param_groups, const py::dict& state);
   void check_slots();
   Status check_slot(size_t i, bool has_momentum, const GroupReader& reader) noexcept;
-  void plan_conversion(size_t i);
   bool is_repeated(size_t i) const;
-  bool has_low_precision(const Slot& slot, const at::Tensor& buffer) const;
-  LowPrecisionState plan_low_precision(size_t i, const at::Tensor& param, at::Tensor& buffer) const;
-  void plan_buffer(const Slot& slot, const at::Tensor& param, at::Tensor& buffer,
-                   LowPrecisionState& state) const;
-  void plan_master(const Slot& slot, const at::Tensor& param, LowPrecisionState& state) const;
+  bool wants_conversion(size_t i) const;
+  at::Tensor converted(const Slot& slot, const at::Tensor& value) const;
+  PlannedState plan_state(size_t i, const at::Tensor& param, at::Tensor& buffer) const;
+  void plan_buffer(size_t i, const at::Tensor& param, at::Tensor& buffer,
+                   PlannedState& state) const;
+  void plan_master(const Slot& slot, const at::Tensor& param, PlannedState& state) const;
   at::Tensor find_scale(const Slot& slot, const at::Tensor& buffer) const;
-  void attach_low_precision(size_t i, const at::Tensor& param, const LowPrecisionState& state);
+  void attach_low_precision(size_t i, const at::Tensor& param, const PlannedState& state);
   bool find_known(size_t i) noexcept;
   void refuse_random_capture() const;
   void prepare_slot(size_t i);
+  at::Tensor find_grad(size_t i, const at::Tensor& param);
+  void put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort);
+  void finish_slot(size_t i, const at::Tensor& param, const at::Tensor& grad,
+                   const at::Tensor& buffer);
   const at::Tensor* find_buffer(const Slot& slot) const;
   const at::Tensor* find_state(const Slot& slot, PyObject* key) const;
   const NewState* find_planned(const Slot& slot, PyObject* key) const;
@@ -193,7 +195,6 @@ class StepPlan {
                const at::Tensor& buffer);
   void find_shared_memory();
   bool some_grad_meets_another_slot() const;
-  void convert_prepared();
   void attach_averages();
   bool can_attach(size_t i, const at::Tensor& param, const at::Tensor& average) const;
   void attach(size_t i, const at::Tensor& average);
@@ -210,7 +211,8 @@ class StepPlan {
   void update_cpu();
   void insert_new_state();
   void take_back_new_state(size_t count) noexcept;
-  void bump_versions(int64_t begin, int64_t end);
+  void note_converted();
+  void bump_versions();
   std::string name_of(const Slot& slot) const;
 
   PyObject* const buffer_key_ = PyUnicode_InternFromString("momentum_buffer");
@@ -232,12 +234,8 @@ class StepPlan {
       state_keys_;  // the state's keys in order; their slot, or -1
   std::vector<std::pair<size_t, size_t>>
       repeated_;  // a slot, and the earlier one of the same parameter
-  // Of parameters, for the next rebuild.
-  struct StoredAs {
-    Formulation formulation;
-    Storage storage;
-  };
-  std::unordered_map<PyObject*, StoredAs> stored_as_;
+  // Of parameters that have changed their group or have left it, for the next rebuild.
+  std::unordered_map<PyObject*, Formulation> formulation_of_;
   // The memory of all parameters and buffers, by address; where two of them meet, order matters.
   struct Range {
     ByteRange bytes;
@@ -272,18 +270,16 @@ class StepPlan {
   std::vector<PyObject*> groups_;  // the dicts, borrowed
   std::vector<PyObject*> params_;  // and their lists, borrowed
   py::object state_;               // opt.state
-  bool all_for_torch_ = false;
-  ScalerTensors scaler_;
+  Options options_;
   std::vector<DeviceShare> shares_;       // one for each CUDA device that has tensors in this step
   std::vector<TensorEntry> cpu_entries_;  // only where CPU and CUDA tensors are mixed
   std::vector<int64_t> cpu_first_element_;
   bool is_prepared_ = false;
+  bool is_new_state_inserted_ = false;
+  bool converts_ = false;  // some slot's formulation is not its group's
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
   std::vector<NewState> new_state_;
-  std::vector<size_t> newly_stored_;  // slots whose state is stored in another way from now on
   uint32_t rounding_step_ = 0;
-  std::vector<Conversion> conversions_;
-  double average_weight_ = 0;
   bool has_averages_ = false;            // some entry may have one
   std::vector<size_t> without_average_;  // slots that are to get one
   std::vector<size_t> averaged_by_torch_;

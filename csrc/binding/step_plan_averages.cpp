@@ -20,14 +20,16 @@ bool keeps_layout(const at::Tensor& param) {
 
 }  // namespace
 
-void StepPlan::set_average_weight(double weight) { average_weight_ = weight; }
-
 // After all slots were prepared. Writes nothing.
 void StepPlan::attach_averages() {
+  const double weight = options_.average_weight.value_or(0);
   for (size_t i = 0; i < slots_.size(); ++i) {
     entries_[i].average = nullptr;
     tensors_[i].average = nullptr;
-    if (average_weight_ == 0 || !THPVariable_Check(param_objects_[i]) || is_repeated(i)) continue;
+    if (!options_.average_weight.has_value() || !THPVariable_Check(param_objects_[i]) ||
+        is_repeated(i)) {
+      continue;
+    }
     const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
     const at::Tensor* const average = find_state(slots_[i], average_key_);
     if (average == nullptr) {
@@ -40,6 +42,7 @@ void StepPlan::attach_averages() {
                                  "before the capture");
       }
       without_average_.push_back(i);
+      if (weight == 0) continue;
       if (!can_attach(i, param, param) || !keeps_layout(param)) averaged_by_torch_.push_back(i);
       continue;
     }
@@ -50,6 +53,8 @@ void StepPlan::attach_averages() {
                                "with its parameter, or delete it from the optimizer's state to "
                                "start a new average");
     }
+    check_memory(*average, "ema of " + name_of(slots_[i]));
+    if (weight == 0) continue;
     if (can_attach(i, param, *average)) {
       attach(i, *average);
     } else {
@@ -60,6 +65,7 @@ void StepPlan::attach_averages() {
 
 // Whether the kernels can keep this average.
 bool StepPlan::can_attach(size_t i, const at::Tensor& param, const at::Tensor& average) const {
+  if (in_order_) return false;  // a later slot may yet write to this one's memory
   // A parameter that is listed twice is averaged once, after both updates.
   const bool once = std::none_of(repeated_.begin(), repeated_.end(),
                                  [i](const auto& pair) { return pair.second == i; });
@@ -85,7 +91,9 @@ void StepPlan::make_averages() {
       state_[param_object] = py::dict();
     }
     state_[param_object][key] = py::reinterpret_steal<py::object>(THPVariable_Wrap(average));
-    if (!can_attach(i, param, average) || !keeps_layout(param)) continue;  // torch's
+    if (options_.average_weight == 0 || !can_attach(i, param, average) || !keeps_layout(param)) {
+      continue;  // torch's, or none
+    }
     attach(i, average);
     kept_alive_.emplace_back(average.getIntrusivePtr(), average.storage());
   }
@@ -100,10 +108,10 @@ void StepPlan::update_averages_by_torch() {
         state_[py::reinterpret_borrow<py::object>(param_objects_[i])]);
     const at::Tensor* const average = find_tensor(state_dict.ptr(), average_key_);
     if (average == nullptr) continue;
-    if (average_weight_ == 1) {
+    if (*options_.average_weight == 1) {
       average->copy_(param);
     } else {
-      average->lerp_(param, average_weight_);
+      average->lerp_(param, *options_.average_weight);
     }
   }
 }

@@ -22,47 +22,6 @@ std::string to_string(const T& value) {
 
 }  // namespace
 
-// Runs on other threads too, while the calling thread holds the GIL.
-StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
-                                      const GroupReader& reader) noexcept {
-  Slot& slot = slots_[i];
-  if (slot.formulation != reader.formulation()) return Status::kNeedsCare;
-  if (!THPVariable_CheckTypeExact(Py_TYPE(param_objects_[i]))) return Status::kNeedsCare;
-  const c10::TensorImpl& param = *THPVariable_Unpack(param_objects_[i]).unsafeGetTensorImpl();
-  const at::Tensor& grad_tensor = grad_of(param);
-  if (!grad_tensor.defined()) {
-    tensors_[i] = {};
-    entries_[i].numel = 0;
-    return Status::kIdle;
-  }
-  if (!(slot.storage == reader.storage())) return Status::kNeedsCare;
-  const c10::TensorImpl& grad = *grad_tensor.unsafeGetTensorImpl();
-  const c10::TensorImpl* buffer = nullptr;
-  if (has_momentum) {
-    PyObject* const value = find_item(slot.state_dict, buffer_key_);
-    if (value == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(value))) return Status::kNeedsCare;
-    buffer = THPVariable_Unpack(value).unsafeGetTensorImpl();
-  }
-  try {
-    const bool unchanged = slot.path == Path::kContiguous ? is_unchanged(slot, param, grad, buffer)
-                           : slot.path == Path::kLayout
-                               ? is_unchanged_layout(slot, param, grad, buffer)
-                               : false;
-    if (!unchanged) return Status::kNeedsCare;
-  } catch (
-      ...) {  // torch may refuse to tell a tensor's sizes or memory: the calling thread can raise
-    return Status::kNeedsCare;
-  }
-  tensors_[i] = {const_cast<c10::TensorImpl*>(&param), const_cast<c10::TensorImpl*>(&grad),
-                 const_cast<c10::TensorImpl*>(buffer)};
-  if (slot.has_known && !find_known(i)) return Status::kNeedsCare;
-  TensorEntry& entry = entries_[i];
-  entry.grad = const_data_of(grad, slot.grad_itemsize);
-  entry.numel = slot.num_reals;
-  entry.is_first_step = false;
-  return has_shared_storage(grad) ? Status::kSharedGrad : Status::kReady;
-}
-
 // Everything that a quick look does not settle: new and changed tensors, first steps, errors.
 void StepPlan::prepare_slot(size_t i) {
   Slot& slot = slots_[i];
@@ -74,64 +33,75 @@ void StepPlan::prepare_slot(size_t i) {
     throw py::type_error(name_of(slot) + ": expected a tensor, got " +
                          Py_TYPE(param_objects_[i])->tp_name);
   }
-  plan_conversion(i);
   const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
-  const at::Tensor& grad_field = param.unsafeGetTensorImpl()->grad();
-  if (!grad_field.defined()) return;
-  // Torch negates and conjugates lazily, by a bit; the kernels need the values. A rare case, and
-  // the one copy of a step.
-  if (grad_field.is_neg() || grad_field.is_conj()) {
-    resolved_grads_.push_back(grad_field.resolve_conj().resolve_neg());
-  }
-  const at::Tensor grad =
-      grad_field.is_neg() || grad_field.is_conj() ? resolved_grads_.back() : grad_field;
-
+  const at::Tensor grad = find_grad(i, param);
   const bool has_momentum = hyperparams_[slot.group].has_momentum;
   const at::Tensor* const found = has_momentum ? find_buffer(slot) : nullptr;
+  const bool wants_conversion = has_momentum && this->wants_conversion(i);
+  converts_ = converts_ || wants_conversion;
+  if (!grad.defined() && !(wants_conversion && found != nullptr)) return;
+
   const bool is_first_step = has_momentum && found == nullptr;
   at::Tensor buffer = found == nullptr ? at::Tensor() : *found;
-  LowPrecisionState low_precision;
-  const bool is_low_precision = has_low_precision(slot, buffer);
-  if (is_low_precision) low_precision = plan_low_precision(i, param, buffer);
-  examine(slot, param, grad, buffer);
-  const auto put = [&](PyObject* key, const at::Tensor& tensor, uint32_t cohort) {
-    const auto object = [](PyObject* borrowed) {
-      return py::reinterpret_borrow<py::object>(borrowed);
-    };
-    new_state_.push_back({tensor, key, object(param_objects_[i]), object(slot.state_dict),
-                          py::object(), cohort, slot.device});
-  };
-  uint32_t cohort = 0;
-  if (slot.path != Path::kTorch && is_first_step) {
+  const PlannedState planned = plan_state(i, param, buffer);
+  if (grad.defined()) examine(slot, param, grad, buffer);
+  // Torch makes its own state on a first step.
+  if (slot.path == Path::kTorch && found == nullptr) return for_torch_.push_back(i);
+  uint32_t cohort = found == nullptr ? 0 : first_steps_.cohort_of(*found);
+  if (is_first_step) {
     slot.path = Path::kUnknown;
     if (slot.device != kCpu) {
       if (is_capturing(slot.device)) {
         throw std::runtime_error(
             name_of(slot) +
             ": it has no momentum_buffer yet, and step() is being captured into a CUDA graph, "
-            "whose "
-            "replays would each be its first step; run one step before the capture");
+            "whose replays would each be its first step; run one step before the capture");
       }
-      if (scaler_.found_inf.defined()) cohort = first_steps_.new_cohort(slot.device);
+      if (options_.scaler.found_inf.defined()) cohort = first_steps_.new_cohort(slot.device);
     }
     if (!buffer.defined()) buffer = at::empty_like(param, {}, at::MemoryFormat::Preserve);
     if (cohort != 0) {  // a step that overflows leaves the new buffer as it is
       buffer.zero_();
-      if (low_precision.scale.defined()) low_precision.scale.zero_();
+      if (planned.scale.defined()) planned.scale.zero_();
     }
     examine(slot, param, grad, buffer);
-    if (slot.path != Path::kTorch) put(buffer_key_, buffer, cohort);  // torch makes its own
-  }
-  if (!(slot.storage == readers_[slot.group].storage())) newly_stored_.push_back(i);
-  if (slot.path == Path::kTorch) {
-    for_torch_.push_back(i);
-    return;
+    if (slot.path == Path::kTorch) return for_torch_.push_back(i);
+    put(i, buffer_key_, buffer, cohort);
   }
   // A converted buffer is as old as the one that it comes from.
-  if (found != nullptr) cohort = first_steps_.cohort_of(*found);
-  for (const auto& [key, tensor] : low_precision.changes) {
-    put(key, tensor, key == buffer_key_ ? cohort : 0);
+  for (const auto& [key, tensor] : planned.changes) {
+    put(i, key, tensor, key == buffer_key_ ? cohort : 0);
   }
+  if (!grad.defined()) return;
+  if (slot.path == Path::kTorch) return for_torch_.push_back(i);
+  finish_slot(i, param, grad, buffer);
+  entries_[i].is_first_step = is_first_step;
+  entries_[i].cohort = cohort;
+  attach_low_precision(i, param, planned);
+}
+
+// The gradient to use; undefined: there is none.
+at::Tensor StepPlan::find_grad(size_t i, const at::Tensor& param) {
+  if (options_.grads) {
+    PyObject* const stand_in = PyDict_GetItemWithError(options_.grads.ptr(), param_objects_[i]);
+    if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (stand_in != nullptr) {
+      resolved_grads_.push_back(THPVariable_Unpack(stand_in));
+      return resolved_grads_.back();
+    }
+  }
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  if (!grad.defined() || !(grad.is_neg() || grad.is_conj())) return grad;
+  // Torch negates and conjugates lazily, by a bit; the kernels need the values. A rare case, and
+  // a copy.
+  resolved_grads_.push_back(grad.resolve_conj().resolve_neg());
+  return resolved_grads_.back();
+}
+
+// What the kernels read of a slot that was examined.
+void StepPlan::finish_slot(size_t i, const at::Tensor& param, const at::Tensor& grad,
+                           const at::Tensor& buffer) {
+  const Slot& slot = slots_[i];
   tensors_[i] = {param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(),
                  buffer.defined() ? buffer.unsafeGetTensorImpl() : nullptr};
   TensorEntry& entry = entries_[i];
@@ -146,14 +116,7 @@ void StepPlan::prepare_slot(size_t i) {
   entry.param_dtype = slot.param_kernel_dtype;
   entry.grad_dtype = slot.grad_kernel_dtype;
   entry.buffer_dtype = slot.buffer_kernel_dtype;
-  entry.is_first_step = is_first_step;
   entry.device = slot.device;
-  if (!conversions_.empty() && conversions_.back().slot == i &&
-      conversions_.back().buffer.defined()) {
-    conversions_.back().buffer = low_precision.scale.defined() ? low_precision.scale : buffer;
-  }
-  entry.cohort = cohort;
-  if (is_low_precision) attach_low_precision(i, param, low_precision);
   if (has_shared_storage(*grad.unsafeGetTensorImpl())) status_[i] = Status::kSharedGrad;
 }
 
@@ -192,62 +155,6 @@ const StepPlan::NewState* StepPlan::find_planned(const Slot& slot, PyObject* key
     if (made->key == key && made->param.ptr() == param_objects_[i]) return &*made;
   }
   return nullptr;
-}
-
-// Everything that the slot's path was chosen for still holds. The gradient's address alone may
-// differ.
-[[gnu::flatten]] bool StepPlan::is_unchanged(const Slot& slot, const c10::TensorImpl& param,
-                                             const c10::TensorImpl& grad,
-                                             const c10::TensorImpl* buffer) const {
-  if (slot.path != Path::kContiguous || slot.has_buffer != (buffer != nullptr)) return false;
-  if (param.key_set() != slot.keys || grad.key_set() != slot.keys) return false;
-  if (slot.device != kCpu && grad.device().index() != slot.device) return false;
-  if (param.dtype() != slot.param_dtype || grad.dtype() != slot.grad_dtype) return false;
-  if (!param.is_contiguous() || !grad.is_contiguous()) return false;
-  if (param.numel() != slot.numel || !same_sizes(param, grad)) return false;
-  if (is_lazy_copy(param) || const_data_of(param, slot.param_itemsize) != slot.param_data) {
-    return false;
-  }
-  const void* const grad_data = const_data_of(grad, slot.grad_itemsize);
-  const ByteRange grad_bytes(grad_data, slot.numel * slot.grad_itemsize);
-  if (!lies_in_storage(grad, grad_bytes.end)) return false;
-  if (grad_bytes.overlaps({slot.param_data, slot.numel * slot.param_itemsize})) return false;
-  if (buffer == nullptr) return true;
-  if (buffer->key_set() != slot.keys || buffer->dtype() != slot.buffer_dtype) return false;
-  if (!buffer->is_contiguous() || !same_sizes(param, *buffer)) return false;
-  return !is_lazy_copy(*buffer) &&
-         const_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
-         !grad_bytes.overlaps({slot.buffer_data, slot.numel * slot.buffer_itemsize});
-}
-
-bool StepPlan::is_unchanged_layout(const Slot& slot, const c10::TensorImpl& param,
-                                   const c10::TensorImpl& grad,
-                                   const c10::TensorImpl* buffer) const {
-  const Shapes& shapes = *slot.shapes;
-  const auto same = [&](const c10::TensorImpl& tensor, caffe2::TypeMeta dtype,
-                        const c10::impl::SizesAndStrides& shape) {
-    return tensor.key_set() == slot.keys && tensor.dtype() == dtype && same_shape(shape, tensor) &&
-           (slot.device == kCpu || tensor.device().index() == slot.device);
-  };
-  const auto bytes = [](const void* data, caffe2::TypeMeta dtype,
-                        const c10::impl::SizesAndStrides& shape) {
-    return ByteRange(data, num_bytes(shape, static_cast<int64_t>(dtype.itemsize())));
-  };
-  if (slot.has_buffer != (buffer != nullptr)) return false;
-  if (!same(param, slot.param_dtype, shapes.param) || !same(grad, slot.grad_dtype, shapes.grad)) {
-    return false;
-  }
-  if (is_lazy_copy(param) || const_data_of(param, slot.param_itemsize) != slot.param_data) {
-    return false;
-  }
-  const void* const grad_data = const_data_of(grad, slot.grad_itemsize);
-  const ByteRange grad_bytes = bytes(grad_data, slot.grad_dtype, shapes.grad);
-  if (!lies_in_storage(grad, grad_bytes.end)) return false;
-  if (grad_bytes.overlaps(bytes(slot.param_data, slot.param_dtype, shapes.param))) return false;
-  if (buffer == nullptr) return true;
-  return same(*buffer, slot.buffer_dtype, shapes.buffer) && !is_lazy_copy(*buffer) &&
-         const_data_of(*buffer, slot.buffer_itemsize) == slot.buffer_data &&
-         !grad_bytes.overlaps(bytes(slot.buffer_data, slot.buffer_dtype, shapes.buffer));
 }
 
 // Chooses the path of a tensor that is new or changed, or raises.
@@ -305,10 +212,13 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   const bool is_quantized = buffer.defined() && is_8_bit(buffer.scalar_type());
   const bool all_dtypes = has_kernel(param) && has_kernel(grad) &&
                           (!buffer.defined() || is_quantized || has_kernel(buffer));
+  check_memory(param, name_of(slot));
+  check_memory(grad, "gradient of " + name_of(slot));
+  if (buffer.defined()) check_memory(buffer, "momentum_buffer of " + name_of(slot));
   const auto shares_memory = [](const at::Tensor& a, const at::Tensor& b) {
     return byte_range(a).overlaps(byte_range(b));
   };
-  if (all_for_torch_ || readers_[slot.group].needs_torch() || !all_plain || !all_dtypes) {
+  if (options_.all_for_torch || readers_[slot.group].needs_torch() || !all_plain || !all_dtypes) {
     slot.path = Path::kTorch;
     return;
   }
@@ -319,19 +229,6 @@ void StepPlan::examine(Slot& slot, const at::Tensor& param, const at::Tensor& gr
     slot.path = Path::kTorch;
     return;
   }
-
-  const auto check_memory = [&](const at::Tensor& tensor, const std::string& name) {
-    const int64_t needed = num_bytes(shape_of(tensor), tensor.element_size()) +
-                           tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
-    if (tensor.numel() != 0 && static_cast<int64_t>(tensor.storage().nbytes()) < needed) {
-      throw std::runtime_error(name + ": its storage has " +
-                               std::to_string(tensor.storage().nbytes()) + " bytes and it needs " +
-                               std::to_string(needed) + "; it was freed or resized");
-    }
-  };
-  check_memory(param, name_of(slot));
-  check_memory(grad, "gradient of " + name_of(slot));
-  if (buffer.defined()) check_memory(buffer, "momentum_buffer of " + name_of(slot));
 
   slot.device = *device;
   slot.keys = plain_keys(slot.device);

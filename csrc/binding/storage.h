@@ -1,7 +1,7 @@
 // How a parameter group wants its tensors' state stored, beside what torch.optim.SGD would do.
 #pragma once
 
-#include <c10/core/ScalarType.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 
@@ -10,13 +10,21 @@
 namespace momentum_ext::binding {
 
 struct Storage {
-  std::optional<at::ScalarType> momentum_dtype;  // none: as torch, or as it is found
+  std::optional<at::ScalarType> momentum_dtype;  // none: see dtype_of_buffer()
   bool master_weights = false;
   bool stochastic_rounding = false;
 
-  bool is_default() const {
-    return !momentum_dtype.has_value() && !master_weights && !stochastic_rounding;
+  // A parameter whose exact value is kept beside it.
+  bool has_master(const at::Tensor& param) const {
+    return master_weights &&
+           (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
   }
+
+  // That of the momentum buffer: fp32 beside a master, else the parameter's own.
+  at::ScalarType dtype_of_buffer(const at::Tensor& param) const {
+    return momentum_dtype.value_or(has_master(param) ? at::kFloat : param.scalar_type());
+  }
+
   friend bool operator==(const Storage&, const Storage&) = default;
 };
 

@@ -46,6 +46,13 @@ MOMENTUM_EXT_INLINE bool lies_in_storage(const c10::TensorImpl& tensor, const ch
          (begin != nullptr && end <= begin + static_cast<int64_t>(storage.nbytes()));
 }
 
+// True when the tensor still has all the memory [begin, end) that it had, as its own.
+MOMENTUM_EXT_INLINE bool is_still_at(const c10::TensorImpl& tensor, const void* begin,
+                                     const void* end, int64_t itemsize) {
+  return !is_lazy_copy(tensor) && const_data_of(tensor, itemsize) == begin &&
+         lies_in_storage(tensor, static_cast<const char*>(end));
+}
+
 // True when other tensors use the same memory.
 MOMENTUM_EXT_INLINE bool has_shared_storage(const c10::TensorImpl& tensor) {
   return tensor.unsafe_storage().use_count() != 1;
