@@ -93,6 +93,91 @@ def test_16_bit_is_the_cpus(options, dtype):
     check(ours, cpus, params, on_cpu)
 
 
+FORMULATIONS = pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "formulation": formulation, **rest}
+        for formulation in ("classical", "ema")
+        for rest in ({}, {"nesterov": True, "decoupled_weight_decay": True, "maximize": True})
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+
+
+@FORMULATIONS
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_formulations_are_the_cpus(dtype, on_device, options):
+    """Also while lr changes, given as a number or as a tensor on the device."""
+    params = make_params(dtype=dtype)
+    on_cpu = clones(params, "cpu")
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step, lr in enumerate([0.1, 0.05, 0.2, 0.01]):
+        ours.param_groups[0]["lr"] = torch.tensor(lr, device="cuda", dtype=torch.float64) if on_device else lr
+        cpus.param_groups[0]["lr"] = lr
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        ours.step()
+        cpus.step()
+        check(ours, cpus, params, on_cpu)
+
+
+@FORMULATIONS
+def test_formulations_when_steps_overflow(options):
+    params = make_params()
+    on_cpu = clones(params, "cpu")
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step, overflow in enumerate([True, True, False, True, False]):
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        ours.found_inf = torch.tensor(float(overflow), device="cuda")
+        ours.step()
+        if not overflow:
+            cpus.step()
+            check(ours, cpus, params, on_cpu)
+        assert all(same(a, b) for a, b in zip(params, on_cpu, strict=True))
+
+
+def test_a_formulation_is_changed():
+    params = make_params()
+    on_cpu = clones(params, "cpu")
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step, formulation in enumerate(["torch", "classical", "classical", "torch", "torch"]):
+        for each, optimizer in ((params, ours), (on_cpu, cpus)):
+            set_grads(each, step)
+            optimizer.param_groups[0]["formulation"] = formulation
+            optimizer.step()
+        check(ours, cpus, params, on_cpu)
+
+
+@FORMULATIONS
+def test_a_captured_step_of_a_formulation_replays_with_another_lr(options):
+    params, lr = make_params(), torch.tensor(0.1, device="cuda")
+    on_cpu = clones(params, "cpu")
+    ours, cpus = FusedMomentum(params, **{**options, "lr": lr}), FusedMomentum(on_cpu, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        set_grads(params, 0)
+        ours.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    set_grads(on_cpu, 0)
+    cpus.param_groups[0]["lr"] = lr.item()
+    cpus.step()
+    for step, value in enumerate([0.1, 0.05, 0.5]):
+        lr.fill_(value)
+        cpus.param_groups[0]["lr"] = lr.item()
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        graph.replay()
+        cpus.step()
+    check(ours, cpus, params, on_cpu)
+
+
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_gradients(grad_dtype):
     results = []

@@ -707,6 +707,72 @@ def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, 
             assert launches() == ([(0, 4096)], 0)
 
 
+FORMULATIONS = pytest.mark.parametrize(
+    "options",
+    [
+        {"formulation": formulation, "dampening": 0.0, **rest}
+        for formulation in ("classical", "ema")
+        for rest in ({}, {"nesterov": True, "decoupled_weight_decay": True, "maximize": True})
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+
+
+@emulated
+@FORMULATIONS
+@pytest.mark.parametrize("low_precision", [{}, {"momentum_dtype": torch.int8, "stochastic_rounding": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_formulations_are_the_cpus(dtype, low_precision, options):
+    twins = LowPrecisionTwins(dtype, {**options, **low_precision})
+    launches()
+    for step, which in enumerate([None, range(5), None, None]):
+        for optimizer in (twins.optimizer, twins.oracle):
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.5**step
+        twins.step(which)
+        assert launches() == ([(0, 4096)], 0)
+
+
+@emulated
+@FORMULATIONS
+def test_formulations_with_numbers_on_the_device(options):
+    twins = LowPrecisionTwins(torch.float32, options)
+    group, other = twins.optimizer.param_groups[0], twins.oracle.param_groups[0]
+    values = {name: torch.tensor(other[name], dtype=torch.float64) for name in ("lr", "momentum", "weight_decay")}
+    group.update({name: cuda(value) for name, value in values.items()})
+    launches()
+    for _ in range(3):
+        other.update({name: value.item() for name, value in values.items()})
+        twins.step()
+        values["lr"].mul_(0.5)
+        values["momentum"].mul_(0.9)
+    assert launches() == ([(0, 4096)] * 3, 0)
+
+
+@emulated
+@FORMULATIONS
+def test_formulations_when_the_first_steps_overflow(options):
+    twins = LowPrecisionTwins(torch.float32, options)
+    before = [cpu(p).clone() for p in twins.ours]
+    for overflow in (True, True, False, True, False):
+        twins.scaler_step(overflow)
+        if overflow and before:
+            assert all(torch.equal(cpu(p), b) for p, b in zip(twins.ours, before, strict=True))
+        elif not overflow:
+            before = []
+            twins.oracle.step()
+            twins.check()
+
+
+@emulated
+def test_a_formulation_is_changed():
+    twins = LowPrecisionTwins(torch.float32, {"dampening": 0.0})
+    for formulation in ("torch", "classical", "torch"):
+        for optimizer in (twins.optimizer, twins.oracle):
+            optimizer.param_groups[0]["formulation"] = formulation
+        twins.step()
+        twins.step()
+
+
 @emulated
 @pytest.mark.parametrize("momentum_dtype", [torch.bfloat16, torch.int8])
 def test_low_precision_layouts_and_averages(momentum_dtype):

@@ -95,7 +95,7 @@ def test_wrong_gradients_are_found_before_anything_is_written():
         params[0].grad = torch.randn_like(params[0])
         params[1].grad_dtype = None
         params[1].grad = torch.randn(9).to(torch.complex64)
-        refused(opt, "stochastic_rounding" if options["stochastic_rounding"] else "result type ComplexFloat")
+        refused(opt, "stochastic_rounding" if options.get("stochastic_rounding") else "result type ComplexFloat")
 
 
 @pytest.mark.parametrize("momentum_dtype", [INT8, BF16], ids=dtype_name)
