@@ -103,7 +103,7 @@ def _torch_averaging(over_lists: bool, **path: Any) -> Callable[[Model, Settings
             if over_lists:
                 average_all(averages, params, None)
             else:
-                for average, param in zip(averages, params):
+                for average, param in zip(averages, params, strict=True):
                     average.copy_(average_one(average, param, None))
 
         return warm(step)

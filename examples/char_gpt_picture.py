@@ -123,7 +123,7 @@ def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
             alpha=0.35 if pale else 1, label=label(run.settings),
         )  # fmt: skip
         axes.plot(
-            *zip(*run.validation), color=mine.color, marker="o", linestyle="none", markersize=6 if pale else 3.5,
+            *zip(*run.validation, strict=True), color=mine.color, marker="o", linestyle="none", markersize=6 if pale else 3.5,
             markerfacecolor="white", zorder=5,
         )  # fmt: skip
     axes.legend(frameon=False, fontsize=10, handlelength=4.5, loc="upper right", labelcolor=INK)
@@ -143,7 +143,7 @@ def draw_differences(axes: Axes, base: Run, others: Sequence[Run]) -> None:
     labelled = int(0.7 * len(steps))
     curves = [smooth(np.abs(np.array(run.losses) - np.array(base.losses)).tolist()) for run in others]
     highest = max(curve[labelled] for curve in curves)
-    for run, apart in zip(others, curves):
+    for run, apart in zip(others, curves, strict=True):
         mine = look(run.settings)
         shown = apart > 0
         axes.plot(

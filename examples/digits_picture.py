@@ -154,7 +154,7 @@ def draw_step_times(axes: Axes, theirs: Run, ours: Run) -> None:
     us = [np.array(run.optimizer_ns) / 1e3 for run in (theirs, ours)]
     medians = [step_quantiles(run)[1] / 1e3 for run in (theirs, ours)]
     low = min(values.min() for values in us) / 1.15
-    high = max(min(np.quantile(values, 0.985) * 1.1, 4 * median) for values, median in zip(us, medians))
+    high = max(min(np.quantile(values, 0.985) * 1.1, 4 * median) for values, median in zip(us, medians, strict=True))
     style(
         axes,
         f"A step takes {medians[1]:,.0f} µs instead of {medians[0]:,.0f} µs",

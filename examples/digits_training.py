@@ -163,7 +163,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 def require_identical(one: Run, other: Run) -> None:
     """Raises RunsDiffer if a loss, parameter, statistic or momentum buffer differs in a single bit."""
     names = f"with {one.name} and with {other.name}"
-    for step, (a, b) in enumerate(zip(one.losses, other.losses), start=1):
+    for step, (a, b) in enumerate(zip(one.losses, other.losses, strict=True), start=1):
         if a.hex() != b.hex():
             raise RunsDiffer(f"the loss of step {step} is {a!r} and {b!r} {names}")
     theirs = other.tensors()

@@ -158,7 +158,7 @@ def basins(directory: Path) -> list[Fact]:
     draw_basins(landscape, methods, deeper, words, directory / "basins.png")
     plain = deeper[0]
     parts = [f"- {methods[0].name}: {plain.mean():.0%} of the starts on the map end in the deeper well."]
-    for method, there in zip(methods[1:], deeper[1:]):
+    for method, there in zip(methods[1:], deeper[1:], strict=True):
         parts.append(
             f"- {method.name}: {there.mean():.0%}. Of the starts from which gradient descent reaches the deeper well "
             f"{(~there[plain]).mean():.0%} lose it, of the others {there[~plain].mean():.0%} gain it."

@@ -118,7 +118,7 @@ def draw_limits(panels: Sequence[Panel], words: tuple[str, str], path: Path) -> 
         gridspec_kw={"left": 0.045, "right": 0.985, "top": 0.83, "bottom": 0.065, "hspace": 0.5, "wspace": 0.13},
     )  # fmt: skip
     headline(figure, *words)
-    for axes, panel in zip(grid.flat, panels):
+    for axes, panel in zip(grid.flat, panels, strict=True):
         style(axes, panel.title, panel.subtitle)
         labels = []
         for curve in panel.curves:

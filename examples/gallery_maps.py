@@ -99,7 +99,7 @@ def draw_basins(
         gridspec_kw={"left": 0.02, "right": 0.985, "top": 0.66, "bottom": 0.03, "wspace": 0.05},
     )
     headline(figure, *words)
-    for axes, method, deeper in zip(panels, methods, reached):
+    for axes, method, deeper in zip(panels, methods, reached, strict=True):
         look = LOOKS[method.name]
         draw_terrain(axes, landscape)
         axes.imshow(
@@ -108,7 +108,7 @@ def draw_basins(
         )  # fmt: skip
         style(axes, method.name, f"{method.constants()}; {deeper.mean():.0%} end in the deeper well")
         axes.spines["bottom"].set_visible(False)
-        for (x, y), text in zip(landscape.minima, ("deeper", "shallower")):
+        for (x, y), text in zip(landscape.minima, ("deeper", "shallower"), strict=True):
             axes.annotate(
                 text, (x, y), xytext=(0, -15), textcoords="offset points", ha="center", fontsize=9.5, color=INK,
                 fontweight="bold", path_effects=HALO, zorder=7,

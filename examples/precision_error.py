@@ -140,12 +140,14 @@ def table(trials: Sequence[Trial]) -> str:
         )
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
         for row in [header, *rows]
     ]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     out = [lines[0]]
-    for line, trial in zip(lines[1:], trials):
+    for line, trial in zip(lines[1:], trials, strict=True):
         out += [rule] * (trial.mode.options is None) + [line]
     return "\n".join(out)
 

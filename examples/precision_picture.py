@@ -81,7 +81,7 @@ def draw(found: Mapping[str, Sequence[Result]], path: Path) -> None:
         "Same first weights, same batches. Blue: fp32 parameters, orange: bf16, green: fp16; forward and backward "
         f"compute in fp32 with their values. torch {torch.__version__}; momentum_ext {momentum_ext.__version__}",
     )
-    for (left, right), (title, results) in zip(panels, found.items()):
+    for (left, right), (title, results) in zip(panels, found.items(), strict=True):
         draw_curves(left, title, [result for result in results if not result.nudge and not result.seed])
         draw_finals(right, results)
     figure.savefig(path, dpi=150, facecolor="white")

@@ -54,6 +54,16 @@ def clone_exact(tensor: Tensor, storages: dict[int, torch.UntypedStorage] | None
     return out
 
 
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The strided tensors that hold its values: itself, unless it is sparse, opaque or a subclass that wraps others."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in parts_of(getattr(tensor, name))]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return [tensor] if tensor.layout == torch.strided else []
+
+
 def clone_params(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Exact copies as parameters, tensors that share memory still sharing it, a repeated tensor still the same one."""
     storages: dict[int, torch.UntypedStorage] = {}
@@ -103,7 +113,7 @@ def same_bits(actual: Tensor, expected: Tensor) -> bool:
         integer = DATA_INT[actual.element_size()]
         if torch.equal(actual.detach().view(integer), expected.detach().view(integer)):
             return True  # by far the most frequent case
-    return all(torch.equal(a, e) for a, e in zip(bits(actual), bits(expected)))
+    return all(torch.equal(a, e) for a, e in zip(bits(actual), bits(expected), strict=True))
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
@@ -193,7 +203,7 @@ class Pair:
     def _copy(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         flat = iter(clone_params([p for group in groups for p in group["params"]]))
         rest = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in groups]
-        return [{"params": [next(flat) for _ in g["params"]], **r} for g, r in zip(groups, rest)]
+        return [{"params": [next(flat) for _ in g["params"]], **r} for g, r in zip(groups, rest, strict=True)]
 
     @property
     def optimizers(self) -> tuple[FusedMomentum, torch.optim.SGD]:
@@ -256,33 +266,81 @@ class Pair:
                 assert_same(buffer, wanted, f"momentum_buffer of params[{index}]")
 
 
-class Snapshot:
-    """The bits, versions and state entries of an optimizer's tensors, to prove later that nothing has changed."""
+def memory_of(storage: torch.UntypedStorage, dtype: torch.dtype) -> Tensor:
+    """All of it, in elements of that dtype, or in bytes where it is no multiple of them."""
+    dtype = torch.uint8 if storage.nbytes() % dtype.itemsize else dtype
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
 
-    def __init__(self, opt: torch.optim.Optimizer) -> None:
-        self.opt = opt
+
+class Snapshot:
+    """All that an optimizer can reach, to prove later that nothing has changed.
+
+    Of a tensor: which object, dtype, layout, version, and the bits of all its memory, around a view too. Of anything
+    else: type and value. `but` names what may differ: "grads", "groups", "versions".
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, *but: str) -> None:
+        self.opt, self.but = opt, but
         self.params = [p for group in opt.param_groups for p in group["params"]]
-        self.values = [None if p.is_meta else clone_exact(p) for p in self.params]
-        self.state_keys = [id(p) for p in opt.state]
-        self.state = [dict(opt.state[p]) if p in opt.state else None for p in self.params]
-        self.buffers = [
-            clone_exact(b) if isinstance(b := (s or {}).get("momentum_buffer"), Tensor) and not b.is_meta else None
-            for s in self.state
-        ]
+        self.values = [None if p.is_meta or p.layout != torch.strided else clone_exact(p) for p in self.params]
+        self._memory: dict[int, tuple[torch.UntypedStorage, torch.dtype, Tensor]] = {}
+        self._found = {what: (value, self._describe(value)) for what, value in self._reach()}
 
     def assert_unchanged(self) -> None:
-        assert [id(p) for p in self.opt.state] == self.state_keys, "state entries appeared or went"
-        for index, (param, value) in enumerate(zip(self.params, self.values)):
-            if value is not None:
-                assert_same(param, value, f"params[{index}]")
-            state = self.opt.state.get(param)
-            assert (state is None) == (self.state[index] is None)
-            if state is None:
-                continue
-            assert list(state) == list(self.state[index]), f"state of params[{index}]"
-            assert all(state[k] is v for k, v in self.state[index].items()), f"state of params[{index}]"
-            if self.buffers[index] is not None:
-                assert_same(state["momentum_buffer"], self.buffers[index], f"momentum_buffer of params[{index}]")
+        now = dict(self._reach())
+        assert list(now) == list(self._found), f"{now.keys() ^ self._found.keys()} appeared or went"
+        for what, (value, described) in self._found.items():
+            if isinstance(value, (Tensor, dict, list)):
+                assert now[what] is value, f"{what} is another object"
+            assert self._describe(now[what]) == described, what
+        for param, value in zip(self.params, self.values, strict=True):
+            if value is not None and param.untyped_storage().nbytes():
+                assert_same(param, value, "a parameter")  # says where; the rest is compared below
+        for storage, dtype, kept in self._memory.values():
+            if not same_bits(memory_of(storage, dtype), kept):
+                found = ((what, self._storages_of(value)) for what, (value, _) in self._found.items())
+                raise AssertionError(f"the memory of {[what for what, owned in found if storage._cdata in owned]}")
+
+    def _reach(self) -> Iterable[tuple[str, Any]]:
+        if "groups" not in self.but:
+            yield from self._inside("param_groups", self.opt.param_groups)
+        yield from ((f"params[{index}]", param) for index, param in enumerate(self.params))
+        names = {id(param): f"params[{index}]" for index, param in enumerate(self.params)}
+        for param, entry in self.opt.state.items():
+            yield from self._inside(f"state of {names.get(id(param), id(param))}", entry)
+        for name, value in vars(self.opt).items():
+            is_a_scalers = name in ("found_inf", "grad_scale")
+            if not (name.startswith("_") or name in ("param_groups", "state") or is_a_scalers or callable(value)):
+                yield from self._inside(name, value)
+        if "grads" not in self.but:
+            yield from ((f"grad of params[{index}]", param.grad) for index, param in enumerate(self.params))
+
+    def _inside(self, what: str, value: Any) -> Iterable[tuple[str, Any]]:
+        yield what, value
+        if isinstance(value, (dict, list)):
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from self._inside(f"{what}[{key!r}]", each)
+
+    def _describe(self, value: Any) -> Any:
+        if isinstance(value, (dict, list)):
+            return len(value)
+        if not isinstance(value, Tensor):
+            return type(value), repr(value)
+        for storage, dtype in self._storages_of(value).values():
+            if storage._cdata not in self._memory:
+                self._memory[storage._cdata] = storage, dtype, memory_of(storage, dtype).clone()
+        version = None if "versions" in self.but or value.is_inference() else value._version
+        where = [
+            (part.dtype, part.shape, part.stride(), part.storage_offset(), part.untyped_storage()._cdata,
+             part.untyped_storage().nbytes(), part.is_neg(), part.is_conj())
+            for part in parts_of(value)
+        ]  # fmt: skip
+        return type(value), value.dtype, value.layout, value.requires_grad, version, where
+
+    @staticmethod
+    def _storages_of(value: Any) -> dict[int, tuple[torch.UntypedStorage, torch.dtype]]:
+        parts = parts_of(value) if isinstance(value, Tensor) and not value.is_meta else []
+        return {part.untyped_storage()._cdata: (part.untyped_storage(), part.dtype) for part in parts}
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts

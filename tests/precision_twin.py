@@ -133,7 +133,7 @@ class Twin:
         self.opt.step()
         self.taken += 1
         self.check()
-        for param, grad in zip(self.params, grads):
+        for param, grad in zip(self.params, grads, strict=True):
             if grad is not None:
                 assert_same(param.grad, grad, "gradient")
 

@@ -31,13 +31,13 @@ class Trainings:
         data = torch.randn(8, 19)
         if overflow:
             data[0, 0] = math.inf
-        for model, opts, scaler in zip(self.models, self.opts, self.scalers):
+        for model, opts, scaler in zip(self.models, self.opts, self.scalers, strict=True):
             procedure(model, opts, scaler, lambda model=model: model(data).square().mean())
         self.check()
 
     def check(self):
         mine, theirs = self.opts
-        for a, b in zip(self.models[0].parameters(), self.models[1].parameters()):
+        for a, b in zip(self.models[0].parameters(), self.models[1].parameters(), strict=True):
             assert_same(a, b)
             has, should = (
                 next((o.state[p] for o in opts if p in o.state), None) for opts, p in ((mine, a), (theirs, b))
@@ -119,7 +119,7 @@ def test_overflow(procedure, at):
 def test_overflow_on_step_1_leaves_no_trace():
     trainings = Trainings(1024.0)
     (mine,) = trainings.opts[0]
-    before = Snapshot(mine)
+    before = Snapshot(mine, "grads")
     trainings.iterate(plain, overflow=True)
     before.assert_unchanged()
     assert not mine.state
@@ -138,7 +138,7 @@ def test_the_scalers_attributes_are_gone_after_its_step():
     (mine,) = trainings.opts[0]
     trainings.iterate(plain)
     assert not hasattr(mine, "grad_scale") and not hasattr(mine, "found_inf")
-    for params in zip(*(m.parameters() for m in trainings.models)):
+    for params in zip(*(m.parameters() for m in trainings.models), strict=True):
         grad = torch.randn(params[0].shape)
         for param in params:
             param.grad = grad.clone()
@@ -156,7 +156,7 @@ def test_no_warning_and_no_deprecated_argument(recwarn):
 def test_own_scale_times_the_scalers():
     """A grad_scale that the user has set is multiplied with the scaler's, as torch documents it."""
     trainings = Trainings(1024.0)
-    for model, opts, scaler in zip(trainings.models, trainings.opts, trainings.scalers):
+    for model, opts, scaler in zip(trainings.models, trainings.opts, trainings.scalers, strict=True):
         torch.manual_seed(1)
         (opt,), data = opts, torch.randn(8, 19)
         opt.zero_grad()
@@ -166,7 +166,7 @@ def test_own_scale_times_the_scalers():
             opt.grad_scale = torch.tensor(own)
         scaler.step(opt)
         scaler.update()
-    for mine, theirs in zip(*(m.parameters() for m in trainings.models)):
+    for mine, theirs in zip(*(m.parameters() for m in trainings.models), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -312,9 +312,9 @@ def test_gradients_are_never_written(dtype, hyper, scaled):
         before = [clone_exact(grad) for grad in grads]
         versions = [grad._version for grad in grads]
         opt.step()
-        assert [param.grad is grad for param, grad in zip(params, grads)] == [True] * len(params)
+        assert [param.grad is grad for param, grad in zip(params, grads, strict=True)] == [True] * len(params)
         assert [grad._version for grad in grads] == versions
-        for grad, kept in zip(grads, before):
+        for grad, kept in zip(grads, before, strict=True):
             assert_same(grad, kept, "gradient")
 
 
@@ -326,11 +326,14 @@ def test_sparse_gradients_with_a_scaler():
     torch.manual_seed(0)
     models = [torch.nn.Embedding(20, 5, sparse=True) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    opts = [kind(m.parameters(), lr=0.1, foreach=False) for kind, m in zip((FusedMomentum, torch.optim.SGD), models)]
+    opts = [
+        kind(m.parameters(), lr=0.1, foreach=False)
+        for kind, m in zip((FusedMomentum, torch.optim.SGD), models, strict=True)
+    ]
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in models]
     for step in range(6):
         index, factor = torch.randint(20, (8,)), math.inf if step in (0, 3) else 1.0
-        for model, opt, scaler in zip(models, opts, scalers):
+        for model, opt, scaler in zip(models, opts, scalers, strict=True):
             opt.zero_grad()
             scaler.scale((model(index) * factor).square().sum()).backward()
             scaler.step(opt)

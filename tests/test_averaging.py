@@ -29,7 +29,7 @@ class Averaged:
         self.update = get_ema_multi_avg_fn(decay)
 
     def step(self, missing=()):
-        for index, (a, b) in enumerate(zip(self.mine, self.theirs)):
+        for index, (a, b) in enumerate(zip(self.mine, self.theirs, strict=True)):
             a.grad = None if index in missing else torch.randn(a.shape).to(a.dtype)
             b.grad = None if a.grad is None else a.grad.clone()
         self.opt.step()
@@ -41,12 +41,12 @@ class Averaged:
         self.check()
 
     def check(self):
-        for index, (a, b, average) in enumerate(zip(self.mine, self.theirs, self.averages)):
+        for index, (a, b, average) in enumerate(zip(self.mine, self.theirs, self.averages, strict=True)):
             assert_same(a, b, f"params[{index}]")
             assert_same(self.average_of(a), average, f"ema of params[{index}]")
 
     def average_of(self, param):
-        return self.opt.state[param]["ema"] if "ema" in self.opt.state.get(param, {}) else param
+        return self.opt.state[param]["ema"] if param in self.opt.state else param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -56,6 +56,7 @@ def test_averaged_model(dtype, momentum, decay):
     pair = Averaged([torch.randn(n, dtype=dtype) for n in SIZES], decay, momentum=momentum)
     for _ in range(25):
         pair.step()
+    assert all("ema" in pair.opt.state[param] for param in pair.mine)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -126,7 +127,7 @@ def test_a_step_that_torch_refuses_starts_no_average():
     opt = FusedMomentum(params, lr=0.1, weight_decay=0.1, ema_decay=0.3)
     params[0].grad, params[1].grad = torch.randn(9), torch.randn(33).to_sparse()
     before = Snapshot(opt)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="add"):
         opt.step()
     before.assert_unchanged()
     assert len(opt.state) == 0
@@ -165,8 +166,8 @@ def test_swapped_in_and_out():
         pair.step(missing=(2,))
     addresses = [p.data_ptr() for p in pair.mine]
     values = [p.detach().clone() for p in pair.mine]
-    with pytest.raises(KeyError), pair.opt.ema_weights():
-        for param, average in zip(pair.mine, pair.averages):
+    with pytest.raises(KeyError, match="comes back"), pair.opt.ema_weights():
+        for param, average in zip(pair.mine, pair.averages, strict=True):
             assert_same(param, average)
         assert [p.data_ptr() for p in pair.mine] == addresses
         for refused in (pair.opt.step, pair.opt.state_dict, lambda: pickle.dumps(pair.opt)):
@@ -175,7 +176,7 @@ def test_swapped_in_and_out():
         with pytest.raises(RuntimeError, match="active"), pair.opt.ema_weights():
             pass
         raise KeyError("comes back on an error too")
-    for param, value in zip(pair.mine, values):
+    for param, value in zip(pair.mine, values, strict=True):
         assert_same(param, value)
     pair.check()
     pair.step()
@@ -262,7 +263,7 @@ def test_an_average_that_cannot_be_made_leaves_no_momentum_buffer():
     opt.state[param] = Stubborn()
     param.grad = torch.randn(33)
     before = param.detach().clone()
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match="no room for an average"):
         opt.step()
     assert_same(param, before)
     assert not opt.state[param]
@@ -294,9 +295,9 @@ def test_a_swap_that_fails_half_way_is_undone():
     frozen = torch.zeros(1).expand(9)  # several elements in one place: nothing can be written to it
     pair.opt.state[pair.mine[1]]["ema"] = frozen
     before = [p.detach().clone() for p in pair.mine]
-    with pytest.raises(RuntimeError), pair.opt.ema_weights():
+    with pytest.raises(RuntimeError, match="single memory location"), pair.opt.ema_weights():
         pass
-    for param, value in zip(pair.mine, before):
+    for param, value in zip(pair.mine, before, strict=True):
         assert_same(param, value)
 
 
@@ -344,7 +345,7 @@ def test_swapped_parameters_that_share_memory_come_back():
     with opt.ema_weights():
         assert not torch.equal(weight, before)
     assert_same(weight, before)
-    for param, average in zip(params, averages):
+    for param, average in zip(params, averages, strict=True):
         assert_same(opt.state[param]["ema"], average)
 
 

@@ -159,7 +159,7 @@ def test_inductor():
         assert torch.allclose(norm, eager.clip_grad_norm_(0.5))  # inductor's gradients are rounded differently
         eager.step()
         eager.zero_grad()
-    for mine, other in zip(net.parameters(), theirs.parameters()):
+    for mine, other in zip(net.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(mine, other, atol=1e-5)
 
 
@@ -277,7 +277,7 @@ def test_zero_grad_that_keeps_the_memory():
     train(net, opt, opt.step, 1)
     before = [param.grad for param in net.parameters()]
     torch.compile(lambda: opt.zero_grad(set_to_none=False), fullgraph=True, backend="eager")()
-    for param, grad in zip(net.parameters(), before):
+    for param, grad in zip(net.parameters(), before, strict=True):
         assert param.grad is grad and not grad.any()
 
 
@@ -467,8 +467,8 @@ def test_operator_checks_before_it_writes(message):
     before = copy.deepcopy(arguments)
     with pytest.raises((RuntimeError, ValueError), match=message.replace("[", r"\[").replace("]", r"\]")):
         torch.ops.momentum_ext.step(*arguments)
-    for now, then in zip(arguments, before):
-        for a, b in zip(now, then) if isinstance(now, list) else ():
+    for now, then in zip(arguments, before, strict=True):
+        for a, b in zip(now, then, strict=True) if isinstance(now, list) else ():
             if isinstance(a, torch.Tensor):
                 assert_same(a, b)
 
@@ -510,7 +510,7 @@ def test_operator_takes_what_the_step_takes(kind):
         else:
             leaves = [p.requires_grad_() for p in params] if kind != "shared" else params
             opt = FusedMomentum(leaves, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
-            for p, g, b in zip(params, grads, buffers):
+            for p, g, b in zip(params, grads, buffers, strict=True):
                 p.grad = g.detach() if g.dtype == p.dtype else None
                 if p.grad is None:
                     p.grad_dtype = None
@@ -518,7 +518,7 @@ def test_operator_takes_what_the_step_takes(kind):
                 opt.state[p]["momentum_buffer"] = b
             opt.step()
         results.append([*params, *buffers])
-    for mine, theirs in zip(*results):
+    for mine, theirs in zip(*results, strict=True):
         assert_same(mine, theirs, kind)
 
 
@@ -528,7 +528,7 @@ def test_versions_are_bumped():
     before = [t._version for t in [*params, *buffers, *averages, *grads]]
     torch.ops.momentum_ext.step(*arguments)
     after = [t._version for t in [*params, *buffers, *averages, *grads]]
-    assert [a - b for a, b in zip(after, before)] == [1] * 6 + [0] * 3
+    assert [a - b for a, b in zip(after, before, strict=True)] == [1] * 6 + [0] * 3
 
 
 def test_nothing_is_traced_without_a_compiler():
@@ -564,7 +564,7 @@ def test_a_failed_step_keeps_the_compiled_clipping():
     for optimizer in (opt, eager):
         optimizer.max_grad_norm = 10.0
         lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], "wrong"
-        with pytest.raises((TypeError, ValueError, RuntimeError)):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match="'str'"):
             optimizer.step()
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()

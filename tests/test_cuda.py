@@ -54,7 +54,7 @@ def same(a, b):
 
 
 def check(ours, theirs, ours_params, theirs_params):
-    for p, q in zip(ours_params, theirs_params):
+    for p, q in zip(ours_params, theirs_params, strict=True):
         assert same(p, q)
         b, c = (o.state.get(x, {}).get("momentum_buffer") for o, x in ((ours, p), (theirs, q)))
         assert (b is None) == (c is None)
@@ -89,6 +89,91 @@ def test_16_bit_is_the_cpus(options, dtype):
         set_grads(params, step)
         set_grads(on_cpu, step)
         ours.step()
+        cpus.step()
+    check(ours, cpus, params, on_cpu)
+
+
+FORMULATIONS = pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "formulation": formulation, **rest}
+        for formulation in ("classical", "ema")
+        for rest in ({}, {"nesterov": True, "decoupled_weight_decay": True, "maximize": True})
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+
+
+@FORMULATIONS
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_formulations_are_the_cpus(dtype, on_device, options):
+    """Also while lr changes, given as a number or as a tensor on the device."""
+    params = make_params(dtype=dtype)
+    on_cpu = clones(params, "cpu")
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step, lr in enumerate([0.1, 0.05, 0.2, 0.01]):
+        ours.param_groups[0]["lr"] = torch.tensor(lr, device="cuda", dtype=torch.float64) if on_device else lr
+        cpus.param_groups[0]["lr"] = lr
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        ours.step()
+        cpus.step()
+        check(ours, cpus, params, on_cpu)
+
+
+@FORMULATIONS
+def test_formulations_when_steps_overflow(options):
+    params = make_params()
+    on_cpu = clones(params, "cpu")
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step, overflow in enumerate([True, True, False, True, False]):
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        ours.found_inf = torch.tensor(float(overflow), device="cuda")
+        ours.step()
+        if not overflow:
+            cpus.step()
+            check(ours, cpus, params, on_cpu)
+        assert all(same(a, b) for a, b in zip(params, on_cpu, strict=True))
+
+
+def test_a_formulation_is_changed():
+    params = make_params()
+    on_cpu = clones(params, "cpu")
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    ours, cpus = FusedMomentum(params, **options), FusedMomentum(on_cpu, **options)
+    for step, formulation in enumerate(["torch", "classical", "classical", "torch", "torch"]):
+        for each, optimizer in ((params, ours), (on_cpu, cpus)):
+            set_grads(each, step)
+            optimizer.param_groups[0]["formulation"] = formulation
+            optimizer.step()
+        check(ours, cpus, params, on_cpu)
+
+
+@FORMULATIONS
+def test_a_captured_step_of_a_formulation_replays_with_another_lr(options):
+    params, lr = make_params(), torch.tensor(0.1, device="cuda")
+    on_cpu = clones(params, "cpu")
+    ours, cpus = FusedMomentum(params, **{**options, "lr": lr}), FusedMomentum(on_cpu, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        set_grads(params, 0)
+        ours.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    set_grads(on_cpu, 0)
+    cpus.param_groups[0]["lr"] = lr.item()
+    cpus.step()
+    for step, value in enumerate([0.1, 0.05, 0.5]):
+        lr.fill_(value)
+        cpus.param_groups[0]["lr"] = lr.item()
+        set_grads(params, step)
+        set_grads(on_cpu, step)
+        graph.replay()
         cpus.step()
     check(ours, cpus, params, on_cpu)
 
@@ -136,7 +221,7 @@ def test_layouts(case):
             param.grad = grad
             optimizer.step()
         results.append((param, optimizer.state[param]["momentum_buffer"]))
-    assert all(same(a, b) for a, b in zip(*results))
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_groups_and_long_lists():
@@ -176,7 +261,9 @@ def same_state(one, other):
         if one[name].is_floating_point() and one[name].element_size() > 1:
             assert same(one[name], other[name]), name
         else:
-            assert torch.equal(one[name].cpu().view(torch.uint8), other[name].cpu().view(torch.uint8)), name
+            assert torch.equal(
+                one[name].cpu().contiguous().view(torch.uint8), other[name].cpu().contiguous().view(torch.uint8)
+            ), name
 
 
 @pytest.mark.parametrize("stochastic_rounding", [False, True])
@@ -202,7 +289,7 @@ def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, 
         set_grads(on_cpu, step)
         ours.step()
         cpus.step()
-    for p, q in zip(params, on_cpu):
+    for p, q in zip(params, on_cpu, strict=True):
         assert same(p, q)
         same_state(ours.state[p], cpus.state[q])
 
@@ -221,7 +308,7 @@ def test_low_precision_state_after_overflows(dtype, momentum_dtype):
         ours.step()
         if not overflow:
             cpus.step()
-    for p, q in zip(params, on_cpu):
+    for p, q in zip(params, on_cpu, strict=True):
         assert same(p, q)
         same_state(ours.state[p], cpus.state[q])
 
@@ -256,7 +343,7 @@ def test_a_step_does_not_wait(on_device):
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not any(same(param, old) for param, old in zip(params, before) if param.numel())
+    assert not any(same(param, old) for param, old in zip(params, before, strict=True) if param.numel())
 
 
 def test_a_captured_step_replays_with_another_lr():
@@ -311,7 +398,7 @@ def test_the_current_stream_is_used():
     for param in torchs:
         param.grad.mul_(2)
     loop.step()
-    assert all(same(a, b) for a, b in zip(mine, torchs))
+    assert all(same(a, b) for a, b in zip(mine, torchs, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -327,7 +414,7 @@ def test_several_devices_and_the_cpu():
         ours.step()
         loop.step()
     assert torch.cuda.current_device() == 0
-    assert all(same(a, b) for a, b in zip(params, torchs))
+    assert all(same(a, b) for a, b in zip(params, torchs, strict=True))
 
 
 def test_the_cpu_and_one_device():
@@ -340,7 +427,7 @@ def test_the_cpu_and_one_device():
         set_grads(torchs, step)
         ours.step()
         loop.step()
-    assert all(same(a, b) for a, b in zip(params, torchs))
+    assert all(same(a, b) for a, b in zip(params, torchs, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------- overflow
@@ -359,7 +446,7 @@ def test_an_overflow_on_the_first_step_changes_nothing():
         ours.grad_scale = torch.tensor(scale, device="cuda")
         ours.step()
         if overflow:
-            assert all(same(a, b) for a, b in zip(params, before))
+            assert all(same(a, b) for a, b in zip(params, before, strict=True))
         else:
             loop.step()
             check(ours, loop, params, torchs)
@@ -438,7 +525,7 @@ def test_clip_and_step_without_waiting(max_norm):
         expected = torch.nn.utils.clip_grad_norm_(torchs, max_norm)
         loop.step()
         torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
-        for p, q in zip(params, torchs):
+        for p, q in zip(params, torchs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
@@ -472,7 +559,7 @@ def test_scaler_and_clipping(order, ours_scales):
                 torch.cuda.set_sync_debug_mode("default")
             scaler.update()
     assert scalers[0].get_scale() == scalers[1].get_scale()
-    for p, q in zip(model.parameters(), other.parameters()):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
@@ -491,7 +578,7 @@ def test_averages_are_the_cpus(dtype, warmup):
             cpus.found_inf = torch.tensor(float(overflow))
         ours.step()
         cpus.step()
-        for p, q in zip(params, on_cpu):
+        for p, q in zip(params, on_cpu, strict=True):
             assert same(p, q) and same(ours.state[p]["ema"], cpus.state[q]["ema"])
     assert ours.state_dict()["param_groups"][0]["ema_step"] == 4
 
@@ -523,7 +610,7 @@ def test_clip_step_and_average_captured(warmup):
         expected = eager.clip_grad_norm_(0.5)
         eager.step()
         assert same(norm, expected)
-    for p, q in zip(params, twins):
+    for p, q in zip(params, twins, strict=True):
         assert same(p, q) and same(captured.state[p]["ema"], eager.state[q]["ema"])
 
 

@@ -68,13 +68,13 @@ def test_state_that_refuses_an_entry_on_the_first_step(good):
 
         def __setitem__(self, key, value):
             if self.full and len(self) == good:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("in the middle")
             super().__setitem__(key, value)
 
     params, opt = make()
     before = [p.detach().clone() for p in params]
     opt.state = Refuses()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="in the middle"):
         opt.step()
     assert not opt.state
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))

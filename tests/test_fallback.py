@@ -31,7 +31,7 @@ def test_sparse_gradients(hyper):
         opts.append(kind(models[-1].parameters(), **hyper, foreach=False))
     for _ in range(5):
         index = torch.randint(50, (8,))
-        for model, opt in zip(models, opts):
+        for model, opt in zip(models, opts, strict=True):
             opt.zero_grad()
             model(index).square().mean().backward()
             assert model[0].weight.grad.is_sparse
@@ -123,7 +123,7 @@ def test_weight_decay_that_requires_grad():
         pair.new_grads()
         kept = [mine.grad.clone() for mine, _ in pair.params]
         pair.step_as_is()
-        for before, (mine, _) in zip(kept, pair.params):
+        for before, (mine, _) in zip(kept, pair.params, strict=True):
             assert_same(mine.grad, before, "gradient")
 
 
@@ -149,7 +149,7 @@ def test_meta_parameters_among_others():
     """Mixed devices in one group; meta tensors have no data, their state has the right form."""
     pair = Pair([torch.randn(300)], **HYPER)
     metas = [torch.nn.Parameter(torch.empty(33, 5, device="meta")) for _ in range(2)]
-    for opt, meta in zip(pair.optimizers, metas):
+    for opt, meta in zip(pair.optimizers, metas, strict=True):
         opt.param_groups[0]["params"].insert(0, meta)
     for _ in range(3):
         for meta in metas:
@@ -197,7 +197,7 @@ def test_subclass_with_its_own_dispatch():
         pair.both(lambda opt: opt.step())
         same(pair.mine.param_groups[0]["params"][:2], pair.theirs.param_groups[0]["params"])
         buffer = pair.mine.state[two]["momentum_buffer"]
-        for name, twin in zip("ab", twins):
+        for name, twin in zip("ab", twins, strict=True):
             theirs = twin.params[0][1]
             assert_same(getattr(two.data, name), theirs)
             assert_same(getattr(buffer, name), twin.theirs.state[theirs]["momentum_buffer"])

@@ -50,7 +50,7 @@ def test_buffer_none_means_first_step():
     """What old checkpoints of torch hold for a parameter that never stepped."""
     pair = Pair([torch.randn(300), torch.randn(5)], **DAMPENED)
     pair.step(3)
-    for opt, param in zip(pair.optimizers, pair.params[0]):
+    for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
         opt.state[param]["momentum_buffer"] = None
     pair.step(3)
 
@@ -58,7 +58,7 @@ def test_buffer_none_means_first_step():
 def test_deleted_buffer_means_first_step():
     pair = Pair([torch.randn(300), torch.randn(5)], **DAMPENED)
     pair.step(3)
-    for opt, param in zip(pair.optimizers, pair.params[1]):
+    for opt, param in zip(pair.optimizers, pair.params[1], strict=True):
         del opt.state[param]["momentum_buffer"]
     pair.step(3)
 

@@ -198,13 +198,13 @@ def test_complex_is_its_real_view(dtype, formulation, hyper):
     opt = FusedMomentum(params, lr=99.0, formulation=formulation, **hyper)
     for step in range(6):
         run.new_grads()
-        for param, (mine, _) in zip(params, run.pairs):
+        for param, (mine, _) in zip(params, run.pairs, strict=True):
             param.grad = torch.view_as_complex(mine.grad).clone()
         opt.param_groups[0]["lr"] = schedule(step)
         opt.step()
         run.step(schedule(step))
         run.check()
-        for param, (mine, _) in zip(params, run.pairs):
+        for param, (mine, _) in zip(params, run.pairs, strict=True):
             assert_same(torch.view_as_real(param.detach()), mine)
 
 
@@ -254,12 +254,12 @@ def test_without_momentum_all_are_gradient_descent_and_make_no_state(dtype, form
     ours = FusedMomentum(mine, lr=0.1, **decay, formulation=formulation, decoupled_weight_decay=decoupled)
     torchs = torch.optim.SGD(theirs, lr=0.1, **decay, foreach=False)
     for _ in range(4):
-        for a, b in zip(mine, theirs):
+        for a, b in zip(mine, theirs, strict=True):
             a.grad = nonzero(a)
             b.grad = a.grad.clone()
         ours.step()
         torchs.step()
-        for a, b in zip(mine, theirs):
+        for a, b in zip(mine, theirs, strict=True):
             assert_same(a, b)
     assert len(ours.state) == 0 and ours.state_dict()["state"] == {}
 
@@ -272,7 +272,7 @@ def trajectory(formulation, lrs, grads, **hyper):
     param = torch.nn.Parameter(torch.zeros(33, dtype=torch.float64))
     opt = FusedMomentum([param], lr=99.0, momentum=0.9, formulation=formulation, **hyper)
     out = []
-    for lr, grad in zip(lrs, grads):
+    for lr, grad in zip(lrs, grads, strict=True):
         opt.param_groups[0]["lr"] = lr
         param.grad = grad.clone()
         opt.step()
@@ -296,7 +296,7 @@ def test_torch_and_classical_take_the_same_steps_while_lr_is_constant(nesterov):
     grads = gradients()
     torchs = trajectory("torch", CONSTANT, grads, nesterov=nesterov)
     classical = trajectory("classical", CONSTANT, grads, nesterov=nesterov)
-    for (p, b), (q, v) in zip(torchs, classical):
+    for (p, b), (q, v) in zip(torchs, classical, strict=True):
         torch.testing.assert_close(q, p, **CLOSE)
         torch.testing.assert_close(v, 0.1 * b, **CLOSE)
 
@@ -340,7 +340,7 @@ def test_ema_is_torch_with_a_smaller_lr(lrs, nesterov):
     grads = gradients()
     ema = trajectory("ema", lrs, grads, nesterov=nesterov)
     torchs = trajectory("torch", [(1 - 0.9) * lr for lr in lrs], grads, nesterov=nesterov)
-    for (p, b), (q, v) in zip(torchs, ema):
+    for (p, b), (q, v) in zip(torchs, ema, strict=True):
         torch.testing.assert_close(q, p, **CLOSE)
         torch.testing.assert_close(v, (1 - 0.9) * b, **CLOSE)
 
@@ -388,7 +388,7 @@ def test_classical_is_that_of_keras_over_a_schedule(nesterov, tmp_path):
         param = torch.nn.Parameter(start.clone())
         opt = FusedMomentum([param], momentum=0.9, nesterov=nesterov, formulation=formulation)
         out = []
-        for lr, grad in zip(lrs, grads):
+        for lr, grad in zip(lrs, grads, strict=True):
             opt.param_groups[0]["lr"] = lr
             param.grad = grad.clone()
             opt.step()
@@ -441,12 +441,12 @@ def test_tensor_lr_on_torchs_path(formulation, lr, dtype):
     hyper = {"momentum": 0.9, "weight_decay": 0.01, "decoupled_weight_decay": True, "formulation": formulation}
     opts = [FusedMomentum(params, lr=lr, **hyper) for params in (own, plain)]
     for _ in range(3):
-        for a, b in zip(own, plain):
+        for a, b in zip(own, plain, strict=True):
             b.grad = nonzero(b)
             a.grad = b.grad.clone()
         for opt in opts:
             opt.step()
-        for a, b in zip(own, plain):
+        for a, b in zip(own, plain, strict=True):
             buffers = opts[0].state[a]["momentum_buffer"], opts[1].state[b]["momentum_buffer"]
             assert a.shape == b.shape and buffers[0].shape == b.shape and buffers[0].dtype == b.dtype
             # 16-bit: torch's own path rounds after each of its four operations.
@@ -474,7 +474,9 @@ def test_sparse_gradients_give_what_dense_ones_give(formulation, mu, decoupled):
         assert_same(sparse[1], dense[1])
         torch.testing.assert_close(sparse[0], dense[0], **close(torch.float32))
         if mu:
-            buffers = [opt.state[params[0]]["momentum_buffer"] for opt, params in zip(opts, (sparse, dense))]
+            buffers = [
+                opt.state[params[0]]["momentum_buffer"] for opt, params in zip(opts, (sparse, dense), strict=True)
+            ]
             assert buffers[0].is_sparse
             torch.testing.assert_close(buffers[0].to_dense(), buffers[1], **close(torch.float32))
 
@@ -494,20 +496,20 @@ def test_a_formulation_for_each_group(dtype, isa, threads):
     values = [[torch.randn(shape, dtype=dtype) for shape in SHAPES] for _ in hypers]
     mine, theirs = ([clone_params(group) for group in values] for _ in range(2))
     groups = [{"params": mine[0], **hypers[0][1]}]
-    groups += [{"params": p, "formulation": f, **h} for p, (f, h) in zip(mine[1:], hypers[1:])]
+    groups += [{"params": p, "formulation": f, **h} for p, (f, h) in zip(mine[1:], hypers[1:], strict=True)]
     opt = FusedMomentum(groups[:3], formulation="ema")
     opt.add_param_group(groups[3])
     assert [g["formulation"] for g in opt.param_groups] == [f for f, _ in hypers]
-    loops = [ForLoop(p, f, **h) for p, (f, h) in zip(theirs, hypers)]
+    loops = [ForLoop(p, f, **h) for p, (f, h) in zip(theirs, hypers, strict=True)]
     for step in range(6):
-        for a, b in zip(itertools.chain(*mine), itertools.chain(*theirs)):
+        for a, b in zip(itertools.chain(*mine), itertools.chain(*theirs), strict=True):
             a.grad = nonzero(a)
             b.grad = a.grad.clone()
-        for g, (group, loop) in enumerate(zip(opt.param_groups, loops)):
+        for g, (group, loop) in enumerate(zip(opt.param_groups, loops, strict=True)):
             group["lr"] = schedule(step + g)
             loop.step(schedule(step + g))
         opt.step()
-        for a, b in zip(itertools.chain(*mine), itertools.chain(*theirs)):
+        for a, b in zip(itertools.chain(*mine), itertools.chain(*theirs), strict=True):
             assert_same(a, b)
 
 
@@ -573,7 +575,7 @@ def test_refused_by_the_step_before_anything_is_written(bad):
         before.assert_unchanged()
     opt.param_groups[2].update(good)
     opt.step()
-    assert not any(torch.equal(p, value) for p, value in zip(before.params, before.values))
+    assert not any(torch.equal(p, value) for p, value in zip(before.params, before.values, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- conversions
@@ -626,11 +628,11 @@ def test_changing_back_and_forth_goes_on_where_torch_goes(dtype, nesterov, path)
         use(opt, formulation)
         for _ in range(3):
             step(opt)
-            for mine, theirs in zip(opt.param_groups[0]["params"], twin.param_groups[0]["params"]):
+            for mine, theirs in zip(opt.param_groups[0]["params"], twin.param_groups[0]["params"], strict=True):
                 theirs.grad = mine.grad.clone()
             twin.step()
         scale = LR if formulation == "classical" else 1.0
-        for mine, theirs in zip(opt.param_groups[0]["params"], twin.param_groups[0]["params"]):
+        for mine, theirs in zip(opt.param_groups[0]["params"], twin.param_groups[0]["params"], strict=True):
             # 21 steps and 4 conversions of one rounding each, on values of size 10.
             close = {"rtol": 50 * torch.finfo(dtype).eps, "atol": 50 * torch.finfo(dtype).eps}
             torch.testing.assert_close(mine, theirs, **close)
@@ -683,12 +685,12 @@ def test_an_edit_takes_effect_in_what_leaves_the_optimizer(old, new, leave):
         state = LEAVES[leave](opt)
         for index, buffer in enumerate(expected):
             assert_same(state[index]["momentum_buffer"], buffer)
-    assert all(opt.state[p]["momentum_buffer"] is b for p, b in zip(opt.state, objects))
+    assert all(opt.state[p]["momentum_buffer"] is b for p, b in zip(opt.state, objects, strict=True))
     twin = copy.deepcopy(opt)
     grads = [nonzero(p) for p in opt.state]
     for each in (opt, twin):
         step(each, grads=grads)
-    for mine, theirs in zip(opt.state, twin.state):
+    for mine, theirs in zip(opt.state, twin.state, strict=True):
         assert_same(mine, theirs)
         assert_same(opt.state[mine]["momentum_buffer"], twin.state[theirs]["momentum_buffer"])
 
@@ -716,7 +718,7 @@ def test_parameters_without_gradients_are_converted_too(old, new):
         for p in opt.param_groups[0]["params"]:
             p.grad = None if any(p is q for q in idle) else nonzero(p)
         opt.step()
-    for p, value, buffer in zip(idle, values, expected):
+    for p, value, buffer in zip(idle, values, expected, strict=True):
         assert_same(p, value)
         assert_same(opt.state[p]["momentum_buffer"], buffer)
 
@@ -806,10 +808,10 @@ def test_deleting_the_state_makes_every_edit_possible():
     loop = ForLoop(clone_params(params), "ema", **PLAIN)
     for _ in range(2):
         step(opt)
-        for p, q in zip(params, loop.params):
+        for p, q in zip(params, loop.params, strict=True):
             q.grad = p.grad.clone()
         loop.step(LR)
-    for p, q in zip(params, loop.params):
+    for p, q in zip(params, loop.params, strict=True):
         assert_same(p, q)
 
 
@@ -842,7 +844,7 @@ def test_edits_to_and_from_ema_raise_and_write_nothing(old, new, action):
     grads = [nonzero(p) for p in opt.state]
     for each in (opt, twin):
         step(each, 2, grads=grads)
-    for mine, theirs in zip(opt.state, twin.state):
+    for mine, theirs in zip(opt.state, twin.state, strict=True):
         assert_same(mine, theirs)
         assert_same(opt.state[mine]["momentum_buffer"], twin.state[theirs]["momentum_buffer"])
 
@@ -893,7 +895,7 @@ def test_from_torch_into_classical_at_the_loaded_lr(twice):
         grads = [nonzero(p) for p in params]
         for each in (source, mine):
             step(each, grads=grads)
-    for p, q in zip(params, mine.param_groups[0]["params"]):
+    for p, q in zip(params, mine.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(p, q, **CLOSE)
 
 
@@ -912,7 +914,7 @@ def test_from_classical_into_torch():
         grads = [nonzero(p) for p in mine.param_groups[0]["params"]]
         for each in (source, mine):
             step(each, grads=grads)
-    for p, q in zip(source.param_groups[0]["params"], mine.param_groups[0]["params"]):
+    for p, q in zip(source.param_groups[0]["params"], mine.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(p, q, **CLOSE)
 
 
@@ -924,7 +926,7 @@ def test_a_checkpoint_of_the_same_formulation_goes_on_to_the_bit(formulation):
     grads = [nonzero(p) for p in source.param_groups[0]["params"]]
     for each in (source, mine):
         step(each, 3, grads=grads)
-    for p, q in zip(source.param_groups[0]["params"], mine.param_groups[0]["params"]):
+    for p, q in zip(source.param_groups[0]["params"], mine.param_groups[0]["params"], strict=True):
         assert_same(p, q)
         assert_same(source.state[p]["momentum_buffer"], mine.state[q]["momentum_buffer"])
 
@@ -951,10 +953,10 @@ def test_a_checkpoint_that_cannot_be_converted_leaves_the_optimizer_as_it_was(ol
     grads = [nonzero(p) for p in mine.state]
     for each in (mine, twin):
         step(each, 3, grads=grads)
-    for p, q in zip(mine.state, twin.state):
+    for p, q in zip(mine.state, twin.state, strict=True):
         assert_same(p, q)
     use(mine, "classical" if new == "torch" else "torch")  # the plan still knows what the buffers are in
-    with pytest.raises(ValueError) if new == "ema" else contextlib.nullcontext():
+    with pytest.raises(ValueError, match="changed from 'ema' to 'torch'") if new == "ema" else contextlib.nullcontext():
         mine.state_dict()
 
 
@@ -974,12 +976,12 @@ def test_decoupled_weight_decay_is_kept_or_loaded():
 def assert_steps_with_decay(opt, decoupled):
     params = opt.param_groups[0]["params"]
     loop = ForLoop(clone_params(params), **{**PLAIN, "weight_decay": 0.1, "decoupled_weight_decay": decoupled})
-    loop.velocity = {q: opt.state[p]["momentum_buffer"].clone() for p, q in zip(params, loop.params)}
+    loop.velocity = {q: opt.state[p]["momentum_buffer"].clone() for p, q in zip(params, loop.params, strict=True)}
     step(opt)
-    for p, q in zip(params, loop.params):
+    for p, q in zip(params, loop.params, strict=True):
         q.grad = p.grad.clone()
     loop.step(LR)
-    for p, q in zip(params, loop.params):
+    for p, q in zip(params, loop.params, strict=True):
         assert_same(p, q)
 
 
@@ -995,7 +997,7 @@ def test_a_pickle_from_before_formulations():
     grads = [nonzero(p) for p in opt.state]
     for each in (opt, old):
         step(each, 3, grads=grads)
-    for p, q in zip(opt.state, old.state):
+    for p, q in zip(opt.state, old.state, strict=True):
         assert_same(p, q)
     assert old.param_groups[0]["formulation"] == "torch"
     old.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})

@@ -114,7 +114,7 @@ def test_averaged_model():
             scheduler.step()
             average.update_parameters(model)
         results.append(list(average.parameters()))
-    for mine, theirs in zip(*results):
+    for mine, theirs in zip(*results, strict=True):
         assert_same(mine, theirs)
 
 
@@ -142,7 +142,7 @@ def test_closure():
                 assert torch.is_grad_enabled() == grad_enabled
         assert calls == [True] * 3
         results.append([*model.parameters(), *losses])
-    for mine, theirs in zip(*results):
+    for mine, theirs in zip(*results, strict=True):
         assert_same(mine, theirs)
 
 
@@ -279,7 +279,7 @@ def test_hooks_get_torchs_arguments():
 def test_pre_hook_that_returns_nonsense(one):
     one.register_step_pre_hook(lambda opt, args, kwargs: "nonsense")
     before = one.param_groups[0]["params"][0].detach().clone()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="got nonsense"):
         one.step()
     assert_same(one.param_groups[0]["params"][0], before)
 
@@ -478,7 +478,7 @@ def test_version_counters_go_up_with_each_step(shape):
         for param in params:
             param.grad = torch.randn(param.shape).to(param.dtype)
         opt.step()
-        assert all(t._version > v for t, v in zip(params + buffers, versions))
+        assert all(t._version > v for t, v in zip(params + buffers, versions, strict=True))
         assert idle._version == still
 
 

@@ -141,7 +141,7 @@ def test_params_argument(params):
 
 
 def test_missing_params():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'params'"):
         FusedMomentum()
 
 
@@ -151,7 +151,7 @@ def test_positional_arguments_in_torchs_order():
     pair.mine = FusedMomentum([torch.nn.Parameter(values.clone())], 0.05, 0.9, 0, 0.02, True)
     pair.theirs = torch.optim.SGD([torch.nn.Parameter(values.clone())], 0.05, 0.9, 0, 0.02, True, foreach=False)
     pair.step(3)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="positional"):
         FusedMomentum([w(3)], 0.05, 0.9, 0, 0.02, True, True)
 
 
@@ -280,12 +280,25 @@ def missing_key(opt):
     del opt.param_groups[-1]["dampening"]
 
 
-BREAKAGES = [
-    expanded_parameter, self_overlapping_parameter, integer_parameter, gradient_of_another_shape,
-    buffer_of_another_shape, buffer_larger_than_its_parameter, buffer_that_is_no_tensor, expanded_buffer,
-    integer_buffer, complex_buffer, complex_gradient,
-    lr_that_is_text, lr_of_two_elements, momentum_none, missing_key,
-]  # fmt: skip
+SHARED_PLACE = r"\['params'\]\[4\].*share one place in memory \(shape \[.*clone\(\)"
+# Each with what the message says: the tensor, what was found and the remedy, where torch does not speak first.
+BREAKAGES = {
+    expanded_parameter: SHARED_PLACE,
+    self_overlapping_parameter: SHARED_PLACE,
+    integer_parameter: "integral input tensors",
+    gradient_of_another_shape: r"gradient of .*\['params'\]\[4\].*\[7\].*\[300\]; set it to None",
+    buffer_of_another_shape: r"momentum_buffer of .*\['params'\]\[4\].*\[300\].*\[7\]; delete it",
+    buffer_larger_than_its_parameter: r"momentum_buffer of .*\['params'\]\[4\].*\[300\].*\[5, 300\]; delete it",
+    buffer_that_is_no_tensor: r"\['params'\]\[4\].*momentum_buffer.*str; delete the entry",
+    expanded_buffer: "momentum_buffer of .*" + SHARED_PLACE,
+    integer_buffer: "can't be cast to the desired output type Long",
+    complex_buffer: "can't be cast to the desired output type Float",
+    complex_gradient: "can't be cast to the desired output type Float",
+    lr_that_is_text: "'str'",
+    lr_of_two_elements: "must be Number, not Tensor",
+    momentum_none: "must be Tensor, not NoneType",
+    missing_key: r"param_groups\[1\]\['dampening'\] is missing; every group needs it",
+}
 # Where our type isn't torch's: torch computes something for overlapping elements, and stumbles over a missing method.
 OUR_TYPE = {self_overlapping_parameter: RuntimeError, buffer_that_is_no_tensor: TypeError}
 
@@ -303,14 +316,14 @@ def test_a_step_that_raises_has_changed_nothing(breakage):
     pair = training()
     breakage(pair.mine)
     before = Snapshot(pair.mine)
-    with pytest.raises(Exception) as raised:
+    with pytest.raises(Exception, match=BREAKAGES[breakage]) as raised:
         pair.mine.step()
     before.assert_unchanged()
     expected = OUR_TYPE.get(breakage) or type_of_torchs_error(breakage, pair)
     assert raised.type is expected, repr(raised.value)
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES[:-4], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("breakage", list(BREAKAGES)[:-4], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("why", ["tensor lr that requires grad", "differentiable"])
 def test_a_step_that_raises_on_torchs_path_has_changed_nothing(why, breakage):
     """The same where all tensors go through torch's functional sgd, one after the other."""
@@ -326,12 +339,12 @@ def test_a_step_that_raises_on_torchs_path_has_changed_nothing(why, breakage):
         pair.mine.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
     breakage(pair.mine)
     before = Snapshot(pair.mine)
-    with pytest.raises((RuntimeError, TypeError, AttributeError)):
+    with pytest.raises((RuntimeError, TypeError), match=BREAKAGES[breakage]):
         pair.mine.step()
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES[:4], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("breakage", list(BREAKAGES)[:4], ids=lambda f: f.__name__)
 def test_training_goes_on_after_an_error(breakage):
     """Once the cause is gone the next step is the one that torch would have taken."""
     pair = training()
@@ -339,7 +352,7 @@ def test_training_goes_on_after_an_error(breakage):
     data, grad = param.data, param.grad
     breakage(pair.mine)
     for _ in range(2):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match=BREAKAGES[breakage]):
             pair.mine.step()
     param.grad = None
     param.data = data
@@ -347,25 +360,6 @@ def test_training_goes_on_after_an_error(breakage):
     pair.mine.param_groups[0]["params"][-1] = param
     pair.step_as_is()
     pair.step(3)
-
-
-@pytest.mark.parametrize(
-    "breakage, says",
-    [
-        (expanded_parameter, r"\[4\].*shape \[.*clone"),
-        (self_overlapping_parameter, r"\[4\].*shape \[.*clone"),
-        (gradient_of_another_shape, r"grad.*\[4\].*\[7\].*\[300\]; "),
-        (buffer_of_another_shape, r"momentum_buffer.*\[4\].*\[300\].*\[7\]; "),
-        (buffer_that_is_no_tensor, r"\[4\].*momentum_buffer.*str; "),
-        (expanded_buffer, r"momentum_buffer.*\[4\].*clone"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_messages_name_the_tensor_and_the_remedy(breakage, says):
-    pair = training()
-    breakage(pair.mine)
-    with pytest.raises((RuntimeError, TypeError, AttributeError), match=f"(?s){says}"):
-        pair.mine.step()
 
 
 @pytest.mark.parametrize("what", ["param", "grad", "momentum_buffer"])
@@ -381,7 +375,7 @@ def test_storage_that_was_freed_or_cut(what, left):
     tensor.untyped_storage().resize_(left * 4)
     with pytest.raises(RuntimeError, match=r"\[1\].*storage"):
         pair.mine.step()
-    for p, value in zip(others, before):
+    for p, value in zip(others, before, strict=True):
         assert_same(p, value)
 
 
@@ -399,9 +393,9 @@ def test_closure_that_raises():
     before = Snapshot(pair.mine)
 
     def closure():
-        raise ZeroDivisionError
+        raise ZeroDivisionError("the closure's")
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="the closure's"):
         pair.mine.step(closure)
     before.assert_unchanged()
     assert torch.is_grad_enabled()

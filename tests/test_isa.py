@@ -53,9 +53,8 @@ def test_forced_in_the_process(name):
 @pytest.mark.parametrize("name", ["sse9", "", "AVX2", "auto"])
 def test_unknown_name_in_the_process(name):
     before = _C.isa()
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match=".*".join(_C.isas())):
         _C.set_isa(name)
-    assert all(choice in str(raised.value) for choice in _C.isas())
     assert _C.isa() == before
 
 

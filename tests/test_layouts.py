@@ -27,7 +27,7 @@ def assert_only_elements_written(tensor, before):
 @pytest.mark.parametrize("param_layout, grad_layout, buffer_layout", list(itertools.product(LAYOUTS, LAYOUTS, LAYOUTS)))
 def test_every_combination(param_layout, grad_layout, buffer_layout, shape):
     pair = Pair([in_layout(torch.randn(shape), param_layout)], **HYPER)
-    for opt, param in zip(pair.optimizers, pair.params[0]):
+    for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
         values = torch.linspace(-1, 1, param.numel()).view(shape)
         opt.state[param]["momentum_buffer"] = in_layout(values, buffer_layout)
     param = pair.params[0][0]
@@ -84,11 +84,11 @@ def test_channels_last_convolution_trained_by_autograd():
     ]
     for _ in range(5):
         data = torch.randn(2, 3, 12, 12).to(memory_format=torch.channels_last)
-        for model, opt in zip(models, opts):
+        for model, opt in zip(models, opts, strict=True):
             opt.zero_grad()
             model(data).square().mean().backward()
             opt.step()
-        for mine, theirs in zip(models[0].parameters(), models[1].parameters()):
+        for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert_same(mine, theirs)
             assert mine.stride() == theirs.stride()
 
@@ -180,7 +180,7 @@ def test_parameter_with_the_neg_bit():
 def test_buffer_with_the_neg_bit():
     pair = Pair([torch.randn(33, 5)], **HYPER)
     values = torch.randn(33, 5)
-    for opt, param in zip(pair.optimizers, pair.params[0]):
+    for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
         opt.state[param]["momentum_buffer"] = torch._neg_view(values.clone())
     pair.step(3)
 
@@ -206,13 +206,13 @@ def test_complex_as_its_real_view(dtype, layout, hyper, conj, isa):
     twins, theirs = real_twin(params, hyper)
     mine = FusedMomentum(params, **hyper)
     for _ in range(4):
-        for param, twin in zip(params, twins):
+        for param, twin in zip(params, twins, strict=True):
             grad = torch.randn(param.shape, dtype=dtype)
             param.grad = grad.conj() if conj else grad
             twin.grad = torch.view_as_real(param.grad.resolve_conj()).clone()
         mine.step()
         theirs.step()
-        for param, twin in zip(params, twins):
+        for param, twin in zip(params, twins, strict=True):
             assert_same(torch.view_as_real(param.detach()), twin)
             if hyper.get("momentum"):
                 buffer = mine.state[param]["momentum_buffer"]

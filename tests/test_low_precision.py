@@ -130,7 +130,7 @@ def test_every_bit_pattern(dtype, isa):
     pair = Pair([everything.clone()], Oracle, lr=0.3, momentum=0.7, weight_decay=0.1)
     for shift in (1, 4097, 30011):
         pair.set_grad(0, everything.roll(shift).clone())
-        for opt, param in zip(pair.optimizers, pair.params[0]):
+        for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
             opt.state[param]["momentum_buffer"] = everything.roll(-7 * shift).clone()
             param.data.copy_(everything)
         pair.step_as_is()
@@ -201,7 +201,7 @@ def test_mixed_dtypes(param_dtype, grad_dtype, buffer_dtype, hyper, isa):
     """A gradient or buffer of another dtype than its parameter: the widest arithmetic of the three, rounded once."""
     pair = Pair([torch.randn(n).to(param_dtype) for n in (1, 33, 300, 1000)], Oracle, **hyper)
     for params in pair.params:
-        for opt, param in zip(pair.optimizers, params):
+        for opt, param in zip(pair.optimizers, params, strict=True):
             param.grad_dtype = None
             if buffer_dtype is not None and hyper.get("momentum"):
                 values = torch.linspace(-1, 1, param.numel(), dtype=torch.float64).to(buffer_dtype)

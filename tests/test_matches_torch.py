@@ -65,7 +65,7 @@ def test_result_does_not_depend_on_the_thread_count(dtype, nesterov):
         pair.step(5)
         results.append([p for p, _ in pair.params])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -75,7 +75,7 @@ def test_special_values_wherever_they_stand(dtype, special, isa):
         pair = Pair([torch.randn(100, dtype=dtype)], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
         pair.step()
         pair.new_grads()
-        for opt, param in zip(pair.optimizers, pair.params[0]):
+        for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
             target = {"grad": param.grad, "param": param.data, "momentum_buffer": opt.state[param]["momentum_buffer"]}
             target[where][::3] = special
         pair.step_as_is()

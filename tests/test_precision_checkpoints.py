@@ -196,7 +196,7 @@ def test_options_stay_those_of_the_optimizer_that_loads(target, source):
     twin.edit(momentum_dtype=target["momentum_dtype"], master_weights=target.get("master_weights", False))
     wanted = target["momentum_dtype"]
     if wanted is None and source not in (INT8, FP8):  # as torch casts it, but fp32 stays beside 16-bit parameters
-        for entry, found in zip(twin.entries, found_states):
+        for entry, found in zip(twin.entries, found_states, strict=True):
             buffer, dtype = found["momentum_buffer"], entry.param.dtype
             entry.edited = False
             stays = buffer.dtype is FP32 and dtype in (BF16, FP16)

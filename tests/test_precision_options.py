@@ -127,7 +127,7 @@ def test_an_average_is_taken_of_the_parameter():
         params[1].data.copy_(params[0])
         opts = [
             FusedMomentum([p], lr=0.1, momentum=0.9, momentum_dtype=INT8, ema_decay=decay, **options)
-            for p, decay in zip(params, (0.9, None))
+            for p, decay in zip(params, (0.9, None), strict=True)
         ]
         average = None
         for _ in range(4):

@@ -48,7 +48,7 @@ def test_halves_of_a_philox_block_are_taken_in_order():
 
 
 def check_fma(a, b, c):
-    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c)]
+    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
     assert oracle.fma(a, b, c).tolist() == [float(nearest(value)) for value in exact]
 
 

@@ -163,5 +163,5 @@ def test_rounding_does_not_depend_on_what_else_is_trained():
                 param.grad = torch.full_like(param, 2.0**-10)
             opt.step()
         results.append((params[0].detach(), opt.state[params[0]]["momentum_buffer"]))
-    for one, other in zip(*results):
+    for one, other in zip(*results, strict=True):
         assert_same(one, other)

@@ -47,7 +47,7 @@ class Two:
             for p in used:
                 p.grad = None
             self.loss(used, x).backward()
-            for p, q in zip(params, used):
+            for p, q in zip(params, used, strict=True):
                 grad = q.grad.to(grad_dtype)
                 p.grad_dtype = None
                 p.grad = grad
@@ -56,7 +56,7 @@ class Two:
         for (
             p,
             q,
-        ) in zip(self.split, self.wide):
+        ) in zip(self.split, self.wide, strict=True):
             assert_same(truth(self.opt, p), q.detach(), "truth")
             assert_same(p.detach(), cast(q.detach()), "the cast for forward")
 
@@ -105,7 +105,7 @@ def test_ties_overflow_and_specials(isa):
 def test_fp16_master_believes_who_writes_the_parameter():
     twin = Twin([torch.randn(300).to(FP16), torch.randn(9).to(FP16)], momentum=0.9, master_weights=True)
     twin.step(3)
-    for param, entry in zip(twin.params, twin.entries):
+    for param, entry in zip(twin.params, twin.entries, strict=True):
         param.data[::2] = 0.125
         entry.param[::2] = 0.125
     twin.step(2)
@@ -133,7 +133,7 @@ def test_no_effect_on_fp32_and_fp64():
         opts.append(FusedMomentum([params[1]], lr=0.1, momentum=0.9))
         for _ in range(3):
             grad = torch.randn(300, dtype=dtype)
-            for param, opt in zip(params, opts):
+            for param, opt in zip(params, opts, strict=True):
                 param.grad = grad
                 opt.step()
         assert_same(*(p.detach() for p in params))

@@ -103,7 +103,7 @@ def test_several_groups_each_with_its_own_mode():
     keys = ("momentum_dtype", "master_weights", "stochastic_rounding")
     twin.opt.param_groups[:] = [
         {**group, **{key: mode.get(key, False) for key in keys}, "params": [param]}
-        for mode, param in zip(FEW, group["params"])
+        for mode, param in zip(FEW, group["params"], strict=True)
     ]
     twin.step(4)
 

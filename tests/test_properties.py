@@ -99,7 +99,7 @@ class Training(RuleBasedStateMachine):
     def one(self, index):
         """[(optimizer, parameter)] for both sides, or [] where there is no parameter left."""
         params = self.pair.params
-        return list(zip(self.pair.optimizers, params[index % len(params)])) if params else []
+        return list(zip(self.pair.optimizers, params[index % len(params)], strict=True)) if params else []
 
     def values_like(self, param, size, dtype=None):
         values = torch.randn(param.shape, generator=self.pair.generator)
@@ -123,7 +123,7 @@ class Training(RuleBasedStateMachine):
             elif layout != "expanded":
                 values = in_layout(values, layout)
             in_place = not fresh and all(self.writable(p.grad) and p.grad.dtype == values.dtype for p in params)
-            for param, held in zip(params, (values, without_repeats(values))):
+            for param, held in zip(params, (values, without_repeats(values)), strict=True):
                 if kind is not None:
                     param.grad_dtype = None
                 if in_place:
@@ -246,7 +246,7 @@ class Training(RuleBasedStateMachine):
             states.reverse()
         elif way == "pickled":
             states = [pickle.loads(pickle.dumps(state)) for state in states]
-        for opt, state in zip(self.pair.optimizers, states):
+        for opt, state in zip(self.pair.optimizers, states, strict=True):
             opt.load_state_dict(state)
         self.proceed(steps)
 
@@ -345,6 +345,7 @@ class Training(RuleBasedStateMachine):
         if param.numel() < 2 or group["momentum"] == 0:
             return
         kept = group["lr"], param.data, opt.state.get(param)
+        says = {"lr": "'str'", "expanded": "share one place", "buffer": "expected the shape of its parameter"}[what]
         if what == "lr":
             group["lr"] = "fast"
         elif what == "expanded":
@@ -352,7 +353,7 @@ class Training(RuleBasedStateMachine):
         else:
             opt.state[param] = {"momentum_buffer": torch.zeros(param.numel() + 1, 2)}
         before = Snapshot(opt)
-        with pytest.raises((RuntimeError, TypeError)):
+        with pytest.raises((RuntimeError, TypeError), match=says):
             opt.step()
         before.assert_unchanged()
         group["lr"], param.data = kept[:2]
@@ -460,13 +461,13 @@ def test_any_strides_of_parameter_gradient_and_buffer(views, dtype, nesterov):
     shape, (param_view, grad_view, buffer_view) = views
     values = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).to(dtype)
     pair = Pair([place(values, param_view)], Oracle, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
-    for opt, param in zip(pair.optimizers, pair.params[0]):
+    for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
         opt.state[param]["momentum_buffer"] = place(-values, buffer_view)
     for _ in range(2):
         pair.set_grad(0, place(pair.random_like(values), grad_view))
         pair.step_as_is()
     mine, theirs = pair.params[0]
-    buffers = [opt.state[p]["momentum_buffer"] for opt, p in zip(pair.optimizers, (mine, theirs))]
+    buffers = [opt.state[p]["momentum_buffer"] for opt, p in zip(pair.optimizers, (mine, theirs), strict=True)]
     for a, b in ((mine.detach(), theirs.detach()), buffers):
         wholes = [torch.empty(0, dtype=dtype).set_(t.untyped_storage()) for t in (a, b)]
         assert_same(*wholes, "the storage around the tensor")

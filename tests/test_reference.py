@@ -45,7 +45,7 @@ def test_out_of_place():
         held = [t.data_ptr() for t in (param, grad, buffer)]
         assert new_param.data_ptr() not in held and new_buffer.data_ptr() not in held
     assert [t._version for t in (param, grad, buffer)] == versions
-    for tensor, kept in zip((param, grad, buffer), before):
+    for tensor, kept in zip((param, grad, buffer), before, strict=True):
         assert_same(tensor, kept)
 
 

@@ -64,7 +64,7 @@ def test_unaligned_storage_offsets(place, dtype, isa):
             values = torch.randn(size).to(dtype)
             pair = Pair([view(values) if place in ("param", "all") else values], oracle_of(dtype), **HYPER)
             pair.step()
-            for opt, param in zip(pair.optimizers, pair.params[0]):
+            for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
                 if place in ("momentum_buffer", "all"):
                     opt.state[param]["momentum_buffer"] = view(opt.state[param]["momentum_buffer"])
             grad = pair.random_like(values)
@@ -82,8 +82,8 @@ def test_neighbours_in_one_storage_are_not_touched():
     """Slices of one storage, as a flattening wrapper makes them; every second one has no gradient."""
     base = torch.randn(5000)
     sizes = [1, 7, 16, 33, 64, 257, 513, 100]
-    starts = torch.tensor([0] + [n + 3 for n in sizes]).cumsum(0).tolist()
-    pair = Pair([base[start : start + n] for start, n in zip(starts, sizes)], **HYPER)
+    starts = torch.tensor([0] + [n + 3 for n in sizes[:-1]]).cumsum(0).tolist()
+    pair = Pair([base[start : start + n] for start, n in zip(starts, sizes, strict=True)], **HYPER)
     whole = torch.empty(0).set_(pair.params[0][0].untyped_storage())
     before = clone_exact(whole)
     pair.new_grads()

@@ -170,11 +170,12 @@ def test_checkpoint_that_does_not_fit(kind):
     """torch's own error, and nothing has changed."""
     pair = pair_in_training()
     state = copy.deepcopy(pair.mine.state_dict())
+    says = "different number of parameter groups" if kind == "groups" else "doesn't match the size"
     if kind == "groups":
         state["param_groups"].append(copy.deepcopy(state["param_groups"][0]))
     else:
         state["param_groups"][0]["params"].pop()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=says):
         pair.mine.load_state_dict(state)
     pair.check()
     pair.step(3)
@@ -187,7 +188,7 @@ def test_loading_while_the_old_buffers_are_held_elsewhere():
     kept = [b.clone() for b in old]
     pair.both(lambda opt: opt.load_state_dict(copy.deepcopy(opt.state_dict())))
     pair.step(3)
-    for buffer, before in zip(old, kept):
+    for buffer, before in zip(old, kept, strict=True):
         assert_same(buffer, before)
 
 
@@ -213,7 +214,7 @@ def test_copy_of_the_optimizer_with_its_parameters(way):
     pair = pair_in_training()
     params = [[p[side] for p in pair.params] for side in (0, 1)]
     copies = []
-    for opt, held in zip(pair.optimizers, params):
+    for opt, held in zip(pair.optimizers, params, strict=True):
         both = (held, opt)
         copies.append(copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both)))
     original = Pair([torch.zeros(1)])

@@ -44,7 +44,7 @@ def training(seed, sizes=(300, 32_001, 33, 32_003, 1, 5_001), dtype=torch.float3
     mine, theirs = ([torch.nn.Parameter(v.clone()) for v in values] for _ in range(2))
     reference = torch.optim.SGD(theirs, **HYPER, foreach=False)
     for step in grads:
-        for param, grad in zip(theirs, step):
+        for param, grad in zip(theirs, step, strict=True):
             param.grad = grad.clone()
         reference.step()
     return FusedMomentum(mine, **HYPER), grads, theirs
@@ -52,7 +52,7 @@ def training(seed, sizes=(300, 32_001, 33, 32_003, 1, 5_001), dtype=torch.float3
 
 def drive(opt, grads):
     for step in grads:
-        for param, grad in zip(opt.param_groups[0]["params"], step):
+        for param, grad in zip(opt.param_groups[0]["params"], step, strict=True):
             param.grad = grad.clone()
         opt.step()
 
@@ -63,7 +63,7 @@ def test_optimizers_in_several_python_threads(count, sizes):
     trainings = [training(seed, sizes, steps=30) for seed in range(count)]
     run_all([lambda t=t: drive(t[0], t[1]) for t in trainings])
     for opt, _, expected in trainings:
-        for mine, theirs in zip(opt.param_groups[0]["params"], expected):
+        for mine, theirs in zip(opt.param_groups[0]["params"], expected, strict=True):
             assert_same(mine, theirs)
 
 
@@ -71,7 +71,7 @@ def test_one_optimizer_handed_from_thread_to_thread():
     opt, grads, expected = training(0)
     for step in grads:
         run_all([lambda step=step: drive(opt, [step])])
-    for mine, theirs in zip(opt.param_groups[0]["params"], expected):
+    for mine, theirs in zip(opt.param_groups[0]["params"], expected, strict=True):
         assert_same(mine, theirs)
 
 
@@ -122,9 +122,9 @@ def test_set_num_threads_in_other_threads():
         drive(*this[:2])
 
     trainings = [training(seed) for seed in range(3)]
-    run_all([lambda c=c, t=t: job(c, t) for c, t in zip((1, 2, 3), trainings)])
+    run_all([lambda c=c, t=t: job(c, t) for c, t in zip((1, 2, 3), trainings, strict=True)])
     for opt, _, expected in trainings:
-        for mine, theirs in zip(opt.param_groups[0]["params"], expected):
+        for mine, theirs in zip(opt.param_groups[0]["params"], expected, strict=True):
             assert_same(mine, theirs)
 
 
@@ -173,7 +173,7 @@ def test_backward_in_autograds_thread_and_step_in_a_hook():
         for _ in range(5):
             model(torch.randn(8, 19)).square().mean().backward()
         models.append(model)
-    for mine, theirs in zip(*(model.parameters() for model in models)):
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
         assert_same(mine, theirs)
 
 
@@ -229,16 +229,16 @@ def test_forked_child_that_steps(sizes, warm):
     drive(other[0], other[1])  # the parent's thread pool exists
     if warm:
         drive(opt, grads[:-1])
-        for param, grad in zip(opt.param_groups[0]["params"], grads[-1]):
+        for param, grad in zip(opt.param_groups[0]["params"], grads[-1], strict=True):
             param.grad = grad.clone()
     else:
         opt, grads, expected = training(0, sizes, steps=1)
-        for param, grad in zip(opt.param_groups[0]["params"], grads[0]):
+        for param, grad in zip(opt.param_groups[0]["params"], grads[0], strict=True):
             param.grad = grad.clone()
     result = in_forked_child(lambda: step_and_dump(opt))
     assert result == b"".join(p.detach().numpy().tobytes() for p in expected)
     opt.step()  # and the parent goes on with all of its threads
-    for mine, theirs in zip(opt.param_groups[0]["params"], expected):
+    for mine, theirs in zip(opt.param_groups[0]["params"], expected, strict=True):
         assert_same(mine, theirs)
 
 
@@ -276,11 +276,11 @@ def test_data_loader_with_forked_workers_after_steps():
             Rows(), batch_size=16, num_workers=2, multiprocessing_context="fork", timeout=60
         )
         for batch in loader:
-            for model, opt in zip(models, opts):
+            for model, opt in zip(models, opts, strict=True):
                 opt.zero_grad()
                 model(batch).square().mean().backward()
                 opt.step()
-    for mine, theirs in zip(*(model.parameters() for model in models)):
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
         assert_same(mine, theirs)
 
 
@@ -292,7 +292,7 @@ def test_spawned_process_gets_a_working_optimizer(tmp_path):
 
     opt, grads, expected = training(0, (300, 33), steps=3)
     drive(opt, grads[:-1])
-    for param, grad in zip(opt.param_groups[0]["params"], grads[-1]):
+    for param, grad in zip(opt.param_groups[0]["params"], grads[-1], strict=True):
         param.grad = grad.clone()
     file = tmp_path / "optimizer"
     file.write_bytes(pickle.dumps((opt, [p.grad for p in opt.param_groups[0]["params"]])))
@@ -305,5 +305,5 @@ def test_spawned_process_gets_a_working_optimizer(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True, timeout=120)
-    for mine, theirs in zip(torch.load(file), expected):
+    for mine, theirs in zip(torch.load(file), expected, strict=True):
         assert_same(mine, theirs.detach())

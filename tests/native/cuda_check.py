@@ -111,7 +111,7 @@ def check_resources(arch: int, file: str, log: str) -> str:
     parts = re.split(r"Compiling entry function '(\S+)' for", log)[1:]
     used_by: dict[str, list[int]] = {}
     expect(len(parts) // 2 == NUM_KERNELS[file], f"sm_{arch}: {len(parts) // 2} kernels, not {NUM_KERNELS[file]}")
-    for name, text in zip(parts[::2], parts[1::2]):
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
         kernel = Kernel(name)
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
         used = re.search(r"Used (\d+) registers", text)
@@ -146,7 +146,7 @@ def check_machine_code(arch: int, file: str, sass: str) -> None:
     """The instructions of each kernel."""
     parts = re.split(r"^\.text\.(\S+):$", sass, flags=re.MULTILINE)[1:]
     expect(len(parts) // 2 == NUM_KERNELS[file], f"sm_{arch}: machine code of {len(parts) // 2} kernels")
-    for name, text in zip(parts[::2], parts[1::2]):
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
         kernel = Kernel(name)
         codes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
         expect(len(codes) > 10, f"sm_{arch} {kernel}: its machine code was not understood")
