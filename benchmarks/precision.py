@@ -204,7 +204,7 @@ def in_batches(
 
     def fit(batch: list[Mode], each_beside: int = 0) -> bool:
         if device == "cuda":
-            limit = sum(copies_held(workload.elements * moved) for moved in {mode.traffic.moved for mode in batch})
+            limit = sum(copies_held(workload.elements * each.moved) for each in {mode.traffic for mode in batch})
         else:
             limit = workload.elements * max(mode.traffic.held for mode in batch)
         held = sum(mode.held_bytes + each_beside for mode in batch)
