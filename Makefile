@@ -3,7 +3,8 @@
 #   PYTHON=python3.12     the interpreter that .venv is made with
 #   VENV=path             another environment; it may have a torch already, which is then used
 #   TESTS=path            the tests to run (make test); all of them by default
-#   ARGS="..."            more arguments for pytest (make test), bench_step.py (make bench) or train_char_gpt.py (make char-gpt)
+#   ARGS="..."            more arguments for pytest (make test), bench_step.py (make bench), gpu_check.py (make gpu-check) or
+#                         train_char_gpt.py (make char-gpt)
 #   CC= CXX= FORCE_CPU= FORCE_CUDA=   for the build, see setup.py
 
 PYTHON ?= python3
@@ -66,8 +67,8 @@ cuda-check: $(VENV)/.cuda $(VENV)/.test  ## the CUDA kernels without a GPU: what
 cuda-build:  ## the whole extension for a torch with CUDA, in $(VENV_CUDA), which needs 5 GB: compiles, links, imports, passes tests
 	@.ci/cuda-build $(VENV_CUDA) $(TORCH_CUDA)
 
-gpu-check: build $(VENV)/.test $(VENV)/.bench  ## on a machine with a GPU: build, all tests, sanitizers, profiler, benchmark
-	@$(BIN)/python benchmarks/gpu_check.py
+gpu-check: $(VENV)/.test $(VENV)/.bench  ## on a machine with a GPU: build, tests, sanitizers, profiler, benchmark; ARGS=--quick: in 6 minutes
+	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV_CUDA) build dist momentum_ext.egg-info momentum_ext/_C.*.so momentum_ext/_build_info.py

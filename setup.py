@@ -212,6 +212,17 @@ def extension() -> setuptools.Extension:
     )
 
 
+def jobs() -> int:
+    """Parallel compilations: one for each core, and for each 2 GiB of free memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return min(4, cores)
+    available = re.search(r"MemAvailable: *(\d+) kB", meminfo)
+    return max(1, min(cores, int(available[1]) // 2**21)) if available else min(4, cores)
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     """Also writes momentum_ext/_build_info.py beside the module: what it was built for."""
 
@@ -223,7 +234,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def run(self) -> None:
         print(f"momentum_ext: {BACKEND_LINE}", file=sys.stderr)
-        os.environ.setdefault("MAX_JOBS", str(min(4, os.cpu_count() or 1)))
+        os.environ.setdefault("MAX_JOBS", str(jobs()))
         super().run()
         text = (
             f'"""Written by setup.py when momentum_ext._C was compiled. Not under version control."""\n\n'

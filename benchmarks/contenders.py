@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from memory_limit import MemoryLimit
+from memory_limit import Traffic
 from timing import Step
 from torch import Tensor
-from workloads import Workload
+from workloads import Group, Workload
 
 WARMUP_STEPS = 3
 """Steps before the clock: the first creates the state, the others settle allocators, plans and threads."""
@@ -40,16 +40,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pass:
-    """What is timed: here one optimizer step. A pipeline around the step, or another precision, is another Pass."""
+    """What is timed: here one optimizer step. A pipeline around the step is another Pass."""
 
     name: str
-    accesses: int
-    """How often an element's size must move for each element: read p, g and m, write p and m."""
-    tensor_copies: int
-    """Tensors of each parameter's size that a contender keeps: parameter, gradient, momentum buffer."""
+    updated: int
+    """Arrays of the parameters' size that are read and written: parameter, momentum buffer."""
+    norm: bool = False
+    """Whether gradients are read once more before, for their norm."""
+
+    def traffic(self, itemsize: int) -> Traffic:
+        """The arrays that it goes over."""
+        return Traffic((itemsize,) * self.updated, (itemsize,), self.norm)
 
 
-STEP = Pass("step", accesses=5, tensor_copies=3)
+STEP = Pass("step", updated=2)
 
 
 class Model:
@@ -73,7 +77,8 @@ class Model:
     ) -> Model:
         """The workload's shapes with values uniform in [-1, 1) and gradients uniform in [1, 2) / 100.
 
-        They are drawn in the workload's dtype, and then cast to those that are given.
+        They are drawn in the workload's dtype, and then cast to those that are given. Parameters are contiguous,
+        gradients laid out as the workload says.
         """
         kind = {"device": settings.device, "dtype": getattr(torch, workload.dtype)}
         generator = torch.Generator(settings.device).manual_seed(0)
@@ -84,7 +89,7 @@ class Model:
                 values = torch.empty(shape, **kind).uniform_(-1, 1, generator=generator)
                 param = torch.nn.Parameter(values.to(param_dtype or values.dtype))
                 grad = torch.empty(shape, **kind).uniform_(0.01, 0.02, generator=generator)
-                param.grad = grad.to(grad_dtype or grad.dtype)
+                param.grad = laid_out(grad.to(grad_dtype or grad.dtype), workload.grad_layout)
                 params.append(param)
             groups.append((params, settings.lr * group.lr_factor))
         return cls(groups)
@@ -97,6 +102,15 @@ class Model:
     def params(self) -> list[Tensor]:
         """All parameters, in order."""
         return [param for params, _ in self._groups for param in params]
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The values in another layout, where the tensor has the dimensions for it."""
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed" and tensor.dim() == 2:
+        return tensor.t().contiguous().t()
+    return tensor
 
 
 def _copy(param: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -163,8 +177,7 @@ def compiled(model: Model, settings: Settings) -> Step:
     try:
         warm(step)
     except Exception as error:  # whatever breaks in the compiler belongs in this row, not in the way of the others
-        lines = str(error).strip().splitlines() or [""]
-        raise NotRun(f"failed: {type(error).__name__}: {lines[0]}") from error
+        raise NotRun(f"failed: {type(error).__name__}: {first_line(error)}") from error
     if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
         raise NotRun("failed: torch.compile fell back to eager")
     return step
@@ -182,18 +195,32 @@ CONTENDERS: tuple[Contender, ...] = (
 KEYS: tuple[str, ...] = tuple(contender.key for contender in CONTENDERS)
 
 
-def memory_limit(workload: Workload, settings: Settings, accesses: int) -> Step:
-    """What memory allows: the plain native loop over the workload's elements; on a GPU a copy that moves as many bytes
-    as a pass with so many accesses to each element.
+def fault_of_fused(workload: Workload, settings: Settings) -> str | None:
+    """What torch's fused step does wrong with such dtypes and layouts, tried on small tensors; None where nothing."""
+    small = replace(workload, groups=(Group(((8, 4, 4, 4), (32, 16))),))
+    settings = replace(settings, lr=1.0)
+    model = Model.random(small, settings)
+    expected = model.copy()
+    try:
+        warm(torch_sgd(fused=True)(model, settings))
+    except RuntimeError as error:
+        return f"torch refuses: {first_line(error)}"
+    warm(torch_sgd(foreach=False, fused=False)(expected, settings))
+    difference = largest_difference(model.params, expected.params)
+    return "its results are not those of torch's for-loop" if difference > 0.03 else None
 
-    Raises MemoryLimitUnavailable.
-    """
-    elements = workload.elements
-    if settings.device == "cuda":
-        source = torch.empty(elements * workload.itemsize * accesses // 2, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        return warm(lambda: target.copy_(source))
-    return warm(MemoryLimit(elements, settings.threads, settings.momentum, settings.lr).step)
+
+def first_line(error: Exception) -> str:
+    """An error's message, its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason_of(error: Exception) -> str:
+    """Why something has no figures, as its row shows it."""
+    if isinstance(error, NotRun):
+        return str(error)
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(error)
+    return ("not run: out of memory: " if out_of_memory else f"failed: {type(error).__name__}: ") + first_line(error)
 
 
 def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -76,6 +77,15 @@ def _idle_seconds() -> float:
     return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
 
+def commit() -> str:
+    """This source tree's commit, with a "+" where files differ from it; $MOMENTUM_EXT_COMMIT where git is no help."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("MOMENTUM_EXT_COMMIT", "unknown")
+
+
 def describe(device: str = "cpu") -> dict[str, str]:
     """Everything a reader needs to judge the figures, in the order to show it."""
     import momentum_ext
@@ -100,6 +110,7 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()})",
+        "commit": commit(),
         "momentum_ext": f"{momentum_ext.__version__} ({_C.isa()})",
         "compiler of the memory limit": compiler_version(),
     }

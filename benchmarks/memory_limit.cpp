@@ -1,9 +1,13 @@
-// The memory limit: how fast can this machine read p, g, m and write p, m, doing as little else as
+// The memory limit: how fast can this machine move the bytes of one pass, doing as little else as
 // possible?
 //
-// One loop, no tensors, no optimizer, compiled for the machine at hand. Its threads are those of
-// the OpenMP runtime that torch has already loaded (GOMP_parallel is what `#pragma omp parallel`
-// turns into): a second pool would compete with it.
+// The pass is given to the compiler as bytes for each element: -DUPDATED=4,4 are arrays that are
+// read and written (parameter, momentum), -DREAD=4 those only read (the gradient); -DREAD_BEFORE=1
+// reads the latter once more, in a loop of its own before (a norm of all gradients).
+//
+// No tensors, no optimizer, compiled for the machine at hand. The threads are those of the OpenMP
+// runtime that torch has already loaded (GOMP_parallel is what `#pragma omp parallel` turns into):
+// a second pool would compete with it.
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -19,27 +23,56 @@ __attribute__((weak)) int omp_get_num_threads(void);
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr int kSums = 4;  // independent, so that no addition waits for the one before
+
+// Elements are taken 64 at a time: a cache line of each array whose elements have a byte.
+using Line = float __attribute__((vector_size(64), aligned(4), may_alias));
+
+template <int... kBytes>
+struct Arrays {};
+
+using Updated = Arrays<UPDATED>;
+using Read = Arrays<READ>;
 
 struct Job {
-  float* param;
-  const float* grad;
-  float* momentum_buffer;
-  int64_t numel;
-  float momentum;
-  float lr;
+  float* const* arrays;  // the updated ones, then those only read
+  int64_t lines;         // of 64 elements
+  bool before;           // only read
 };
 
 int64_t thread_ids[kMaxThreads];  // the system's ids of the threads that ran the last step
+Line results[kMaxThreads];        // so that no reading is left out
 
-void step_slice(const Job& job, int64_t begin, int64_t end) {
-  float* __restrict__ p = job.param;
-  const float* __restrict__ g = job.grad;
-  float* __restrict__ m = job.momentum_buffer;
-  const float momentum = job.momentum;
-  const float lr = job.lr;
-  for (int64_t i = begin; i < end; ++i) {
-    m[i] = momentum * m[i] + g[i];
-    p[i] -= lr * m[i];
+template <int kBytes>
+inline void read(const float* array, int64_t line, Line (&sums)[kSums]) {
+  const Line* x = reinterpret_cast<const Line*>(array) + line * kBytes;
+  for (int i = 0; i < kBytes; ++i) sums[i % kSums] += x[i];
+}
+
+template <int kBytes>
+inline void update(float* array, int64_t line, const Line (&sums)[kSums]) {
+  Line* x = reinterpret_cast<Line*>(array) + line * kBytes;
+  for (int i = 0; i < kBytes; ++i) x[i] = x[i] * 0.5f + sums[i % kSums];
+}
+
+template <int... kUpdated, int... kRead>
+void run_slice(const Job& job, int64_t begin, int64_t end, int64_t thread, Arrays<kUpdated...>,
+               Arrays<kRead...>) {
+  if (job.before) {
+    Line sums[kSums] = {};
+    for (int64_t line = begin; line < end; ++line) {
+      float* const* array = job.arrays + sizeof...(kUpdated);
+      (read<kRead>(*array++, line, sums), ...);
+    }
+    results[thread] = sums[0] + sums[1] + sums[2] + sums[3];
+    return;
+  }
+  for (int64_t line = begin; line < end; ++line) {
+    Line sums[kSums] = {};
+    float* const* array = job.arrays + sizeof...(kUpdated);
+    (read<kRead>(*array++, line, sums), ...);
+    array = job.arrays;
+    (update<kUpdated>(*array++, line, sums), ...);
   }
 }
 
@@ -48,7 +81,17 @@ void run_one_thread(void* data) {
   const int64_t thread = omp_get_thread_num();
   const int64_t threads = omp_get_num_threads();
   thread_ids[thread] = syscall(SYS_gettid);
-  step_slice(job, job.numel * thread / threads, job.numel * (thread + 1) / threads);
+  run_slice(job, job.lines * thread / threads, job.lines * (thread + 1) / threads, thread,
+            Updated(), Read());
+}
+
+void run(Job job, int threads) {
+  if (threads > 1) {
+    GOMP_parallel(run_one_thread, &job, static_cast<unsigned>(threads), 0);
+  } else {
+    thread_ids[0] = syscall(SYS_gettid);
+    run_slice(job, 0, job.lines, 0, Updated(), Read());
+  }
 }
 
 }  // namespace
@@ -58,19 +101,13 @@ extern "C" int memory_limit_has_openmp() {
   return GOMP_parallel && omp_get_thread_num && omp_get_num_threads;
 }
 
-// One pass over numel elements on `threads` threads (1 to kMaxThreads).
-extern "C" void memory_limit_step(float* param, const float* grad, float* momentum_buffer,
-                                  int64_t numel, float momentum, float lr, int threads) {
-  Job job = {param, grad, momentum_buffer, numel, momentum, lr};
-  if (threads > 1) {
-    GOMP_parallel(run_one_thread, &job, static_cast<unsigned>(threads), 0);
-  } else {
-    thread_ids[0] = syscall(SYS_gettid);
-    step_slice(job, 0, numel);
-  }
+// One pass over 64 * lines elements on `threads` threads (1 to kMaxThreads).
+extern "C" void memory_limit_pass(float* const* arrays, int64_t lines, int threads) {
+  if (READ_BEFORE) run({arrays, lines, true}, threads);
+  run({arrays, lines, false}, threads);
 }
 
-// How many different threads have run steps since the last call, which forgets them.
+// How many different threads have run passes since the last call, which forgets them.
 extern "C" int memory_limit_threads_seen() {
   int different = 0;
   for (int i = 0; i < kMaxThreads; ++i) {

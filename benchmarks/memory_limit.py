@@ -1,4 +1,4 @@
-"""Compiles `memory_limit.cpp` for this machine and loads it next to torch: what memory allows, measured."""
+"""What memory allows, measured for the bytes of one pass: compiles `memory_limit.cpp` for it and for this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +18,32 @@ import torch  # loads the OpenMP runtime that the compiled loop borrows: it has 
 
 SOURCE = Path(__file__).with_name("memory_limit.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
-BYTES_PER_ELEMENT = 20
-"""Bytes moved for each fp32 element: read p, g and m, write p and m."""
+LINE = 64
+"""Elements that the loop takes at a time."""
+LONGEST_COPY = 1 << 31
+"""Bytes that one copy on a GPU reads: much more than its caches, little beside a large model."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The arrays that a pass goes over, each by the bytes that an element has in it."""
+
+    updated: tuple[int, ...]
+    """Read and written: parameter, momentum buffer."""
+    read: tuple[int, ...]
+    """Only read: the gradient."""
+    read_before: bool = False
+    """Whether the latter are read once more before: for the norm of all gradients."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory for each element."""
+        return sum(self.updated) + sum(self.read)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that must move for each element."""
+        return 2 * sum(self.updated) + (1 + self.read_before) * sum(self.read)
 
 
 class MemoryLimitUnavailable(RuntimeError):
@@ -62,16 +88,18 @@ def cpu_flags() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def compile_loop() -> Path:
+def compile_loop(traffic: Traffic) -> Path:
     """The compiled loop's path; compiles it where it is not in the cache. Raises MemoryLimitUnavailable."""
-    key = "\n".join([SOURCE.read_text(), compiler(), compiler_version(), *FLAGS, cpu_flags()])
+    updated, read = (",".join(map(str, sizes)) for sizes in (traffic.updated, traffic.read))
+    flags = [*FLAGS, f"-DUPDATED={updated}", f"-DREAD={read}", f"-DREAD_BEFORE={int(traffic.read_before)}"]
+    key = "\n".join([SOURCE.read_text(), compiler(), compiler_version(), *flags, cpu_flags()])
     library = cache_directory() / f"memory_limit_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
     # compiled under another name and renamed, so that two benchmarks starting at once cannot load half a file
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
-    command = [compiler(), *FLAGS, str(SOURCE), "-o", unfinished]
+    command = [compiler(), *flags, str(SOURCE), "-o", unfinished]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         os.unlink(unfinished)
@@ -82,30 +110,34 @@ def compile_loop() -> Path:
 
 
 class MemoryLimit:
-    """The plain loop over `numel` fp32 elements in three arrays of its own, on `threads` of torch's OpenMP threads.
+    """The plain loop over `elements` elements, rounded up to whole lines, on `threads` of torch's OpenMP threads.
 
-    Raises MemoryLimitUnavailable where there is no compiler, the loop does not load, torch's OpenMP runtime cannot be
+    Its arrays lie in `arena` one after the other, in memory of its own where none is given. Raises
+    MemoryLimitUnavailable where there is no compiler, the loop does not load, torch's OpenMP runtime cannot be
     borrowed, or fewer threads than asked for take part.
     """
 
-    def __init__(self, numel: int, threads: int, momentum: float = 0.9, lr: float = 1e-3) -> None:
+    def __init__(self, traffic: Traffic, elements: int, threads: int, arena: torch.Tensor | None = None) -> None:
         try:
-            self._library = ctypes.CDLL(str(compile_loop()))
+            self._library = ctypes.CDLL(str(compile_loop(traffic)))
         except OSError as error:
             raise MemoryLimitUnavailable(f"the plain loop does not load: {error}") from error
         if threads > 1 and not self._library.memory_limit_has_openmp():
             raise MemoryLimitUnavailable(
                 "torch's OpenMP runtime offers no GOMP_parallel, so only 1 thread can be measured"
             )
-        self._arrays = [torch.full((numel,), value, dtype=torch.float32) for value in (0.5, 0.01, 0.1)]
-        pointers = [ctypes.c_void_p(array.data_ptr()) for array in self._arrays]
-        constants = (ctypes.c_int64(numel), ctypes.c_float(momentum), ctypes.c_float(lr), ctypes.c_int(threads))
-        self._arguments = (*pointers, *constants)
+        self._arena = make_arena([traffic], elements) if arena is None else arena
+        lines = -(-elements // LINE)
+        starts, sizes = [self._arena.data_ptr()], (*traffic.updated, *traffic.read)
+        for size in sizes[:-1]:
+            starts.append(starts[-1] + lines * LINE * size)
+        pointers = (ctypes.c_void_p * len(sizes))(*starts)
+        self._arguments = (pointers, ctypes.c_int64(lines), ctypes.c_int(threads))
         self._check_threads(threads)
 
     def step(self) -> None:
-        """One pass: m = momentum * m + g; p = p - lr * m."""
-        self._library.memory_limit_step(*self._arguments)
+        """One pass."""
+        self._library.memory_limit_pass(*self._arguments)
 
     def _check_threads(self, threads: int) -> None:
         self._library.memory_limit_threads_seen()
@@ -113,3 +145,27 @@ class MemoryLimit:
         seen = self._library.memory_limit_threads_seen()
         if seen != threads:
             raise MemoryLimitUnavailable(f"asked for {threads} threads, {seen} took part")
+
+
+def make_arena(traffics: Sequence[Traffic], elements: int) -> torch.Tensor:
+    """Memory for the arrays of any of these passes, which take turns in it."""
+    lines = -(-elements // LINE)
+    return torch.full((lines * LINE * max(traffic.held for traffic in traffics) // 4,), 0.01)
+
+
+def copies(moved_bytes: int) -> Callable[[], object]:
+    """What stands for the memory limit on a GPU: copies that move so many bytes, half of them read and half written."""
+    count = -(-moved_bytes // (2 * LONGEST_COPY))
+    source = torch.empty(moved_bytes // 2 // count, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(count):
+            target.copy_(source)
+
+    return copy
+
+
+def copies_held(moved_bytes: int) -> int:
+    """Bytes of memory that these copies take, about."""
+    return min(moved_bytes, 2 * LONGEST_COPY)

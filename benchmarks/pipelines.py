@@ -125,16 +125,19 @@ def _contenders(
 
 PIPELINES: dict[str, tuple[Pass, tuple[Contender, ...]]] = {
     "clip": (
-        Pass("clip + step", accesses=6, tensor_copies=3),
+        Pass("clip + step", updated=2, norm=True),
         _contenders(_ours_clipping, _torch_clipping(None), _torch_clipping(True, fused=True)),
     ),
     "amp_clip": (
-        Pass("unscale + clip + step", accesses=6, tensor_copies=3),
+        Pass("unscale + clip + step", updated=2, norm=True),
         _contenders(_ours_scaling, _torch_scaling(None), _torch_scaling(True, fused=True)),
     ),
     "ema": (
-        Pass("step + average", accesses=7, tensor_copies=4),
+        Pass("step + average", updated=3),
         _contenders(_ours_averaging, _torch_averaging(False), _torch_averaging(True, fused=True)),
     ),
 }
 """By the name that --pipeline takes: what is timed, and who takes part."""
+
+WORKLOADS = ("gpt2", "resnet50", "small_1000x1024")
+"""What a pipeline is timed on by default."""

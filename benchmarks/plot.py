@@ -14,26 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
-import report as reports
-import targets
+import plot_precision
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
-from report import HostCost, Report, WorkloadReport
+from plot_style import GRID, HALO, INK, QUIET, machine, plain_axes, times
+from report import HostCost, Report, WorkloadReport, load
+from tables import counted, ratio_text
 
-INK = "#1a1a1a"
-QUIET = "#6b6b6b"
-GRID = "#dddddd"
-HALO = [withStroke(linewidth=3, foreground="white")]
-"""Drawn around labels, so that no line runs through them."""
+LARGE = 20_000_000
+"""Elements of a large model."""
+PIPELINES = {
+    "clip": "Clipping and one step of SGD with momentum",
+    "amp_clip": "Unscaling, clipping and one step of SGD with momentum",
+    "ema": "One step of SGD with momentum and an average of the weights",
+}
 
 
 class Look(NamedTuple):
@@ -60,24 +58,6 @@ LABELS = {
 }
 
 
-def times(value: float, _: object = None) -> str:
-    """An axis label for a ratio: "0.5x", "1x", "150x"."""
-    return f"{value:g}x"
-
-
-def plain_axes(axes: Axes, title: str, subtitle: str) -> None:
-    """What all panels share: a title that says what to see, light grid along x, no box."""
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=24)
-    axes.annotate(
-        subtitle, (0, 1), xytext=(0, 9), xycoords="axes fraction", textcoords="offset points", color=QUIET, fontsize=9
-    )
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=QUIET, length=0, labelsize=9)
-    axes.set_axisbelow(True)
-
-
 def workload_labels(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
     """The workloads down the side, the first on top."""
     axes.set_yticks(range(len(entries)), [f"{entry.workload}\n" for entry in entries])
@@ -85,7 +65,7 @@ def workload_labels(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
         label.set(color=INK, fontsize=10, fontweight="bold")
     for y, entry in enumerate(entries):
         axes.annotate(
-            detail(entry), (0, y), xytext=(-6, -6), xycoords=("axes fraction", "data"), textcoords="offset points",
+            detail(entry), (0, y), xytext=(-3.5, -6), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", va="center", color=QUIET, fontsize=8,
         )  # fmt: skip
     axes.set_ylim(len(entries) - 0.45, -0.55)
@@ -93,18 +73,18 @@ def workload_labels(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
 
 def detail(entry: WorkloadReport) -> str:
     """What a workload consists of, short enough for a label: "148 tensors, 124M"; in groups where each has its own."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if entry.elements >= size:
             total = f"{entry.elements / size:.3g}{unit}"
             break
     else:
         total = str(entry.elements)
     noun = "tensor" if entry.groups == 1 else "group"
-    return f"{reports.counted(entry.tensors, noun)}, {total}"
+    return f"{counted(entry.tensors, noun)}, {total}" + (f", {entry.dtype}" if entry.dtype != "float32" else "")
 
 
 def draw_ratios(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
-    """Bars of how many times faster ours is than torch's default and fused, targets as ticks."""
+    """Bars of how many times faster ours is than torch's default and fused."""
     height = 0.36
     smallest = largest = 1.0
     for y, entry in enumerate(entries):
@@ -113,24 +93,16 @@ def draw_ratios(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
             if row is None or row.ours_times_faster is None:
                 continue
             value = row.ours_times_faster
-            target = targets.target_for(entry.workload, key, entry.threads, entry.device)
-            smallest, largest = min(smallest, value), max(largest, value, target or 1.0)
-            end = max(value, 1.0)
-            if target is not None and end <= target < 1.6 * end:
-                end = target  # the goal's tick is where the label would stand
+            smallest, largest = min(smallest, value), max(largest, value)
             look = LOOKS[key]
             axes.barh(
                 y + offset, value - 1, height * 0.88, left=1, color=look.color, hatch=look.hatch, edgecolor="white",
                 linewidth=0,
             )  # fmt: skip
             axes.annotate(
-                reports.ratio_text(value), (end, y + offset), xytext=(5, 0), textcoords="offset points",
+                ratio_text(value), (max(value, 1.0), y + offset), xytext=(5, 0), textcoords="offset points",
                 va="center", fontsize=9, color=INK, fontweight="bold", path_effects=HALO,
             )  # fmt: skip
-            if target is not None:
-                axes.plot(
-                    [target, target], [y + offset - height / 2, y + offset + height / 2], color=INK, linewidth=1.6
-                )
     axes.set_xscale("log")
     axes.set_xlim(smallest * 0.75, largest * 1.9)
     axes.axvline(1, color=INK, linewidth=0.8)
@@ -141,14 +113,12 @@ def draw_ratios(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
     )
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     workload_labels(axes, entries)
-    handles: list[Patch | Line2D] = [
-        Patch(facecolor=LOOKS[key].color, hatch=LOOKS[key].hatch, edgecolor="white", label=f"than {LABELS[key]}")
+    handles = [
+        Patch(
+            facecolor=LOOKS[key].color, hatch=LOOKS[key].hatch, edgecolor="white", label=f"than {label(entries, key)}"
+        )
         for key in ("default", "fused")
     ]
-    if any(targets.target_for(entry.workload, "default", entry.threads, entry.device) for entry in entries):
-        handles.append(
-            Line2D([], [], color=INK, linewidth=1.6, marker="|", linestyle="none", markersize=11, label="goal")
-        )
     axes.legend(
         handles=handles,
         loc="upper left",
@@ -158,6 +128,11 @@ def draw_ratios(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
         frameon=False,
         fontsize=9,
     )
+
+
+def label(entries: Sequence[WorkloadReport], key: str) -> str:
+    """A contender's name: in a pipeline, "fused" is what is best there."""
+    return "torch best" if key == "fused" and entries[0].pipeline else LABELS[key]
 
 
 def draw_limits(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
@@ -181,15 +156,22 @@ def draw_limits(axes: Axes, entries: Sequence[WorkloadReport]) -> None:
                     f"{row.of_memory_limit:.0%}", (row.of_memory_limit, y), xytext=(0, 9), textcoords="offset points",
                     ha="center", fontsize=9, fontweight="bold", color=look.color, path_effects=HALO, zorder=6,
                 )  # fmt: skip
+    limit = "memory\nlimit" if entries[0].device == "cpu" else "copy"
     axes.axvline(1, color=INK, linewidth=1.2)
-    axes.set_xlim(0, max(1.18, 1.1 * largest))
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "memory\nlimit"])
+    axes.set_xlim(-0.03, max(1.18, 1.1 * largest))
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", limit])
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     workload_labels(axes, entries)
     present = [key for key in LOOKS if any(entry.row(key) for entry in entries)]
     handles = [
         Line2D(
-            [], [], color=LOOKS[key].color, marker=LOOKS[key].marker, linestyle="none", markersize=8, label=LABELS[key]
+            [],
+            [],
+            color=LOOKS[key].color,
+            marker=LOOKS[key].marker,
+            linestyle="none",
+            markersize=8,
+            label=label(entries, key),
         )
         for key in present
     ]
@@ -240,12 +222,13 @@ def speed_claim(entries: Sequence[WorkloadReport]) -> str:
     ratios = [row.ours_times_faster for entry in entries if (row := entry.row("default")) and row.ours_times_faster]
     if not ratios:
         return "Times faster than torch"
-    return f"{span([reports.ratio_text(ratio) for ratio in sorted(ratios)])} the speed of torch's default"
+    return f"{span([ratio_text(ratio) for ratio in sorted(ratios)])} the speed of torch's default"
 
 
 def memory_claim(entries: Sequence[WorkloadReport]) -> str:
-    """The memory panel's title: the range of ours."""
-    shares = [row.of_memory_limit for entry in entries if (row := entry.row("ours")) and row.of_memory_limit]
+    """The memory panel's title: the range of ours, where lists are long enough for it."""
+    large = [entry for entry in entries if entry.elements >= LARGE] or entries
+    shares = [row.of_memory_limit for entry in large if (row := entry.row("ours")) and row.of_memory_limit]
     return f"Large models: {span([f'{share:.0%}' for share in sorted(shares)])} of the memory's speed"
 
 
@@ -260,8 +243,6 @@ def draw(report: Report, path: Path) -> None:
     Raises ValueError where the run holds nothing to draw.
     """
     if report.precisions:
-        import plot_precision
-
         plot_precision.draw(report, path)
         return
     counts = {entry.threads for entry in report.workloads} | {cost.threads for cost in report.host_costs}
@@ -281,8 +262,13 @@ def draw(report: Report, path: Path) -> None:
     )
     figure, panels = plt.subplot_mosaic(mosaic, figsize=(width, height), layout=layout)
     environment = report.environment
+    on_gpu = "gpu" in environment
+    dtypes = "fp32" if {entry.dtype for entry in entries} <= {"float32"} else "fp32 where nothing else is said"
+    time = "the host's time" if on_gpu else "time"
+    where = "a GPU" if on_gpu else "the CPU"
+    yardstick = "a copy of as many" if on_gpu else "a plain native loop over the same"
     figure.suptitle(
-        "One step of SGD with momentum on the CPU",
+        f"{PIPELINES.get(report.options.get('pipeline') or '', 'One step of SGD with momentum')} on {where}",
         x=0.012,
         y=1 - 0.14 / height,
         ha="left",
@@ -293,8 +279,7 @@ def draw(report: Report, path: Path) -> None:
     )
     figure.text(
         0.012, 1 - 0.5 / height,
-        f"{environment['cpu']}, {reports.counted(threads, 'thread')}; torch {environment['torch']}; momentum_ext "
-        f"{environment['momentum_ext']}; fp32; medians over interleaved rounds; {environment['date']}",
+        f"{machine(environment, threads)}; {dtypes}; medians over interleaved rounds; {environment['date']}",
         ha="left", va="top", fontsize=9.5, color=QUIET,
     )  # fmt: skip
 
@@ -305,14 +290,14 @@ def draw(report: Report, path: Path) -> None:
         plain_axes(
             panels["limits"],
             memory_claim(against_memory),
-            "share of what a plain native loop over the same bytes reaches",
+            f"share of what {yardstick} bytes reaches",
         )
         draw_limits(panels["limits"], against_memory)
     if costs:
         plain_axes(
             panels["host"],
             f"{costs[0].ns_per_tensor:.0f} ns for each tensor more",
-            "time of a step, both axes logarithmic; lower is better",
+            f"{time} of a step, both axes logarithmic; lower is better",
         )
         draw_host_cost(panels["host"], costs[0])
     figure.savefig(path, dpi=160, facecolor="white")
@@ -325,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("json", type=Path, help="what bench_step.py --json wrote")
     parser.add_argument("picture", type=Path, help="the picture to write")
     options = parser.parse_args(arguments)
-    draw(reports.load(options.json), options.picture)
+    draw(load(options.json), options.picture)
     return 0
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import report as reports
-import targets
 from matplotlib.axes import Axes
-from plot import GRID, HALO, INK, QUIET, plain_axes, times
-from report import ModeRow, PrecisionReport, Report
+from plot_style import GRID, HALO, INK, QUIET, machine, plain_axes, times
+from report import ModeRow, Report
+from tables import number, ratio_text
 
 OURS, TORCH = "#0b4f8a", "#8c8c8c"
 
@@ -40,14 +39,10 @@ def bars(axes: Axes, rows: list[ModeRow], values: list[float | None], texts: lis
     axes.grid(axis="x", color=GRID, linewidth=0.8)
 
 
-def draw_speeds(axes: Axes, entry: PrecisionReport, rows: list[ModeRow]) -> None:
-    """Times as fast as our fp32 step, goals as ticks."""
-    plain_axes(axes, "Speed of a step", "times as fast as our own step in fp32; ticks: goals")
-    bars(axes, rows, [row.times_fp32 for row in rows], [reports.ratio_text(row.times_fp32) for row in rows])
-    for y, row in enumerate(rows):
-        target = targets.precision_target(entry.workload, row.mode, entry.threads, entry.device)
-        if target is not None and entry.device == "cpu":
-            axes.plot([target, target], [y - 0.4, y + 0.4], color="#e8963a", linewidth=2.4, zorder=5)
+def draw_speeds(axes: Axes, rows: list[ModeRow]) -> None:
+    """Times as fast as our fp32 step."""
+    plain_axes(axes, "Speed of a step", "times as fast as our own step in fp32")
+    bars(axes, rows, [row.times_fp32 for row in rows], [ratio_text(row.times_fp32) for row in rows])
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.xaxis.set_major_formatter(times)
 
@@ -70,15 +65,13 @@ def draw(report: Report, path: Path) -> None:
     )  # fmt: skip
     figure.text(
         0.012, 1 - 0.52 / height,
-        f"{entry.what}; {environment['cpu']}, {reports.counted(entry.threads, 'thread')}; torch "
-        f"{environment['torch']}; momentum_ext {environment['momentum_ext']}; medians over interleaved rounds; "
-        f"{environment['date']}",
+        f"{entry.what}; {machine(environment, entry.threads)}; medians over interleaved rounds; {environment['date']}",
         va="top", fontsize=9.5, color=QUIET,
     )  # fmt: skip
-    draw_speeds(panels[0], entry, rows)
+    draw_speeds(panels[0], rows)
     plain_axes(panels[1], "Share of the memory's speed", "of the memory limit's GB/s, each mode with its own bytes")
     shares = [row.of_memory_limit for row in rows]
-    bars(panels[1], rows, shares, [reports.number(share, ".0%") for share in shares])
+    bars(panels[1], rows, shares, [number(share, ".0%") for share in shares])
     panels[1].axvline(1, color=INK, linewidth=1.2)
     plain_axes(panels[2], "Bytes for each element", "moved in a step; state: kept beside the parameter")
     bars(

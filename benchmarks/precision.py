@@ -1,28 +1,26 @@
 """Low-precision states, for --precision: our step in each mode against our own step in fp32, and torch's in bf16.
 
-Each mode moves other bytes, so the figures are its time against fp32's, and its GB/s against those of the memory limit.
+Each mode moves other bytes, so the figures are its time against fp32's, and its GB/s against those of a memory limit
+that goes over arrays of the same sizes.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import targets
 import torch
 import workloads
-from contenders import Model, Settings, torch_sgd, warm
-from memory_limit import BYTES_PER_ELEMENT, MemoryLimit, MemoryLimitUnavailable
-from report import ModeRow, PrecisionReport, aligned, counted, number, ratio_text, time_text, verdict
+from contenders import Model, Settings, fault_of_fused, reason_of, torch_sgd, warm
+from memory_limit import MemoryLimit, MemoryLimitUnavailable, Traffic, copies, copies_held, make_arena
+from report import ModeRow, PrecisionReport
 from timing import Clock, Samples, Step, interleave, median_ratio
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BASE = "fp32"
 LIMIT = "limit"
-COPIED_BYTES = 1 << 31
-"""What the memory limit copies on a GPU: much more than its caches, little beside a large model."""
 BLOCK = 256
 """Elements that share an fp32 scale in an 8-bit buffer."""
 
@@ -45,6 +43,12 @@ class Mode:
         scale = 4 / BLOCK if self.momentum.itemsize == 1 else 0.0
         remainder = 2 if (self.options or {}).get("master_weights") else 0
         return self.momentum.itemsize + scale + remainder
+
+    @property
+    def traffic(self) -> Traffic:
+        """The arrays that a step goes over, scales left out."""
+        remainder = (2,) if (self.options or {}).get("master_weights") else ()
+        return Traffic((self.param.itemsize, self.momentum.itemsize, *remainder), (self.grad.itemsize,))
 
     @property
     def moved_bytes(self) -> float:
@@ -75,20 +79,26 @@ MODES: tuple[Mode, ...] = (
     Mode(
         "split", "bf16, split master", BF16, BF16, BF16, {"momentum_dtype": BF16, "master_weights": True}
     ),
+    Mode("bf16", "bf16", BF16, BF16, BF16, {}),
     Mode("bf16-sr", "bf16, stochastic", BF16, BF16, BF16, {"stochastic_rounding": True}),
     Mode("bf16-for-loop", "torch for-loop, bf16", BF16, BF16, BF16, build=torch_sgd(foreach=False, fused=False)),
     Mode("bf16-fused", "torch fused, bf16", BF16, BF16, BF16, build=torch_sgd(fused=True)),
 )  # fmt: skip
 
 
-def memory_limit(elements: int, settings: Settings) -> tuple[Step, float]:
-    """(a step that does nothing but move memory, its bytes). Raises MemoryLimitUnavailable."""
+def memory_limits(
+    modes: Sequence[Mode], elements: int, settings: Settings, reasons: dict[str, str]
+) -> dict[Traffic, Step]:
+    """What memory allows, for the bytes of each mode: a plain native loop; on a GPU copies."""
+    traffics = list(dict.fromkeys(mode.traffic for mode in modes))
     if settings.device == "cuda":
-        source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        return warm(lambda: target.copy_(source)), 2.0 * COPIED_BYTES
-    limit = MemoryLimit(elements, settings.threads, settings.momentum, settings.lr)
-    return warm(limit.step), float(BYTES_PER_ELEMENT * elements)
+        return {traffic: warm(copies(elements * traffic.moved)) for traffic in traffics}
+    try:
+        arena = make_arena(traffics, elements)
+        return {traffic: warm(MemoryLimit(traffic, elements, settings.threads, arena).step) for traffic in traffics}
+    except MemoryLimitUnavailable as error:
+        reasons[LIMIT] = f"not measured: {error}"
+        return {}
 
 
 def largest_difference(model: Model, base: Model) -> float:
@@ -101,33 +111,36 @@ def measure(
     name: str, settings: Settings, clock: Clock, seconds: float, repeats: int | None, free_bytes: float,
     progress: Callable[[float], object],
 ) -> PrecisionReport:  # fmt: skip
-    """Every mode on one workload: all in turn where they fit in `free_bytes` together, else each beside the limit."""
+    """Every mode on one workload: all in turn where they fit in `free_bytes` together, else each beside its limit."""
     workload = workloads.build(name)
     reasons: dict[str, str] = {}
-    try:
-        limit, limit_bytes = memory_limit(workload.elements, settings)
-        always = {LIMIT: limit}
-    except MemoryLimitUnavailable as error:
-        always, limit_bytes = {}, 0.0
-        reasons[LIMIT] = f"not measured: {error}"
     samples: dict[str, Samples] = {}
     limits: dict[str, Samples] = {}
     differences: dict[str, float] = {}
-    batches = in_batches(workload, free_bytes, reasons)
+    batches = in_batches(workload, settings.device, free_bytes, reasons)
     for batch in batches:
-        models = {mode.key: Model.random(workload, settings, mode.param, mode.grad) for mode in batch}
-        steps = {mode.key: mode.start(models[mode.key], settings) for mode in batch}
+        of_memory = memory_limits(batch, workload.elements, settings, reasons)
+        models: dict[str, Model] = {}
+        steps: dict[str, Step] = {}
+        for mode in batch:
+            model = Model.random(workload, settings, mode.param, mode.grad)
+            try:
+                steps[mode.key] = mode.start(model, settings)
+            except Exception as error:  # belongs in this row, not in the way of the others
+                reasons[mode.key] = reason_of(error)
+            else:
+                models[mode.key] = model
         if BASE in models:
-            ours = [mode.key for mode in batch if mode.options]
+            ours = [mode.key for mode in batch if mode.options is not None and mode.key in models]
             differences |= {key: largest_difference(models[key], models[BASE]) for key in ours}
         found = interleave(
-            {**always, **steps}, clock=clock, seconds=seconds / len(batches), repeats=repeats,
+            {**{f"{LIMIT} {traffic}": step for traffic, step in of_memory.items()}, **steps},
+            clock=clock, seconds=seconds / len(batches), repeats=repeats,
             progress=lambda share: progress(share / len(batches)),
         )  # fmt: skip
-        if always:
-            limits |= dict.fromkeys(steps, found[LIMIT])
+        limits |= {mode.key: found[f"{LIMIT} {mode.traffic}"] for mode in batch if mode.traffic in of_memory}
         samples |= {key: found[key] for key in steps}
-        del models, steps
+        del models, model, steps, of_memory
         gc.collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()
@@ -143,10 +156,10 @@ def measure(
             )
         mine, moved = samples[mode.key], mode.moved_bytes * workload.elements
         first, third = mine.quartiles
-        beside_base = any({BASE, mode.key} <= {other.key for other in batch} for batch in batches)
+        beside_base = BASE in samples and any({BASE, mode.key} <= {other.key for other in batch} for batch in batches)
         share = None
         if mode.key in limits:
-            share = median_ratio(limits[mode.key], mine) * moved / limit_bytes
+            share = median_ratio(limits[mode.key], mine) * mode.moved_bytes / mode.traffic.moved
         return ModeRow(
             mode=mode.key,
             label=mode.label,
@@ -161,7 +174,12 @@ def measure(
             samples_ms=tuple(time / 1e6 for time in mine.ns_per_step),
         )
 
-    first_limit = next(iter(limits.values()), None)
+    of_fp32 = limits.get(BASE)
+    without_limit = [
+        ModeRow(mode=LIMIT, label="memory limit", moved_bytes=0, state_bytes=0, reason=reason)
+        for key, reason in reasons.items()
+        if key == LIMIT
+    ]
     return PrecisionReport(
         workload=name,
         what=workload.what,
@@ -170,60 +188,41 @@ def measure(
         device=settings.device,
         tensors=workload.tensors,
         elements=workload.elements,
-        limit_gb_per_s=None if first_limit is None else limit_bytes / first_limit.median,
-        rows=tuple(map(row, MODES)),
+        limit_gb_per_s=None if of_fp32 is None else MODES[0].traffic.moved * workload.elements / of_fp32.median,
+        rows=(*map(row, MODES), *without_limit),
     )
 
 
-def in_batches(workload: workloads.Workload, free_bytes: float, reasons: dict[str, str]) -> list[list[Mode]]:
-    """The modes that are timed in turn with each other: all, or one by one; a reason for what does not fit at all."""
-    room = 0.85 * free_bytes / workload.elements
-    if sum(mode.held_bytes for mode in MODES) <= room:
-        return [list(MODES)]
-    alone = [mode for mode in MODES if mode.held_bytes + 2 <= room]  # torch's for-loop makes a copy of a tensor or two
-    for mode in MODES:
-        if mode not in alone:
-            reasons[mode.key] = f"not run: {mode.held_bytes * workload.elements / 1e9:,.0f} GB do not fit in the memory"
-    return [[mode] for mode in alone]
+def in_batches(
+    workload: workloads.Workload, device: str, free_bytes: float, reasons: dict[str, str]
+) -> list[list[Mode]]:
+    """The modes that are timed in turn with each other: all, or one by one; a reason for what is left out."""
+    modes = list(MODES)
+    if fault := fault_of_fused(replace(workload, dtype="bfloat16"), Settings(device=device)):
+        reasons["bf16-fused"] = f"not run: {fault}"
+        modes = [mode for mode in MODES if mode.key != "bf16-fused"]
+
+    def fit(batch: list[Mode], each_beside: int = 0) -> bool:
+        if device == "cuda":
+            limit = sum(copies_held(workload.elements * each.moved) for each in {mode.traffic for mode in batch})
+        else:
+            limit = workload.elements * max(mode.traffic.held for mode in batch)
+        held = sum(mode.held_bytes + each_beside for mode in batch)
+        return workload.elements * held + limit <= free_bytes
+
+    if fit(modes):
+        return [modes]
+    alone = [[mode] for mode in modes if fit([mode], each_beside=2)]  # torch's for-loop makes a copy of a tensor or two
+    for mode in modes:
+        if [mode] not in alone:
+            needed, free = mode.held_bytes * workload.elements / 1e9, free_bytes / 1e9
+            reasons[mode.key] = f"not run: it needs {needed:,.1f} GB of memory, {free:,.1f} are usable"
+    return alone
 
 
 def wrong_results(report: PrecisionReport) -> list[str]:
     """The modes that have computed something else than the fp32 run, by more than their own roundings explain."""
     most = {mode.key: 1e-5 + 4 * torch.finfo(mode.param).eps * (mode.param is not FP32) for mode in MODES}
-    return [f"{report.workload}, {row.label}" for row in report.rows if (row.difference or 0.0) > most[row.mode]]
-
-
-# Text
-
-HEADER = (
-    "mode", "ms", "IQR", "GB/s", "of limit", "B moved", "B state", "vs fp32", "target", "reached"
-)  # fmt: skip
-
-
-def cells(report: PrecisionReport, row: ModeRow) -> list[str]:
-    """A row's cells, in the order of HEADER."""
-    target = targets.precision_target(report.workload, row.mode, report.threads, report.device)
-    figure = row.of_memory_limit if report.device == "cuda" else row.times_fp32
-    as_text = number(target, ".2f") if report.device == "cuda" else ratio_text(target)
     return [
-        row.label,
-        time_text(row.median_ms),
-        number(row.spread, ".1%"),
-        number(row.gb_per_s, ".1f"),
-        number(row.of_memory_limit, ".3f"),
-        number(row.moved_bytes, ".2f"),
-        number(row.state_bytes, ".2f"),
-        ratio_text(row.times_fp32),
-        as_text,
-        verdict(figure, target),
+        f"{report.workload}, {row.label}" for row in report.rows if (row.difference or 0.0) > most.get(row.mode, 0.0)
     ]
-
-
-def text(report: PrecisionReport) -> str:
-    """A workload's title and table; bytes are for each element."""
-    counts = ", ".join([counted(report.tensors, "tensor"), counted(report.elements, "element")])
-    limit = number(report.limit_gb_per_s, ".1f")
-    details = f"{counts}, {counted(report.threads, 'thread')}" + f", memory limit {limit} GB/s" * bool(limit)
-    table = aligned(HEADER, [cells(report, row) for row in report.rows if row.median_ms is not None])
-    notes = [f"  {row.label}: {row.reason}" for row in report.rows if row.reason]
-    return "\n".join([f"{report.workload}: {report.what}, by precision", f"  {details}", table, *notes])

@@ -1,15 +1,13 @@
-"""What a run found, as data, and its two texts: tables for people and JSON for everything else."""
+"""What a run found, as data, and as JSON. `tables.py` makes the tables for people."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import targets
+from typing import Any, TypeAlias
 
 SCHEMA = 1
 
@@ -65,6 +63,8 @@ class WorkloadReport:
     device: str = "cpu"
     pipeline: str | None = None
     """What is timed around the step, if anything."""
+    dtype: str = "float32"
+    """torch's name for the dtype of parameters, gradients and momentum buffers."""
 
     def row(self, contender: str) -> Row | None:
         """The row of a contender, if it has one with figures."""
@@ -117,6 +117,18 @@ class PrecisionReport:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A workload without figures, and why."""
+
+    workload: str
+    threads: int
+    reason: str
+
+
+Entry: TypeAlias = WorkloadReport | HostCost | PrecisionReport | LeftOut
+
+
+@dataclass(frozen=True)
 class Report:
     """One run of the benchmark."""
 
@@ -126,197 +138,51 @@ class Report:
     host_costs: tuple[HostCost, ...] = ()
     precisions: tuple[PrecisionReport, ...] = ()
     """What --precision has measured."""
-    targets_origin: str = targets.ORIGIN
+    left_out: tuple[LeftOut, ...] = ()
+    """What has no figures at all."""
     schema: int = field(default=SCHEMA)
+
+    def with_entry(self, entry: Entry) -> Report:
+        """The report, and one entry more."""
+        kinds = {
+            WorkloadReport: "workloads",
+            HostCost: "host_costs",
+            PrecisionReport: "precisions",
+            LeftOut: "left_out",
+        }
+        name = kinds[type(entry)]
+        more: dict[str, Any] = {name: (*getattr(self, name), entry)}
+        return dataclasses.replace(self, **more)
 
 
 def save(report: Report, path: Path) -> None:
-    """Writes the report, every sample included, as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    """Writes the report, every sample included, as JSON. A file of that name is whole at any time."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    os.replace(unfinished, path)
 
 
 def load(path: Path) -> Report:
-    """Reads what `save` wrote. Raises ValueError for another schema."""
+    """Reads what `save` wrote, by this version or an earlier one. Raises ValueError for another schema."""
     data = json.loads(path.read_text())
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {data.get('schema')}")
-    workloads = tuple(
-        WorkloadReport(**{**entry, "rows": tuple(Row(**row) for row in entry["rows"])}) for entry in data["workloads"]
+
+    def entries(kind: Any, row: Any, name: str) -> tuple[Any, ...]:
+        found = data.get(name, ())
+        return tuple(kind(**{**entry, "rows": tuple(row(**cells) for cells in entry["rows"])}) for entry in found)
+
+    return Report(
+        environment=data["environment"],
+        options=data["options"],
+        workloads=entries(WorkloadReport, Row, "workloads"),
+        host_costs=tuple(
+            HostCost(**{**entry, "step_us": _integer_keys(entry["step_us"])}) for entry in data["host_costs"]
+        ),
+        precisions=entries(PrecisionReport, ModeRow, "precisions"),
+        left_out=tuple(LeftOut(**entry) for entry in data.get("left_out", ())),
     )
-    host_costs = tuple(
-        HostCost(**{**entry, "step_us": _integer_keys(entry["step_us"])}) for entry in data["host_costs"]
-    )
-    precisions = tuple(
-        PrecisionReport(**{**entry, "rows": tuple(ModeRow(**row) for row in entry["rows"])})
-        for entry in data.get("precisions", ())
-    )
-    return Report(**{**data, "workloads": workloads, "host_costs": host_costs, "precisions": precisions})
 
 
 def _integer_keys(curves: dict[str, dict[str, float]]) -> dict[str, dict[int, float]]:
     return {name: {int(length): time for length, time in curve.items()} for name, curve in curves.items()}
-
-
-# Text
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, indent: str = "  ") -> str:
-    """A table as text; the first `left` columns are flushed left, the others right."""
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return (indent + "  ".join(padded)).rstrip()
-
-    rule = indent + "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(header), rule, *(line(cells) for cells in rows)])
-
-
-def time_text(ms: float | None) -> str:
-    """Milliseconds with four significant digits, "0.01234", "1.234", "123.4"."""
-    if ms is None:
-        return ""
-    decimals = 4 if ms < 0.1 else 3 if ms < 10 else 2 if ms < 100 else 1
-    return f"{ms:.{decimals}f}"
-
-
-def ratio_text(ratio: float | None) -> str:
-    """A ratio with the digits that mean something: "1.04x", "12.3x", "152x"."""
-    if ratio is None:
-        return ""
-    decimals = 2 if ratio < 10 else 1 if ratio < 100 else 0
-    return f"{ratio:.{decimals}f}x"
-
-
-def verdict(value: float | None, target: float | None, at_most: bool = False) -> str:
-    """ "yes" or "no" where there is a target and a figure, else nothing."""
-    if value is None or target is None:
-        return ""
-    return "yes" if (value <= target if at_most else value >= target) else "no"
-
-
-def row_figure(row: Row) -> float | None:
-    """The figure of a row that its target speaks about."""
-    return row.of_memory_limit if row.contender == "ours" else row.ours_times_faster
-
-
-def number(value: float | None, pattern: str) -> str:
-    """`value` by a format pattern; nothing for None."""
-    return "" if value is None else format(value, pattern)
-
-
-def row_cells(report: WorkloadReport, row: Row) -> list[str]:
-    """A row's cells, in the order of WORKLOAD_HEADER."""
-    target = targets.target_for(report.workload, row.contender, report.threads, report.device, report.pipeline)
-    as_text = number(target, ".2f") if row.contender == "ours" else ratio_text(target)
-    return [
-        row.label,
-        time_text(row.median_ms),
-        number(row.spread, ".1%"),
-        number(row.gb_per_s, ".1f"),
-        number(row.of_memory_limit, ".3f"),
-        number(row.ns_per_tensor, ",.0f"),
-        "" if row.contender == "ours" else ratio_text(row.ours_times_faster),
-        as_text,
-        verdict(row_figure(row), target),
-    ]
-
-
-WORKLOAD_HEADER = (
-    "contender", "ms", "IQR", "GB/s", "of limit", "ns/tensor", "ours faster by", "target", "reached"
-)  # fmt: skip
-
-
-def counted(count: int, noun: str) -> str:
-    """ "1 thread", "2 threads"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def workload_text(report: WorkloadReport) -> str:
-    """One workload's title, table, and the rows that have no figures with the reason."""
-    counts = ", ".join(
-        [counted(report.tensors, "tensor"), counted(report.elements, "element"), counted(report.groups, "group")]
-    )
-    title = f"{report.workload}: {report.what}"
-    details = f"{counts}, {megabytes(report.bytes_per_step)} to move a step, {counted(report.threads, 'thread')}"
-    table = aligned(WORKLOAD_HEADER, [row_cells(report, row) for row in report.rows if row.median_ms is not None])
-    notes = [f"  {row.label}: {row.reason}" for row in report.rows if row.reason]
-    if report.difference_from_default:
-        notes.append(
-            f"  results: NOT those of torch's default, largest difference {report.difference_from_default:.3g}"
-        )
-    elif report.difference_from_default is not None:
-        notes.append("  results: those of torch's default, bit for bit")
-    return "\n".join([title, f"  {details}", table, *notes])
-
-
-def megabytes(count: int) -> str:
-    """Bytes as "1.34 GB", "512 MB", "64 kB"."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
-
-
-def summary_text(reports: Sequence[WorkloadReport]) -> str:
-    """One line for each workload: ours against torch's default, torch's fused and the memory limit."""
-    rows = []
-    for report in reports:
-        default, fused, ours = (report.row(key) for key in ("default", "fused", "ours"))
-        if ours is None:
-            continue
-        cells = [report.workload, str(report.threads), time_text(ours.median_ms), number(ours.gb_per_s, ".1f")]
-        for key, row in (("default", default), ("fused", fused), ("ours", ours)):
-            figure = row_figure(row) if row else None
-            target = (
-                targets.target_for(report.workload, key, report.threads, report.device, report.pipeline)
-                if figure is not None
-                else None
-            )
-            text = number if key == "ours" else None
-            cells += [
-                text(figure, ".3f") if text else ratio_text(figure),
-                text(target, ".2f") if text else ratio_text(target),
-                verdict(figure, target),
-            ]
-        rows.append(cells)
-    header = ["workload", "threads", "ms", "GB/s"]
-    best = "vs best" if any(report.pipeline for report in reports) else "vs fused"
-    for name in ("vs default", best, "of limit"):
-        header += [name, "target", ""]
-    return "In short: FusedMomentum, times faster than torch's, and share of the memory limit\n" + aligned(header, rows)
-
-
-def host_cost_text(cost: HostCost) -> str:
-    """The host cost: step times by list length, then slope and fixed cost against their targets."""
-    lengths = sorted({length for curve in cost.step_us.values() for length in curve})
-    header = ["us a step, by number of tensors", *(f"{length:,}" for length in lengths)]
-    rows = [
-        [label, *(number(curve.get(length), ",.1f") for length in lengths)] for label, curve in cost.step_us.items()
-    ]
-    judged = cost.threads == targets.THREADS
-    figures = [
-        ("ns for each tensor more", cost.ns_per_tensor, targets.HOST_NS_PER_TENSOR if judged else None),
-        ("us for a step, whatever the list", cost.fixed_us, targets.HOST_FIXED_US if judged else None),
-    ]
-    verdicts = [
-        [name, f"{value:.1f}", number(target, "<.0f"), verdict(value, target, at_most=True)]
-        for name, value, target in figures
-    ]
-    title = f"host cost: lists of one-element tensors, {counted(cost.threads, 'thread')}"
-    judged_table = aligned(["FusedMomentum", "measured", "at most", "reached"], verdicts)
-    return "\n".join([title, aligned(header, rows), "", judged_table])
-
-
-def header_text(report: Report) -> str:
-    """The environment and the options that matter, one per line."""
-    hyperparameters = ", ".join(
-        f"{key}={report.options[key]}" for key in ("lr", "momentum", "weight_decay", "nesterov")
-    )
-    dtype = "each mode's dtypes" if report.options.get("precision") else "fp32"
-    lines = {**report.environment, "step": f"{dtype}, {hyperparameters}"}
-    width = max(map(len, lines))
-    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in lines.items())

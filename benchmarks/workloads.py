@@ -32,6 +32,8 @@ class Workload:
     groups: tuple[Group, ...]
     dtype: str = "float32"
     """torch's name for the dtype of parameters, gradients and momentum buffers."""
+    grad_layout: str = "contiguous"
+    """How gradients with the dimensions for it lie in memory: "contiguous", "channels_last" or "transposed"."""
 
     @property
     def shapes(self) -> list[Shape]:
@@ -202,6 +204,17 @@ _BUILDERS: dict[str, Callable[[], Workload]] = {
     ),
     "resnet50": lambda: Workload("resnet50", "ResNet-50", "torchvision.models.resnet50", one_group(resnet50_shapes())),
     "vit_b16": lambda: Workload("vit_b16", "ViT-B/16", "torchvision.models.vit_b_16", one_group(vit_b16_shapes())),
+    "gpt2_bf16": lambda: Workload(
+        "gpt2_bf16", "GPT-2 small, all in bf16", "as gpt2", one_group(gpt2_shapes()), dtype="bfloat16"
+    ),
+    "gpt2_transposed": lambda: Workload(
+        "gpt2_transposed", "GPT-2 small, gradients of matrices transposed", "as gpt2", one_group(gpt2_shapes()),
+        grad_layout="transposed",
+    ),
+    "resnet50_channels_last": lambda: Workload(
+        "resnet50_channels_last", "ResNet-50, gradients of convolutions in channels_last", "as resnet50",
+        one_group(resnet50_shapes()), grad_layout="channels_last",
+    ),
     "small_1000x1024": lambda: same(1000, 1024),
     "small_5000x64": lambda: same(5000, 64),
     "small_200x16": lambda: same(200, 16),
@@ -232,6 +245,9 @@ EXPECTED: dict[str, tuple[int, int]] = {
     "gpt2": (148, 124_439_808),
     "resnet50": (161, 25_557_032),
     "vit_b16": (152, 86_567_656),
+    "gpt2_bf16": (148, 124_439_808),
+    "gpt2_transposed": (148, 124_439_808),
+    "resnet50_channels_last": (161, 25_557_032),
     "small_1000x1024": (1000, 1_024_000),
     "small_5000x64": (5000, 320_000),
     "small_200x16": (200, 3_200),

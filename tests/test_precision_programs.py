@@ -1,25 +1,10 @@
 """The programs that measure the low-precision modes: the error table lines up, the benchmark computes what it says."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-
-
-@pytest.fixture
-def programs(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:  # they are no packages, and others may have modules of these names
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith((f"{ROOT}/examples", f"{ROOT}/benchmarks")):
-            del sys.modules[name]
 
 
 def test_error_table(programs, tmp_path, capsys):
