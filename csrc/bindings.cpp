@@ -137,6 +137,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lookaheads"), py::arg("distances"), py::arg("back"));
   m.def("clip_by_norm", &clip_by_norm, py::arg("norm"), py::arg("dtype"), py::arg("max_norm"));
+  // As torch.amp.GradScaler.unscale_ rounds it.
+  m.def("inverse_scale", [](double scale) { return static_cast<float>(1 / scale); });
   m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
   m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"));
   m.def("check_memory", &check_memory, py::arg("tensor"), py::arg("name"));

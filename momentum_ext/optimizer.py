@@ -376,8 +376,8 @@ class FusedMomentum(SGD):
         parameters. The iterates are the textbook's while lr and momentum are constant; with the classical formulation
         also under a learning rate schedule. Groups without Nesterov stay as they are.
 
-        :meth:`step` and :meth:`state_dict` raise inside: an optimizer's checkpoint belongs to the look-ahead point. Save
-        the model inside and the optimizer outside, or both outside to go on training.
+        :meth:`step` and :meth:`state_dict` raise inside: an optimizer's checkpoint belongs to the look-ahead point.
+        Save the model inside and the optimizer outside, or both outside to go on training.
 
         Example::
 
@@ -476,7 +476,7 @@ class FusedMomentum(SGD):
             if found_inf is not None and float(found_inf) != 0:
                 self._grad_factor.clear()
                 return
-            inv_grad_scale = 1.0 if grad_scale is None else float(grad_scale.double().reciprocal().float())
+            inv_grad_scale = 1.0 if grad_scale is None else _C.inverse_scale(float(grad_scale))
             factor, grads, norm = self._grad_factor.in_step(self.param_groups, self.max_grad_norm, inv_grad_scale)
             if inv_grad_scale != 1.0 or not self._launch(None, None, factor, grads, trains):
                 self._step_on_host(inv_grad_scale * float(factor), grads, trains)
@@ -627,12 +627,12 @@ class FusedMomentum(SGD):
         called, which write to the gradients. On a CUDA device nothing waits: norm and coefficient stay there, and both
         can be captured into a graph, max_norm as the number that it is then.
 
-        The coefficient belongs to the memory of these gradients, as if it had been written there. Called again, it clips
-        what the first call has left. A gradient that is replaced before the step by one in other memory is not clipped,
-        the others are; what is written to them through ``p.grad.data`` goes unseen. :meth:`zero_grad`, the step that uses
-        it and a step that a ``momentum_ext.GradScaler`` leaves out end it; a step that raises does not. Gradients that
-        are written to before the step (another backward) make it raise: clip last. After an overflow, whose norm is not
-        finite, they are simply not clipped.
+        The coefficient belongs to the memory of these gradients, as if it had been written there. Called again, it
+        clips what the first call has left. A gradient that is replaced before the step by one in other memory is not
+        clipped, the others are; what is written to them through ``p.grad.data`` goes unseen. :meth:`zero_grad`, the
+        step that uses it and a step that a ``momentum_ext.GradScaler`` leaves out end it; a step that raises does not.
+        Gradients that are written to before the step (another backward) make it raise: clip last. After an overflow,
+        whose norm is not finite, they are simply not clipped.
 
         Args:
             max_norm: what the norm shall not exceed.
