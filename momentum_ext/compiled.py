@@ -84,7 +84,7 @@ def _step(optimizer: FusedMomentum) -> None:
     buffers: list[Tensor] = []
     is_first_step: list[bool] = []
     i = 0
-    for group, size in zip(groups, sizes):
+    for group, size in zip(groups, sizes, strict=True):
         for param in params[i : i + size]:
             buffer = _find(optimizer, param, "momentum_buffer") if group["momentum"] != 0 else None
             is_first_step.append(buffer is None and group["momentum"] != 0)

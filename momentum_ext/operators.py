@@ -93,7 +93,7 @@ def _step(
     ]
     kept: list[Tensor | None] = [None] * len(params)
     started = []
-    for place, average, is_new in zip(averaged, averages, is_new_average):
+    for place, average, is_new in zip(averaged, averages, is_new_average, strict=True):
         if is_new:
             started.append((params[place], average))
         else:
@@ -141,7 +141,7 @@ def _clip(
 
 def _average(params: list[Tensor], averages: list[Tensor], average_weight: Tensor) -> None:
     weight = float(average_weight)
-    for param, average in zip(params, averages):
+    for param, average in zip(params, averages, strict=True):
         _average_one(param, average, weight)
 
 
@@ -165,7 +165,7 @@ def _weight(count: Tensor, decay: float, warmup: bool) -> Tensor:
     "momentum_ext::step", lib=_LIBRARY
 )
 def _fake_step(params: list[Tensor], grads: list[Tensor], *rest: object) -> None:
-    for i, (param, grad) in enumerate(zip(params, grads)):
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         torch._check(param.shape == grad.shape, lambda i=i: f"grads[{i}]: expected the shape of its parameter")
 
 
