@@ -172,7 +172,9 @@ def test_busy_processes_end_with_the_block_and_with_their_parent(programs):
     from hogs import hogs
 
     def children(pid):
-        return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+        return {
+            int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+        }
 
     before = children(os.getpid())
     with hogs(2):
