@@ -148,6 +148,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa", &cpu::isa);
   m.def("isas", &cpu::isas);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
+  m.def("set_elements_per_thread", &cpu::set_elements_per_thread, py::arg("count"));
   m.def("build_info", &build_info);
   m.def("has_record_function_callbacks", &at::hasCallbacks);
 }

@@ -86,9 +86,8 @@ class StepPlan {
 
   // What a quick look at a slot found.
   enum class Status : uint8_t {
-    kIdle,  // no gradient
-    kReady,
-    kSharedGrad,  // ready; the gradient's storage has other owners
+    kIdle,   // no gradient
+    kReady,  // as the plan says; its versions are bumped already
     kNeedsCare,
   };
 
@@ -168,7 +167,9 @@ class StepPlan {
   void prepare(const py::list& param_groups, const py::dict& state);
   void compare(const py::list& param_groups, const py::dict& state);
   void check_slots();
-  Status check_slot(size_t i, bool has_momentum, const GroupReader& reader) noexcept;
+  void lay_out(size_t i);
+  void restore_versions() noexcept;
+  Status check_slot(size_t i, bool has_momentum, const GroupReader& reader);
   bool is_repeated(size_t i) const;
   bool wants_conversion(size_t i) const;
   at::Tensor converted(const Slot& slot, const at::Tensor& value, Formulation wanted) const;
@@ -263,6 +264,9 @@ class StepPlan {
     c10::TensorImpl* scale = nullptr;
   };
   std::vector<Status> status_;
+  std::vector<size_t> careful_;       // slots that need care
+  std::vector<size_t> shared_grads_;  // slots whose gradient's storage has other owners
+  bool versions_are_bumped_ = false;  // of the slots that are ready
   std::vector<Tensors> tensors_;
   std::vector<TensorEntry> entries_;
   std::vector<LowPrecision> low_precision_;
