@@ -83,7 +83,7 @@ $(VENV)/.torch:
 	  { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv python3-dev"; exit 1; }
 	@test -x $(BIN)/python || { echo "[set-up] virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "[set-up] build tools"
-	@$(PIP) install "setuptools>=77" ninja
+	@$(PIP) install "setuptools>=65" wheel ninja
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "[set-up] $(TORCH)"; $(PIP) install $(TORCH); }
 	@touch $@
 

@@ -24,7 +24,7 @@ import setuptools
 
 ROOT = Path(__file__).resolve().parent
 COMMAND = "pip install --no-build-isolation ."
-MIN_SETUPTOOLS = 77  # the first that reads pyproject.toml's license expression
+MIN_SETUPTOOLS = 65  # what Python 3.11 brings; also in pyproject.toml
 MIN_TORCH = (2, 11)  # the first that was tested; also in pyproject.toml
 
 
@@ -57,11 +57,13 @@ def find_torch() -> None:
 
 def check_tools() -> None:
     """One line for each thing that a fresh machine may lack, before a compiler says it in a hundred."""
-    if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
-        stop(
-            f"needs setuptools >= {MIN_SETUPTOOLS}, found {setuptools.__version__}. "
-            'Run: pip install --upgrade "setuptools>=77" ninja'
-        )
+    version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
+    upgrade = "Run: pip install --upgrade setuptools wheel ninja"
+    if version < (MIN_SETUPTOOLS, 0):
+        stop(f"needs setuptools >= {MIN_SETUPTOOLS}, found {setuptools.__version__}. {upgrade}")
+    makes_wheel = {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv)
+    if makes_wheel and version < (70, 1) and importlib.util.find_spec("wheel") is None:
+        stop(f"setuptools {setuptools.__version__} needs the package wheel beside it. {upgrade}")
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         stop(f"no C++ compiler: {compiler!r} was not found. Install g++ or clang++, or set CC and CXX.")
@@ -78,7 +80,7 @@ import torch  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
-    stop(f"needs torch >= 2.11, found {torch.__version__}. Update torch, then run: {COMMAND}")
+    stop(f"needs torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, found {torch.__version__}. Update torch, then run: {COMMAND}")
 
 
 def flag(name: str) -> bool:
@@ -246,4 +248,6 @@ class BuildExtension(cpp_extension.BuildExtension):
         return [*super().get_outputs(), str(self.build_info_paths()[0])]
 
 
-setuptools.setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+# The license stands here because setuptools before 77 refuses pyproject.toml's expression, and newer ones deprecate the
+# table that the old ones read there.
+setuptools.setup(license="MIT", ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

@@ -126,6 +126,7 @@ def test_version_and_requirements():
     assert importlib.metadata.version("momentum_ext") == momentum_ext.__version__
     requirements = importlib.metadata.requires("momentum_ext")
     assert [r for r in requirements if "extra" not in r] == ["torch>=2.11"]
+    assert importlib.metadata.metadata("momentum_ext")["License"] == "MIT"
 
 
 # ---- building ------------------------------------------------------------------------------------------------------
@@ -195,6 +196,34 @@ def test_a_build_in_pips_isolation_finds_the_environments_torch(tree, tmp_path):
     assert run(sys.executable, "-c", "import torch", cwd=tmp_path, **isolated).returncode == 1
     result = run(sys.executable, "-W", "ignore", "setup.py", "--version", cwd=tree, **isolated)
     assert result.stdout.strip().endswith(momentum_ext.__version__), result.stderr
+
+
+@pytest.mark.parametrize(
+    "version, command, expected",
+    [
+        ("64.0.3", "--version", "needs setuptools >= 65, found 64.0.3"),
+        ("65.5.0", "bdist_wheel", "setuptools 65.5.0 needs the package wheel beside it"),
+        ("65.5.0", "dist_info", "setuptools 65.5.0 needs the package wheel beside it"),
+        ("65.5.0", "egg_info", "this build sees no torch"),  # that command asks pip for the package wheel
+        ("70.1.0", "bdist_wheel", "this build sees no torch"),
+    ],
+)
+def test_setuptools_that_cannot_build_says_the_remedy(tree, without_torch, version, command, expected):
+    pretend = f"""import runpy, setuptools, sys
+setuptools.__version__, sys.argv[1:] = {version!r}, [{command!r}]
+sys.modules["wheel"] = None  # new setuptools bring their own
+runpy.run_path("setup.py", run_name="__main__")"""
+    line = the_line(run(without_torch, "-c", pretend, cwd=tree))
+    assert expected in line
+    assert ("pip install --upgrade setuptools wheel ninja" in line) == ("setuptools" in expected)
+
+
+def test_the_oldest_torch_and_setuptools_stand_in_both_files():
+    setup, project = ((ROOT / name).read_text() for name in ("setup.py", "pyproject.toml"))
+    oldest = re.search(r"^MIN_SETUPTOOLS = (\d+)", setup, re.MULTILINE)[1]
+    assert f'requires = ["setuptools>={oldest}", "ninja"]' in project
+    major, minor = re.search(r"^MIN_TORCH = \((\d+), (\d+)\)", setup, re.MULTILINE).groups()
+    assert f'dependencies = ["torch>={major}.{minor}"]' in project
 
 
 def test_force_cuda_names_what_is_missing(tree):
