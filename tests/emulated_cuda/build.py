@@ -19,6 +19,7 @@ FLAGS = [
     "-std=c++20",
     "-O1",
     "-fPIC",
+    "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-strict-aliasing",
