@@ -4,116 +4,281 @@
 constexpr int64_t kTile =
     256;  // elements; three tiles of double are 6 KiB of stack, well inside L1
 
-// ---- tiled --------------------------------------------------------------------------------------
+// ---- between dtypes -----------------------------------------------------------------------------
 
-// Element i of a tile is base[offsets[i]], or base[i] where offsets is nullptr.
 template <typename scalar_t, typename opmath_t>
-void gather_as(const void* base, const int64_t* offsets, int64_t n, opmath_t* tile) {
-  const auto* source = static_cast<const scalar_t*>(base);
-  if (offsets == nullptr) {
-    for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<opmath_t>(load(source[i]));
-  } else {
-    for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<opmath_t>(load(source[offsets[i]]));
-  }
+void load_all(const void* source_ptr, int64_t n, opmath_t* tile) {
+  const auto* source = static_cast<const scalar_t*>(source_ptr);
+  for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<opmath_t>(load(source[i]));
 }
 
 template <typename scalar_t, typename opmath_t>
-void scatter_as(const opmath_t* tile, const int64_t* offsets, int64_t n, void* base) {
+void store_all(const opmath_t* tile, int64_t n, void* target_ptr) {
   using stored_t = typename OpMath<scalar_t>::type;
-  auto* target = static_cast<scalar_t*>(base);
-  if (offsets == nullptr) {
-    for (int64_t i = 0; i < n; ++i) store(target[i], static_cast<stored_t>(tile[i]));
-  } else {
-    for (int64_t i = 0; i < n; ++i) store(target[offsets[i]], static_cast<stored_t>(tile[i]));
-  }
+  auto* target = static_cast<scalar_t*>(target_ptr);
+  for (int64_t i = 0; i < n; ++i) store(target[i], static_cast<stored_t>(tile[i]));
 }
 
 template <typename opmath_t>
-void gather(Dtype dtype, const void* base, const int64_t* offsets, int64_t n, opmath_t* tile) {
+void load_tile(Dtype dtype, const void* source, int64_t n, opmath_t* tile) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return gather_as<float>(base, offsets, n, tile);
+      return load_all<float>(source, n, tile);
     case Dtype::kFloat64:
-      return gather_as<double>(base, offsets, n, tile);
+      return load_all<double>(source, n, tile);
     case Dtype::kBFloat16:
-      return gather_as<BFloat16>(base, offsets, n, tile);
+      return load_all<BFloat16>(source, n, tile);
     case Dtype::kFloat16:
       if constexpr (sizeof(opmath_t) == sizeof(float)) {
-        if (offsets == nullptr) return half_to_float(static_cast<const Float16*>(base), n, tile);
+        return half_to_float(static_cast<const Float16*>(source), n, tile);
       }
-      return gather_as<Float16>(base, offsets, n, tile);
+      return load_all<Float16>(source, n, tile);
     default:  // 8-bit values have a scale, see slots.h
       __builtin_unreachable();
   }
 }
 
 template <typename opmath_t>
-void scatter(Dtype dtype, const opmath_t* tile, const int64_t* offsets, int64_t n, void* base) {
+void store_tile(Dtype dtype, const opmath_t* tile, int64_t n, void* target) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return scatter_as<float>(tile, offsets, n, base);
+      return store_all<float>(tile, n, target);
     case Dtype::kFloat64:
-      return scatter_as<double>(tile, offsets, n, base);
+      return store_all<double>(tile, n, target);
     case Dtype::kBFloat16:
-      return scatter_as<BFloat16>(tile, offsets, n, base);
+      return store_all<BFloat16>(tile, n, target);
     case Dtype::kFloat16:
       if constexpr (sizeof(opmath_t) == sizeof(float)) {
-        if (offsets == nullptr) return float_to_half(tile, n, static_cast<Float16*>(base));
+        return float_to_half(tile, n, static_cast<Float16*>(target));
       }
-      return scatter_as<Float16>(tile, offsets, n, base);
+      return store_all<Float16>(tile, n, target);
     default:
       __builtin_unreachable();
   }
 }
 
-// Walks a strided layout in order and writes down where each element of a tile lies in the three
-// tensors.
-struct TileWalker {
-  static constexpr int kMaxDims = 65;  // torch's 64 and one for the real view of a complex tensor
+// ---- between layouts ----------------------------------------------------------------------------
 
-  TileWalker(const StridedLayout& layout, int64_t position) : layout_(layout) {
-    for (int d = layout.ndim - 1; d >= 0; --d) {
-      const StridedDim& dim = layout.dims[d];
-      index_[d] = position % dim.size;
-      position /= dim.size;
-      param_ += index_[d] * dim.param_stride;
-      grad_ += index_[d] * dim.grad_stride;
-      buffer_ += index_[d] * dim.buffer_stride;
+// A block of a strided layout, row by row.
+struct Block {
+  int64_t rows;
+  int64_t columns;
+  int64_t offsets[kNumOperands];  // of its first element in each tensor
+};
+
+// Goes through elements of an entry, a tile at a time: in the order of their index, or, a strided
+// layout, in blocks that keep the cache lines of all tensors.
+class TileWalker {
+ public:
+  // Elements [begin, end), or as many blocks as fall to them. Neighbouring ranges together have
+  // every element once, as long as all are in order or none is.
+  TileWalker(const TensorEntry& entry, int64_t begin, int64_t end, bool in_order)
+      : layout_(entry.layout), in_order_(in_order), at_(begin), end_(end) {
+    if (layout_ == nullptr) return;
+    inner_ = layout_->ndim - 1;
+    if (!in_order) choose_blocks(itemsize(entry.grad_dtype));
+    choose_sequence(in_order ? -1 : layout_->third);
+    int64_t position = begin;
+    if (!in_order) {
+      int64_t num_blocks = 1;
+      for (int d = 0; d <= inner_; ++d) num_blocks *= num_steps(d);
+      const auto first_block_of = [&](int64_t element) {
+        const double part = static_cast<double>(element) / static_cast<double>(entry.numel);
+        return static_cast<int64_t>(part * static_cast<double>(num_blocks));
+      };
+      position = first_block_of(begin);
+      blocks_left_ = first_block_of(end) - position;
+    }
+    for (int k = 0; k <= inner_; ++k) {
+      const int d = sequence_[k];
+      const int64_t count = num_steps(d);
+      index_[d] = 0;
+      advance(d, position % count * step_of(d));
+      position /= count;
     }
   }
 
-  void next_tile(int64_t n, int64_t* param, int64_t* grad, int64_t* buffer) {
-    const int inner = layout_.ndim - 1;
-    const StridedDim dim = layout_.dims[inner];
-    for (int64_t done = 0; done < n;) {
-      const int64_t left = dim.size - index_[inner];
-      const int64_t run = left < n - done ? left : n - done;
-      for (int64_t i = 0; i < run; ++i) {
-        param[done + i] = param_ + i * dim.param_stride;
-        grad[done + i] = grad_ + i * dim.grad_stride;
-        buffer[done + i] = buffer_ + i * dim.buffer_stride;
-      }
-      done += run;
-      advance(inner, run);
-      for (int d = inner; index_[d] == layout_.dims[d].size && d > 0; --d) {
+  // False: there is none left.
+  bool next() {
+    at_ += n_;
+    n_ = 0;
+    const bool by_index = layout_ == nullptr || in_order_;
+    const int64_t most = by_index && end_ - at_ < kTile ? end_ - at_ : kTile;
+    if (layout_ == nullptr) {
+      n_ = most;
+      return n_ > 0;
+    }
+    num_blocks_ = 0;
+    while (n_ < most && (in_order_ || blocks_left_ > 0)) {
+      Block& block = blocks_[num_blocks_];
+      block.columns = min_of(size_of(inner_) - index_[inner_], in_order_ ? most - n_ : columns_);
+      block.rows = across_ < 0 ? 1 : min_of(size_of(across_) - index_[across_], rows_);
+      if (n_ + block.rows * block.columns > most) break;
+      for (int t = 0; t < kNumOperands; ++t) block.offsets[t] = offsets_[t];
+      n_ += block.rows * block.columns;
+      ++num_blocks_;
+      --blocks_left_;
+      for (int k = 0;; ++k) {
+        const int d = sequence_[k];
+        advance(d, d == inner_ ? block.columns : d == across_ ? block.rows : 1);
+        if (index_[d] < size_of(d) || k == inner_) break;
         advance(d, -index_[d]);
-        advance(d - 1, 1);
       }
     }
+    return n_ > 0;
+  }
+
+  bool is_strided() const { return layout_ != nullptr; }
+  const StridedLayout& layout() const { return *layout_; }
+  bool in_order() const { return in_order_; }
+  int64_t at() const { return at_; }  // the index of the tile's first element, where in order
+  int64_t n() const { return n_; }
+  const Block* begin() const { return blocks_; }
+  const Block* end() const { return blocks_ + num_blocks_; }
+  int64_t column_stride(Operand operand) const { return layout_->dims[inner_].strides[operand]; }
+  int64_t row_stride(Operand operand) const {
+    return across_ < 0 ? 0 : layout_->dims[across_].strides[operand];
   }
 
  private:
-  void advance(int d, int64_t by) {
-    const StridedDim& dim = layout_.dims[d];
-    index_[d] += by;
-    param_ += by * dim.param_stride;
-    grad_ += by * dim.grad_stride;
-    buffer_ += by * dim.buffer_stride;
+  static constexpr int kMaxDims = 65;  // torch's 64 and one for the real view of a complex tensor
+  static constexpr int64_t kLineBytes = 64;
+
+  static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+  int64_t size_of(int d) const { return layout_->dims[d].size; }
+  int64_t step_of(int d) const { return d == inner_ ? columns_ : d == across_ ? rows_ : 1; }
+  int64_t num_steps(int d) const { return (size_of(d) - 1) / step_of(d) + 1; }
+
+  // As many rows as a cache line has elements, columns to fill the tile.
+  void choose_blocks(int64_t size) {
+    across_ = layout_->across;
+    if (across_ >= 0) rows_ = min_of(size_of(across_), kLineBytes / size);
+    columns_ = min_of(size_of(inner_), kTile / rows_);
+    if (across_ >= 0) rows_ = min_of(size_of(across_), kTile / columns_);
   }
 
-  const StridedLayout& layout_;
+  // From the dimension that changes with every block.
+  void choose_sequence(int third) {
+    int k = 0;
+    if (third >= 0) sequence_[k++] = third;
+    sequence_[k++] = inner_;
+    if (across_ >= 0) sequence_[k++] = across_;
+    for (int d = inner_ - 1; d >= 0; --d) {
+      if (d != across_ && d != third) sequence_[k++] = d;
+    }
+  }
+
+  void advance(int d, int64_t by) {
+    index_[d] += by;
+    for (int t = 0; t < kNumOperands; ++t) offsets_[t] += by * layout_->dims[d].strides[t];
+  }
+
+  const StridedLayout* layout_;
+  bool in_order_;
+  int64_t at_;
+  int64_t end_;
+  int64_t n_ = 0;
+  int inner_ = 0;
+  int across_ = -1;
+  int64_t rows_ = 1;
+  int64_t columns_ = 1;
+  int64_t blocks_left_ = 0;
+  int sequence_[kMaxDims];
   int64_t index_[kMaxDims];
-  int64_t param_ = 0;
-  int64_t grad_ = 0;
-  int64_t buffer_ = 0;
+  int64_t offsets_[kNumOperands] = {};
+  int num_blocks_ = 0;
+  Block blocks_[kTile / 2 + 1];  // of two elements, but for one at an end
+};
+
+// Between a block in a tensor's memory and its elements of kSize bytes one after the other.
+template <bool kLoad, int kSize>
+void copy_block(char* memory, int64_t row_stride, int64_t column_stride, int64_t rows,
+                int64_t columns, char* dense) {
+  const auto copy = [&](int64_t there, int64_t here) {
+    char* const from = kLoad ? memory + there * kSize : dense + here * kSize;
+    char* const to = kLoad ? dense + here * kSize : memory + there * kSize;
+    memcpy(to, from, kSize);
+  };
+  if (column_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+      for (int64_t c = 0; c < columns; ++c) copy(r * row_stride + c, r * columns + c);
+    }
+  } else if (row_stride == 1) {
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < rows; ++r) copy(r + c * column_stride, r * columns + c);
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        copy(r * row_stride + c * column_stride, r * columns + c);
+      }
+    }
+  }
+}
+
+// What a walker's tile has of one tensor, one element after the other: in the tensor's own memory
+// where they lie like that, else in a copy.
+class TensorTile {
+ public:
+  TensorTile(const TileWalker& walker, Operand operand, const void* tensor, Dtype dtype)
+      : walker_(walker),
+        operand_(operand),
+        tensor_(static_cast<char*>(const_cast<void*>(tensor))),
+        size_(itemsize(dtype)),
+        is_dense_(!walker.is_strided() || (walker.in_order() && lies_in_order())) {}
+
+  // Where they are, or shall be.
+  char* place() {
+    if (is_dense_) return place_ = tensor_ + walker_.at() * size_;
+    const Block& first = *walker_.begin();
+    const bool in_place = walker_.end() == &first + 1 && walker_.column_stride(operand_) == 1 &&
+                          (first.rows == 1 || walker_.row_stride(operand_) == first.columns);
+    return place_ = in_place ? tensor_ + first.offsets[operand_] * size_ : copy_;
+  }
+
+  char* load() {
+    place();
+    copy<true>();
+    return place_;
+  }
+
+  void store() { copy<false>(); }
+
+ private:
+  template <bool kLoad>
+  void copy() {
+    if (place_ != copy_) return;
+    if (size_ == 2) return copy_as<kLoad, 2>();
+    if (size_ == 4) return copy_as<kLoad, 4>();
+    copy_as<kLoad, 8>();
+  }
+
+  template <bool kLoad, int kSize>
+  void copy_as() {
+    char* dense = copy_;
+    for (const Block& block : walker_) {
+      copy_block<kLoad, kSize>(tensor_ + block.offsets[operand_] * kSize,
+                               walker_.row_stride(operand_), walker_.column_stride(operand_),
+                               block.rows, block.columns, dense);
+      dense += block.rows * block.columns * kSize;
+    }
+  }
+
+  bool lies_in_order() const {
+    int64_t stride = 1;
+    for (int d = walker_.layout().ndim - 1; d >= 0; --d) {
+      if (walker_.layout().dims[d].strides[operand_] != stride) return false;
+      stride *= walker_.layout().dims[d].size;
+    }
+    return true;
+  }
+
+  const TileWalker& walker_;
+  Operand operand_;
+  char* tensor_;
+  int64_t size_;
+  bool is_dense_;
+  char* place_ = nullptr;
+  alignas(64) char copy_[kTile * sizeof(double)];
 };

@@ -11,15 +11,15 @@ namespace {
 
 // The dimensions of a strided tensor, and how many they are; a flat one has one.
 inline int pack_dims(const TensorEntry& entry, uint64_t* words) {
-  const StridedDim flat = {entry.numel, 1, 1, 1};
+  const StridedDim flat = {entry.numel, {1, 1, 1}};
   const StridedDim* const dims = entry.layout != nullptr ? entry.layout->dims : &flat;
   const int ndim = entry.layout != nullptr ? entry.layout->ndim : 1;
   for (int d = 0; d < ndim; ++d) {
     uint64_t* const dim = words + 4 * d;
     dim[0] = static_cast<uint64_t>(dims[d].size);
-    dim[1] = static_cast<uint64_t>(dims[d].param_stride);
-    dim[2] = static_cast<uint64_t>(dims[d].grad_stride);
-    dim[3] = static_cast<uint64_t>(dims[d].buffer_stride);
+    for (int k = 0; k < kNumOperands; ++k) {
+      dim[1 + k] = static_cast<uint64_t>(dims[d].strides[k]);
+    }
   }
   return ndim;
 }
