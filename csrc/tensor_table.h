@@ -32,20 +32,28 @@ struct StridedLayout {
 
   StridedLayout() : dims(nullptr), ndim(0) {}
   StridedLayout(const StridedDim* dims_, int ndim_) : dims(dims_), ndim(ndim_) {
-    for (const Operand operand : {kBuffer, kGrad, kParam}) {
-      int64_t reach = 1;  // elements in a row that the dimensions so far have
-      int64_t above = 0;  // the strides that were had, and those of 0, which fill no line
-      for (int d; reach < kLineElements && (d = innermost(operand, above)) >= 0;) {
-        if (d != ndim - 1 && d != across) (across < 0 ? across : third) = d;
-        if (third >= 0) return;
-        reach *= dims[d].size;
-        above = dims[d].strides[operand];
+    for (const bool alike : {false, true}) {  // those that lie like the parameter come last
+      for (const Operand operand : {kBuffer, kGrad, kParam}) {
+        if ((innermost(operand, 0) == ndim - 1) == alike) fill_lines(operand);
       }
     }
   }
 
  private:
   static constexpr int64_t kLineElements = 16;
+
+  // Takes the dimensions that a line of this operand's memory has.
+  void fill_lines(Operand operand) {
+    int64_t reach = 1;  // elements in a row that the dimensions so far have
+    int64_t above = 0;  // the strides that were had, and those of 0, which fill no line
+    while (reach < kLineElements) {
+      const int d = innermost(operand, above);
+      if (d < 0) return;
+      if (d != ndim - 1 && d != across && third < 0) (across < 0 ? across : third) = d;
+      reach *= dims[d].size;
+      above = dims[d].strides[operand];
+    }
+  }
 
   // The dimension with the smallest stride above this one; -1: none.
   int innermost(Operand operand, int64_t above) const {
