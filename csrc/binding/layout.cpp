@@ -117,10 +117,9 @@ std::optional<int16_t> kernel_device(const at::Tensor& tensor) {
 std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,
                                            const at::Tensor& buffer) {
   std::vector<StridedDim> dims = coalesce(dims_in_memory_order(param, grad, buffer));
-  const bool is_flat =
-      dims.empty() ||
-      (dims.size() == 1 && dims[0].strides[kParam] == 1 && dims[0].strides[kGrad] == 1 &&
-       dims[0].strides[kBuffer] == (buffer.defined() ? 1 : 0));
+  const bool is_flat = dims.empty() || (dims.size() == 1 && dims[0].strides[kParam] == 1 &&
+                                        dims[0].strides[kGrad] == 1 &&
+                                        dims[0].strides[kBuffer] == (buffer.defined() ? 1 : 0));
   if (is_flat) return nullptr;
   auto owned = std::make_unique<OwnedLayout>();
   owned->dims = std::move(dims);

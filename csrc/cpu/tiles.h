@@ -113,8 +113,8 @@ class TileWalker {
       Block& block = blocks_[num_blocks_];
       block.columns = min_of(size_of(inner_) - index_[inner_], in_order_ ? most - n_ : columns_);
       block.rows = across_ < 0 ? 1 : min_of(size_of(across_) - index_[across_], rows_);
-      if (n_ + block.rows * block.columns > most) break;
       for (int t = 0; t < kNumOperands; ++t) block.offsets[t] = offsets_[t];
+      if (n_ + block.rows * block.columns > most) break;
       n_ += block.rows * block.columns;
       ++num_blocks_;
       --blocks_left_;
@@ -129,8 +129,6 @@ class TileWalker {
   }
 
   bool is_strided() const { return layout_ != nullptr; }
-  const StridedLayout& layout() const { return *layout_; }
-  bool in_order() const { return in_order_; }
   int64_t at() const { return at_; }  // the index of the tile's first element, where in order
   int64_t n() const { return n_; }
   const Block* begin() const { return blocks_; }
@@ -318,16 +316,12 @@ class TensorTile {
       : walker_(walker),
         operand_(operand),
         tensor_(static_cast<char*>(const_cast<void*>(tensor))),
-        size_(itemsize(dtype)),
-        is_dense_(!walker.is_strided() || (walker.in_order() && lies_in_order())) {}
+        size_(itemsize(dtype)) {}
 
   // Where they are, or shall be.
   char* place() {
-    if (is_dense_) return place_ = tensor_ + walker_.at() * size_;
-    const Block& first = *walker_.begin();
-    const bool in_place = walker_.end() == &first + 1 && walker_.column_stride(operand_) == 1 &&
-                          (first.rows == 1 || walker_.row_stride(operand_) == first.columns);
-    return place_ = in_place ? tensor_ + first.offsets[operand_] * size_ : copy_;
+    if (!walker_.is_strided()) return place_ = tensor_ + walker_.at() * size_;
+    return place_ = is_in_place() ? tensor_ + walker_.begin()->offsets[operand_] * size_ : copy_;
   }
 
   char* load() {
@@ -358,11 +352,14 @@ class TensorTile {
     }
   }
 
-  bool lies_in_order() const {
-    int64_t stride = 1;
-    for (int d = walker_.layout().ndim - 1; d >= 0; --d) {
-      if (walker_.layout().dims[d].strides[operand_] != stride) return false;
-      stride *= walker_.layout().dims[d].size;
+  // The elements of each block lie in a row, and each block behind the one before.
+  bool is_in_place() const {
+    if (walker_.column_stride(operand_) != 1) return false;
+    int64_t offset = walker_.begin()->offsets[operand_];
+    for (const Block& block : walker_) {
+      if (block.rows > 1 && walker_.row_stride(operand_) != block.columns) return false;
+      if (block.offsets[operand_] != offset) return false;
+      offset += block.rows * block.columns;
     }
     return true;
   }
@@ -371,7 +368,6 @@ class TensorTile {
   Operand operand_;
   char* tensor_;
   int64_t size_;
-  bool is_dense_;
   char* place_ = nullptr;
   alignas(64) char copy_[kTile * sizeof(double)];
 };

@@ -184,7 +184,7 @@ Tensors strided(const Mix& mix, int64_t rows, int64_t columns, uint32_t group, b
   made.buffer = filled(mix.buffer, rows * columns, 0);
   made.make_master(0);
   made.make_scale();
-  made.dims = {{rows, 3 * columns, 1, 1}, {columns, 3, rows, rows}};
+  made.dims = {{rows, {3 * columns, 1, 1}}, {columns, {3, rows, rows}}};
   made.upload();
   return made;
 }
