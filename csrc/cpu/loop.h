@@ -84,9 +84,9 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
   const RandomKey key = {h.rounding_seed, low == nullptr ? 0 : low->tensor, rounding_step};
 
   TileWalker walker(entry, begin, end, /*in_order=*/low != nullptr);
-  TensorTile param_memory(walker, kParam, entry.param, entry.param_dtype);
-  TensorTile grad_memory(walker, kGrad, entry.grad, entry.grad_dtype);
-  TensorTile buffer_memory(walker, kBuffer, entry.momentum_buffer, entry.buffer_dtype);
+  TensorTile<false> param_memory(walker, kParam, entry.param, entry.param_dtype);
+  TensorTile<true> grad_memory(walker, kGrad, entry.grad, entry.grad_dtype);
+  TensorTile<false> buffer_memory(walker, kBuffer, entry.momentum_buffer, entry.buffer_dtype);
   // What is in memory as it is computed needs no tile.
   const bool param_in_place = entry.param_dtype == kDtypeOf<opmath_t>;
   const bool grad_in_place = entry.grad_dtype == kDtypeOf<opmath_t>;

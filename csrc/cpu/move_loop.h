@@ -10,9 +10,9 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
   alignas(64) opmath_t iterate[kTile];
   alignas(64) char rounded[kTile * sizeof(double)];
   TileWalker walker(entry, begin, end, /*in_order=*/false);
-  TensorTile param_memory(walker, kParam, entry.param, entry.param_dtype);
-  TensorTile lookahead_memory(walker, kGrad, entry.grad, entry.grad_dtype);
-  TensorTile buffer_memory(walker, kBuffer, entry.momentum_buffer, entry.buffer_dtype);
+  TensorTile<false> param_memory(walker, kParam, entry.param, entry.param_dtype);
+  TensorTile<false> lookahead_memory(walker, kGrad, entry.grad, entry.grad_dtype);
+  TensorTile<false> buffer_memory(walker, kBuffer, entry.momentum_buffer, entry.buffer_dtype);
   const opmath_t distance = coefficients<opmath_t>(h).momentum;
   while (walker.next()) {
     const int64_t n = walker.n();

@@ -109,7 +109,7 @@ double norm_of_block(const TensorEntry& entry, int64_t begin, int64_t end, doubl
   }
   alignas(64) opmath_t tile[kTile];
   TileWalker walker(entry, begin, end, /*in_order=*/true);
-  TensorTile memory(walker, kGrad, entry.grad, dtype);
+  TensorTile<false> memory(walker, kGrad, entry.grad, dtype);
   while (walker.next()) {
     load_tile(dtype, memory.load(), walker.n(), tile);
     sums.add<kNorm>(tile, walker.n(), scale);

@@ -4,6 +4,8 @@
 constexpr int64_t kTile =
     256;  // elements; three tiles of double are 6 KiB of stack, well inside L1
 
+constexpr int64_t kLineBytes = 64;
+
 // ---- between dtypes -----------------------------------------------------------------------------
 
 template <typename scalar_t, typename opmath_t>
@@ -66,64 +68,68 @@ struct Block {
   int64_t offsets[kNumOperands];  // of its first element in each tensor
 };
 
-// Goes through elements of an entry, a tile at a time: in the order of their index, or, a strided
-// layout, in blocks that keep the cache lines of all tensors.
+// Goes through elements of an entry, a tile at a time. A strided layout is walked in blocks, see
+// StridedLayout, strip by strip: a strip has several blocks, one after the other along `across`,
+// before the walk moves on to the next columns, because in most layouts each of their lines is in a
+// page of its own, and so all that is needed of a page is read before its turn in the TLB is over.
+//
+// Where the order matters, a tile has elements that follow on each other by their index, and begins
+// at a multiple of kTile. Then a block is a single row, as long as a tile, if the rows are whole
+// tiles; else the walk is in the order of the index.
 class TileWalker {
  public:
   // Elements [begin, end), or as many blocks as fall to them. Neighbouring ranges together have
-  // every element once, as long as all are in order or none is.
+  // every element once.
   TileWalker(const TensorEntry& entry, int64_t begin, int64_t end, bool in_order)
-      : layout_(entry.layout), in_order_(in_order), at_(begin), end_(end) {
+      : layout_(entry.layout), at_(begin), end_(end) {
     if (layout_ == nullptr) return;
     inner_ = layout_->ndim - 1;
-    if (!in_order) choose_blocks(itemsize(entry.grad_dtype));
-    choose_sequence(in_order ? -1 : layout_->third);
-    int64_t position = begin;
-    if (!in_order) {
-      int64_t num_blocks = 1;
-      for (int d = 0; d <= inner_; ++d) num_blocks *= num_steps(d);
-      const auto first_block_of = [&](int64_t element) {
-        const double part = static_cast<double>(element) / static_cast<double>(entry.numel);
-        return static_cast<int64_t>(part * static_cast<double>(num_blocks));
-      };
-      position = first_block_of(begin);
-      blocks_left_ = first_block_of(end) - position;
+    for (int d = 0; d <= inner_; ++d) index_[d] = 0;
+    by_row_ = in_order && layout_->across >= 0 && size_of(inner_) % kTile == 0;
+    by_index_ = in_order && !by_row_;
+    if (by_index_) {
+      go_to(begin, layout_->ndim - 1);
+      return;
     }
-    for (int k = 0; k <= inner_; ++k) {
-      const int d = sequence_[k];
-      const int64_t count = num_steps(d);
-      index_[d] = 0;
-      advance(d, position % count * step_of(d));
-      position /= count;
-    }
+    across_ = layout_->across;
+    choose_blocks(kLineBytes / itemsize(entry.grad_dtype));
+    int64_t num_blocks = 1;
+    for (int d = 0; d <= inner_; ++d) num_blocks *= num_steps(d);
+    const auto first_block_of = [&](int64_t element) {
+      const double part = static_cast<double>(element) / static_cast<double>(entry.numel);
+      return static_cast<int64_t>(part * static_cast<double>(num_blocks));
+    };
+    const int64_t first = first_block_of(begin);
+    blocks_left_ = first_block_of(end) - first;
+    go_to_block(first);
   }
 
   // False: there is none left.
   bool next() {
     at_ += n_;
     n_ = 0;
-    const bool by_index = layout_ == nullptr || in_order_;
-    const int64_t most = by_index && end_ - at_ < kTile ? end_ - at_ : kTile;
+    const bool has_range = layout_ == nullptr || by_index_;
+    const int64_t most = has_range && end_ - at_ < kTile ? end_ - at_ : kTile;
     if (layout_ == nullptr) {
       n_ = most;
       return n_ > 0;
     }
+    if (by_row_) {
+      at_ = 0;
+      for (int d = 0; d <= inner_; ++d) at_ = at_ * size_of(d) + index_[d];
+      rows_to_strip_end_ = min_of(strip_ - index_[across_] % strip_, rows_left());
+    }
     num_blocks_ = 0;
-    while (n_ < most && (in_order_ || blocks_left_ > 0)) {
+    while (n_ < most && (by_index_ || blocks_left_ > 0)) {
       Block& block = blocks_[num_blocks_];
-      block.columns = min_of(size_of(inner_) - index_[inner_], in_order_ ? most - n_ : columns_);
-      block.rows = across_ < 0 ? 1 : min_of(size_of(across_) - index_[across_], rows_);
+      block.columns = min_of(size_of(inner_) - index_[inner_], by_index_ ? most - n_ : columns_);
+      block.rows = across_ < 0 ? 1 : min_of(rows_left(), rows_);
       for (int t = 0; t < kNumOperands; ++t) block.offsets[t] = offsets_[t];
       if (n_ + block.rows * block.columns > most) break;
       n_ += block.rows * block.columns;
       ++num_blocks_;
       --blocks_left_;
-      for (int k = 0;; ++k) {
-        const int d = sequence_[k];
-        advance(d, d == inner_ ? block.columns : d == across_ ? block.rows : 1);
-        if (index_[d] < size_of(d) || k == inner_) break;
-        advance(d, -index_[d]);
-      }
+      go_on_from(block);
     }
     return n_ > 0;
   }
@@ -137,33 +143,31 @@ class TileWalker {
   int64_t row_stride(Operand operand) const {
     return across_ < 0 ? 0 : layout_->dims[across_].strides[operand];
   }
+  // Of tiles that are rows, how many are next: this one, and others below it. Else 0.
+  int64_t rows_to_strip_end() const { return rows_to_strip_end_; }
 
  private:
   static constexpr int kMaxDims = 65;  // torch's 64 and one for the real view of a complex tensor
-  static constexpr int64_t kLineBytes = 64;
+  static constexpr int64_t kBlocksInStrip = 8;
 
   static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
   int64_t size_of(int d) const { return layout_->dims[d].size; }
+  int64_t rows_left() const { return size_of(across_) - index_[across_]; }
   int64_t step_of(int d) const { return d == inner_ ? columns_ : d == across_ ? rows_ : 1; }
   int64_t num_steps(int d) const { return (size_of(d) - 1) / step_of(d) + 1; }
 
   // As many rows as a cache line has elements, columns to fill the tile.
-  void choose_blocks(int64_t size) {
-    across_ = layout_->across;
-    if (across_ >= 0) rows_ = min_of(size_of(across_), kLineBytes / size);
+  void choose_blocks(int64_t line) {
+    if (by_row_) {
+      columns_ = kTile;
+      strip_ = line;
+      return;
+    }
+    third_ = layout_->third;
+    if (across_ >= 0) rows_ = min_of(size_of(across_), line);
     columns_ = min_of(size_of(inner_), kTile / rows_);
     if (across_ >= 0) rows_ = min_of(size_of(across_), kTile / columns_);
-  }
-
-  // From the dimension that changes with every block.
-  void choose_sequence(int third) {
-    int k = 0;
-    if (third >= 0) sequence_[k++] = third;
-    sequence_[k++] = inner_;
-    if (across_ >= 0) sequence_[k++] = across_;
-    for (int d = inner_ - 1; d >= 0; --d) {
-      if (d != across_ && d != third) sequence_[k++] = d;
-    }
+    strip_ = kBlocksInStrip * rows_;
   }
 
   void advance(int d, int64_t by) {
@@ -171,17 +175,74 @@ class TileWalker {
     for (int t = 0; t < kNumOperands; ++t) offsets_[t] += by * layout_->dims[d].strides[t];
   }
 
+  // False: the dimension was through, and begins again.
+  bool step(int d, int64_t by) {
+    advance(d, by);
+    if (index_[d] < size_of(d)) return true;
+    advance(d, -index_[d]);
+    return false;
+  }
+
+  // To this position in the dimensions up to `last`, but for those that blocks are made of.
+  void go_to(int64_t position, int last) {
+    for (int d = last; d >= 0; --d) {
+      if (d == across_ || d == third_) continue;
+      advance(d, position % size_of(d));
+      position /= size_of(d);
+    }
+  }
+
+  void go_to_block(int64_t number) {
+    if (third_ >= 0) {
+      advance(third_, number % size_of(third_));
+      number /= size_of(third_);
+    }
+    const int64_t width = num_steps(inner_);
+    if (across_ < 0) {
+      advance(inner_, number % width * columns_);
+      return go_to(number / width, inner_ - 1);
+    }
+    const int64_t height = num_steps(across_);
+    const int64_t in_strip = strip_ / rows_;
+    const int64_t in_plane = number % (width * height);
+    const int64_t strip = in_plane / (in_strip * width);
+    const int64_t strip_height = min_of(in_strip, height - strip * in_strip);
+    const int64_t in_this_strip = in_plane - strip * in_strip * width;
+    advance(inner_, in_this_strip / strip_height * columns_);
+    advance(across_, strip * strip_ + in_this_strip % strip_height * rows_);
+    go_to(number / (width * height), inner_ - 1);
+  }
+
+  void go_on_from(const Block& block) {
+    if (third_ >= 0 && step(third_, 1)) return;
+    if (across_ < 0) {
+      if (step(inner_, block.columns)) return;
+    } else {
+      const int64_t strip_begin = index_[across_] / strip_ * strip_;
+      advance(across_, block.rows);
+      if (index_[across_] < min_of(strip_begin + strip_, size_of(across_))) return;
+      if (step(inner_, block.columns)) return advance(across_, strip_begin - index_[across_]);
+      if (step(across_, 0)) return;
+    }
+    for (int d = inner_ - 1; d >= 0; --d) {
+      if (d != across_ && d != third_ && step(d, 1)) return;
+    }
+  }
+
   const StridedLayout* layout_;
-  bool in_order_;
+  bool by_row_ = false;
+  bool by_index_ = false;
   int64_t at_;
   int64_t end_;
   int64_t n_ = 0;
   int inner_ = 0;
   int across_ = -1;
+  int third_ = -1;
   int64_t rows_ = 1;
   int64_t columns_ = 1;
+  int64_t strip_ = 1;  // rows
+  int64_t rows_to_strip_end_ = 0;
   int64_t blocks_left_ = 0;
-  int sequence_[kMaxDims];
   int64_t index_[kMaxDims];
   int64_t offsets_[kNumOperands] = {};
   int num_blocks_ = 0;
@@ -309,7 +370,9 @@ void copy_block(char* memory, int64_t row_stride, int64_t column_stride, int64_t
 }
 
 // What a walker's tile has of one tensor, one element after the other: in the tensor's own memory
-// where they lie like that, else in a copy.
+// where they lie like that, else in a copy. kAhead: with a tile that is a row, the rows below it
+// are loaded, which have the same cache lines.
+template <bool kAhead>
 class TensorTile {
  public:
   TensorTile(const TileWalker& walker, Operand operand, const void* tensor, Dtype dtype)
@@ -325,33 +388,21 @@ class TensorTile {
   }
 
   char* load() {
+    if constexpr (kAhead) {
+      if (walker_.rows_to_strip_end() > 0 && walker_.column_stride(operand_) != 1) {
+        return load_ahead();
+      }
+    }
     place();
-    copy<true>();
+    if (place_ == copy_) copy<true>(walker_.begin(), walker_.end());
     return place_;
   }
 
-  void store() { copy<false>(); }
+  void store() {
+    if (place_ == copy_) copy<false>(walker_.begin(), walker_.end());
+  }
 
  private:
-  template <bool kLoad>
-  void copy() {
-    if (place_ != copy_) return;
-    if (size_ == 2) return copy_as<kLoad, 2>();
-    if (size_ == 4) return copy_as<kLoad, 4>();
-    copy_as<kLoad, 8>();
-  }
-
-  template <bool kLoad, int kSize>
-  void copy_as() {
-    char* dense = copy_;
-    for (const Block& block : walker_) {
-      copy_block<kLoad, kSize>(tensor_ + block.offsets[operand_] * kSize,
-                               walker_.row_stride(operand_), walker_.column_stride(operand_),
-                               block.rows, block.columns, dense);
-      dense += block.rows * block.columns * kSize;
-    }
-  }
-
   // The elements of each block lie in a row, and each block behind the one before.
   bool is_in_place() const {
     if (walker_.column_stride(operand_) != 1) return false;
@@ -364,10 +415,42 @@ class TensorTile {
     return true;
   }
 
+  char* load_ahead() {
+    if (rows_ahead_ == 0) {
+      Block rows = *walker_.begin();
+      rows.rows = rows_ahead_ = walker_.rows_to_strip_end();
+      copy<true>(&rows, &rows + 1);
+      place_ = copy_;
+    } else {
+      place_ += kTile * size_;
+    }
+    --rows_ahead_;
+    return place_;
+  }
+
+  template <bool kLoad>
+  void copy(const Block* begin, const Block* end) {
+    if (size_ == 2) return copy_as<kLoad, 2>(begin, end);
+    if (size_ == 4) return copy_as<kLoad, 4>(begin, end);
+    copy_as<kLoad, 8>(begin, end);
+  }
+
+  template <bool kLoad, int kSize>
+  void copy_as(const Block* begin, const Block* end) {
+    char* dense = copy_;
+    for (const Block* block = begin; block != end; ++block) {
+      copy_block<kLoad, kSize>(tensor_ + block->offsets[operand_] * kSize,
+                               walker_.row_stride(operand_), walker_.column_stride(operand_),
+                               block->rows, block->columns, dense);
+      dense += block->rows * block->columns * kSize;
+    }
+  }
+
   const TileWalker& walker_;
   Operand operand_;
   char* tensor_;
   int64_t size_;
   char* place_ = nullptr;
-  alignas(64) char copy_[kTile * sizeof(double)];
+  int64_t rows_ahead_ = 0;
+  alignas(64) char copy_[kTile * (kAhead ? kLineBytes : static_cast<int64_t>(sizeof(double)))];
 };

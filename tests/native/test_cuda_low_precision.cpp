@@ -318,6 +318,9 @@ void test_layouts(const std::vector<Hyperparams>& groups) {
       list.push_back(strided(mix, 1, 3, group, true));
     }
     list.push_back(strided(mix, 70, 61, 13, false));
+    // Rows of whole tiles: the CPU takes them out of order.
+    list.push_back(strided(mix, 37, 256, 13, false));
+    list.push_back(strided(mix, 5, 512, 13, true));
     cuda_step(list, groups);
     cpu_step(list, groups);
     check_same(list, "layouts");

@@ -129,9 +129,12 @@ struct Case {
       const double p = param.get(at), b = buffer.get(at);
       const bool same = std::memcmp(&p, &expected_param[i], 8) == 0 &&
                         std::memcmp(&b, &expected_buffer[i], 8) == 0;
-      expect(same, name + ", element " + std::to_string(i) + " of " +
-                       std::to_string(param.offsets.size()));
-      if (!same) return;
+      if (same) {
+        ++checks;
+        continue;
+      }
+      return expect(false, name + ", element " + std::to_string(i) + " of " +
+                               std::to_string(param.offsets.size()));
     }
   }
 };
@@ -461,7 +464,7 @@ void test_moves(const std::string& isa) {
         cases.push_back(strided_case(5, 67, p, p, b, group, false));
         cases.push_back(strided_case(300, 1, p, p, b, group, false));
         cases.push_back(strided_case(1, 3, p, p, b, group, false));
-        cases.push_back(permuted_case({{17, 16, 18}, {2, 1, 0}, {1, 2, 0}}, p, p, b, group, false));
+        cases.push_back(permuted_case({{9, 16, 5}, {2, 1, 0}, {1, 2, 0}}, p, p, b, group, false));
         cases.push_back(permuted_case({{33, 65}, {1, 0}, {0, 1}, 2}, p, p, b, group, false));
       }
       const std::string name = isa + " moves, dtypes " + std::to_string(static_cast<int>(p)) + " " +
