@@ -12,7 +12,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 VENV_CUDA ?= .venv-cuda
 TORCH_CUDA ?= torch==2.11.0
-TORCH_OLDEST ?= torch==2.11.0
 JOBS ?= 2
 TESTS ?= tests
 
@@ -51,10 +50,7 @@ test-all:  ## the long tests, after make test: native programs, the emulated dev
 
 soak:  ## what takes hours: 20,000 new sequences of random actions, then make test with the oldest torch, in .venv-oldest
 	$(PYTEST) -m soak $(ARGS)
-	mkdir -p .venv-oldest
-	tar --exclude='./.venv*' --exclude=./build --exclude=./.git --exclude='*.so' --exclude=_build_info.py -cf - . | \
-	  tar -C .venv-oldest -xf -
-	$(MAKE) -C .venv-oldest VENV=.venv TORCH=$(TORCH_OLDEST) test TESTS=tests ARGS=
+	@.ci/oldest-torch .venv-oldest
 
 bench: build $(VENV)/.bench  ## the benchmark
 	$(BIN)/python benchmarks/bench_step.py $(ARGS)
