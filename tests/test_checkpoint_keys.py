@@ -167,7 +167,7 @@ def test_a_look_before_the_first_step(option, lr, dcp_options):
     """SGD's own state is SGD's, nothing counts, and training goes on as if nobody had looked."""
     looked, twin, sgd = make(option), make(option), make_sgd(OPTIONS[option][1])
     for _, opt in (looked, twin, sgd):
-        opt.param_groups[0]["lr"] = lr
+        opt.param_groups[0].update(lr=lr, weight_decay=0)  # else SGD's buffer starts from it
     groups, rng = copy.deepcopy(looked[1].param_groups), torch.get_rng_state()
     for each in (looked, sgd):
         get_optimizer_state_dict(*each, options=dcp_options)
