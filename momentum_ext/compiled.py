@@ -266,13 +266,14 @@ def _why_not(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _has_other_state(optimizer: FusedMomentum) -> bool:
     """State in another format than a group without options has, which the next eager step converts."""
-    for group in optimizer.__dict__["param_groups"]:
-        for param in group["params"]:
-            buffer = _find(optimizer, param, "momentum_buffer")
-            if buffer is not None and buffer.dtype != param.dtype:
-                return True
-            if any(_find(optimizer, param, key) is not None for key in _EAGER_STATE):
-                return True
+    params = [param for group in optimizer.__dict__["param_groups"] for param in group["params"]]
+    grads = [param.grad for param in params]  # looked at before the state: see above
+    for param, _ in zip(params, grads, strict=True):
+        buffer = _find(optimizer, param, "momentum_buffer")
+        if buffer is not None and buffer.dtype != param.dtype:
+            return True
+        if any(_find(optimizer, param, key) is not None for key in _EAGER_STATE):
+            return True
     return False
 
 
