@@ -29,7 +29,18 @@ def refused(opt, *words, error=(ValueError, TypeError, RuntimeError)):
 
 @pytest.mark.parametrize(
     "wrong",
-    [torch.int32, torch.float64, torch.complex64, torch.uint8, torch.float8_e5m2, "bf16", "int8", 8, True],
+    [
+        torch.int32,
+        torch.float64,
+        torch.complex64,
+        torch.uint8,
+        torch.float8_e5m2,
+        "bf16",
+        "torch.int8",
+        "float64",
+        8,
+        True,
+    ],
     ids=str,
 )
 def test_momentum_dtypes_that_there_are_none_of(wrong):
@@ -143,11 +154,13 @@ def test_sparse_gradients_from_the_first_step_on(dtype, momentum_dtype, master):
 
 
 @pytest.mark.parametrize("mode", FEW, ids=mode_name)
-@pytest.mark.parametrize("scaler_type", [torch.amp.GradScaler, GradScaler], ids=["torch", "ours"])
-def test_overflow_leaves_all_states_alone(mode, scaler_type):
+@pytest.mark.parametrize(
+    "fused, scaler_type", [(True, torch.amp.GradScaler), (False, GradScaler)], ids=["torch", "ours"]
+)
+def test_overflow_leaves_all_states_alone(mode, fused, scaler_type):
     """Nothing changes in a step that overflowed, and it does not count: the next one has the oracle's bits."""
     options = {key: value for key, value in mode.items() if key != "dtype"}
-    twin = Twin([torch.randn(size).to(mode["dtype"]) for size in (300, 9)], momentum=0.9, **options)
+    twin = Twin([torch.randn(size).to(mode["dtype"]) for size in (300, 9)], momentum=0.9, fused=fused, **options)
     scaler = scaler_type("cpu", init_scale=4.0, growth_interval=1000)
     scaler.scale(torch.ones(()))
     for first in (True, False):
@@ -165,7 +178,7 @@ def test_loss_scale_is_divided_out():
     for mode in FEW:
         options = {key: value for key, value in mode.items() if key != "dtype"}
         plain, scaled = (
-            Twin([torch.linspace(-1, 1, 300).to(mode["dtype"])], momentum=0.9, **options) for _ in range(2)
+            Twin([torch.linspace(-1, 1, 300).to(mode["dtype"])], momentum=0.9, fused=True, **options) for _ in range(2)
         )
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         scaler.scale(torch.ones(()))
