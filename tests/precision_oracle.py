@@ -290,7 +290,7 @@ def oracle_convert(
 ) -> dict[str, Tensor]:
     """What a step with these options starts from: without momentum the buffer stays as it is.
 
-    A buffer in another dtype, or in another `formulation` than theirs, is computed in fp32 and rounded once, to nearest.
+    A buffer in another dtype, or in another `formulation` than theirs, is computed in fp32 and rounded once.
     """
     wanted = {torch.bfloat16: "param_remainder", torch.float16: "master_param"} if options.master_weights else {}
     unwanted = {"param_remainder", "master_param"} - {wanted.get(param.dtype)}

@@ -198,7 +198,7 @@ MIXED = [
 @pytest.mark.parametrize("param_dtype, grad_dtype, buffer_dtype", MIXED, ids=str)
 @HYPERS
 def test_mixed_dtypes(param_dtype, grad_dtype, buffer_dtype, hyper, isa):
-    """A gradient of another dtype than its parameter: the wider arithmetic, rounded once. A buffer becomes its dtype."""
+    """A gradient of another dtype than its parameter: the wider arithmetic, rounded once. The buffer is converted."""
     pair = Pair([torch.randn(n).to(param_dtype) for n in (1, 33, 300, 1000)], Oracle, **hyper)
     for params in pair.params:
         for opt, param in zip(pair.optimizers, params, strict=True):
