@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same, clone_params
+from helpers import Snapshot, assert_same, clone_params
 from precision_oracle import Options, buffer_values, oracle_convert, order_of
-from precision_twin import FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
+from precision_twin import BF16, FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
 
 from momentum_ext import FusedMomentum
 
@@ -200,3 +200,47 @@ def test_the_checkpoints_tensors_are_not_written():
         for index, entry in kept["state"].items():
             for name in entry:
                 assert_same(state["state"][index][name].view(torch.uint8), entry[name].view(torch.uint8), name)
+
+
+def without(key):
+    return lambda group, entry: (entry if key in entry else group).pop(key)
+
+
+def cut(key):
+    return lambda group, entry: entry.update({key: entry[key][1:].clone()})
+
+
+@pytest.mark.parametrize(
+    "dtype, options, damage, name",
+    [
+        (FP32, {"momentum_dtype": INT8}, without("momentum_scale"), "momentum_scale"),
+        (BF16, {"momentum_dtype": FP8}, without("momentum_scale"), "momentum_scale"),
+        (FP32, {}, cut("momentum_buffer"), "momentum_buffer"),
+        (FP32, {"momentum_dtype": INT8}, cut("momentum_buffer"), "momentum_buffer"),
+        (BF16, {"momentum_dtype": FP8}, cut("momentum_buffer"), "momentum_buffer"),
+        (BF16, {"master_weights": True}, cut("param_remainder"), "param_remainder"),
+        (FP16, {"master_weights": True}, cut("master_param"), "master_param"),
+        (FP32, {"ema_decay": 0.9}, cut("ema"), "ema"),
+        (FP32, {"ema_decay": 0.9}, without("ema_step"), "ema_step"),
+    ],
+)
+@pytest.mark.parametrize("loads_into", ["same options", "none", "no momentum"])
+def test_incomplete_state_is_refused(dtype, options, damage, name, loads_into):
+    """By name, whatever the optimizer that loads it wants; it then is as it was."""
+    opts = []
+    for kept in (options, options if loads_into == "same options" else {}):
+        params = [torch.nn.Parameter(torch.randn(300, 2).to(dtype)) for _ in range(2)]
+        opts.append(FusedMomentum(params, lr=0.1, momentum=0.9, **kept))
+        for param in params:
+            param.grad = torch.randn(300, 2).to(dtype)
+        opts[-1].step()
+    state = copy.deepcopy(opts[0].state_dict())
+    damage(state["param_groups"][0], state["state"][1])
+    state["param_groups"][0]["momentum"] *= loads_into != "no momentum"
+    if name == "ema_step":
+        state["state"][0].pop("ema")
+    before = Snapshot(opts[1])
+    place = r"param_groups\[0\]\['params'\]\[1\]"
+    with pytest.raises(ValueError, match=f'{place}.*"{name}"'):
+        opts[1].load_state_dict(state)
+    before.assert_unchanged()

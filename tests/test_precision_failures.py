@@ -99,6 +99,35 @@ def test_masters_of_another_form(name, dtype, what):
     refused(opt, "param_groups[0]['params'][1]", name)
 
 
+@pytest.mark.parametrize("left", [0, 0.5], ids=["freed", "shrunk"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "dtype, options, name",
+    [
+        (FP32, {}, "momentum_buffer"),
+        (FP32, {"momentum_dtype": INT8}, "momentum_buffer"),
+        (FP32, {"momentum_dtype": INT8}, "momentum_scale"),
+        (BF16, {"momentum_dtype": FP8, "master_weights": True}, "momentum_scale"),
+        (BF16, {"master_weights": True}, "momentum_buffer"),
+        (BF16, {"master_weights": True}, "param_remainder"),
+        (FP16, {"master_weights": True}, "master_param"),
+        (FP16, {"momentum_dtype": BF16, "ema_decay": 0.9}, "ema"),
+    ],
+)
+@pytest.mark.parametrize("edit", [{}, {"momentum_dtype": FP16}], ids=["", "converts"])
+def test_memory_that_is_not_there(dtype, options, name, sparse, left, edit):
+    opt, params = training(sizes=((300, 2), (300, 2)), dtype=dtype, **options)
+    opt.param_groups[0].update(edit)
+    storage = opt.state[params[1]][name].untyped_storage()
+    storage.resize_(int(storage.nbytes() * left))
+    for param in params:
+        grad = torch.randn(param.shape).to(dtype)
+        param.grad = grad.to_sparse(1) if sparse else grad
+    refused(
+        opt, f"{name} of param_groups[0]['params'][1]: its storage has {storage.nbytes()} bytes", error=RuntimeError
+    )
+
+
 def test_wrong_gradients_are_found_before_anything_is_written():
     for mode in FEW:
         options = {key: value for key, value in mode.items() if key != "dtype"}

@@ -82,7 +82,8 @@ class Training(RuleBasedStateMachine):
     @rule(way=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
     def copied(self, way):
         twin = self.twin
-        if way == "pickle" and self.precision["momentum_dtype"] is FP8 and not plain_pickle_takes_fp8():
+        dtypes = {value.dtype for entry in twin.entries for value in entry.state.values()}
+        if way == "pickle" and FP8 in dtypes and not plain_pickle_takes_fp8():
             way = "deepcopy"
         if way == "state_dict":
             state = copy.deepcopy(twin.opt.state_dict())
