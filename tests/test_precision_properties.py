@@ -24,6 +24,7 @@ CHOICES = {
     "nesterov": [False, True],
     "maximize": [False, True],
     "decoupled_weight_decay": [False, True],
+    "formulation": ["torch", "classical"],
 }
 PRECISION = st.fixed_dictionaries(
     {
@@ -70,8 +71,12 @@ class Training(RuleBasedStateMachine):
     def edit(self, edit):
         group = self.twin.opt.param_groups[0]
         wanted = {edit[0]: edit[1]}
-        if (wanted.get("dampening") and group["nesterov"]) or (wanted.get("nesterov") and group["dampening"]):
+        after = {"formulation": "torch", **group, **wanted}
+        is_torchs = after["formulation"] == "torch" and not after["nesterov"]
+        if after["dampening"] and not is_torchs:
             return
+        if after["lr"] == 0 and after["formulation"] != self.twin.formulations[0]:
+            return  # there is no conversion at that lr
         self.twin.edit(**wanted)
 
     @rule(precision=PRECISION)
@@ -88,7 +93,8 @@ class Training(RuleBasedStateMachine):
         if way == "state_dict":
             state = copy.deepcopy(twin.opt.state_dict())
             twin.check_state_dict(state)
-            twin.load(state, FusedMomentum(clone_params(twin.params), lr=99.0, **self.precision))
+            options = {"formulation": twin.opt.param_groups[0].get("formulation", "torch"), **self.precision}
+            twin.load(state, FusedMomentum(clone_params(twin.params), lr=99.0, **options))
             twin.taken *= self.precision["stochastic_rounding"]  # a checkpoint has the count where it is used
         else:
             twin.move_to(copy.deepcopy(twin.opt) if way == "deepcopy" else pickle.loads(pickle.dumps(twin.opt)))
