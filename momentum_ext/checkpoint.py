@@ -31,8 +31,9 @@ def without_defaults(group: dict[str, Any]) -> None:
     for name, default in OWN_DEFAULTS.items():
         if group.get(name, default) == default:
             group.pop(name, None)
-    if "stochastic_rounding" not in group:  # the seed says nothing without it
+    if "stochastic_rounding" not in group:  # seed and step say nothing without it
         group.pop("rounding_seed", None)
+        group.pop(ROUNDING_STEP, None)
 
 
 # ---- out ------------------------------------------------------------------------------------------------------------

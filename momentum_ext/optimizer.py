@@ -288,6 +288,8 @@ class FusedMomentum(SGD):
                 packed.pop("buffer_formulation", None)
                 if "formulation" in packed:
                     packed["buffer_formulation"] = packed["formulation"]
+            elif "formulation" in packed:  # what an older checkpoint does not say is that they are the same
+                packed.setdefault("buffer_formulation", "torch")
         return with_changes(state_dict, changes + self._unstarted(), names)
 
     def _unstarted(self) -> list[tuple[Tensor, str, None]]:
@@ -336,8 +338,6 @@ class FusedMomentum(SGD):
                 without_defaults(group)
                 if stored != "torch" or "formulation" in group:
                     group["buffer_formulation"] = stored
-                if "stochastic_rounding" not in group:
-                    group.pop(ROUNDING_STEP, None)
                 self._add_own_keys(group)
             self._plan.pending_changes(self.param_groups, self.state)  # raises what the next step would
             restore_lookahead(self.param_groups, self.state)
