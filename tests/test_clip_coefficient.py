@@ -335,6 +335,20 @@ def test_after_a_step_that_was_left_out(after, unscales, fused):
     compare(action, fused=fused)
 
 
+def test_after_a_step_that_another_ranks_overflow_leaves_out():
+    """Its own norm is finite, and the coefficient ends with the step all the same."""
+
+    def action(side):
+        side.clip()
+        if side.is_ours:
+            side.opt.found_inf = torch.ones(())
+            side.opt.step()
+            del side.opt.found_inf
+        write_whole(side)
+
+    compare(action)
+
+
 @pytest.mark.parametrize("change", ["replaced", "viewed-copy", "written", "one-appears"])
 def test_unscaled_gradients_are_the_steps_own(change):
     """1 / scale is no clip coefficient: gradients that are replaced or written after unscale_() are refused."""
