@@ -183,6 +183,7 @@ class StatefulOptimizer(Optimizer):
                 if stored != "torch" or "formulation" in group:
                     group["buffer_formulation"] = stored
                 self._add_own_keys(group)
+            self._plan.adopt(self.param_groups)
             self._plan.pending_changes(self.param_groups, self.state)  # raises what the next step would
             restore_lookahead(self.param_groups, self.state)
         except BaseException:
