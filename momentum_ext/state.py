@@ -147,8 +147,9 @@ class StatefulOptimizer(Optimizer):
     def _update_counts(self) -> None:
         """What counts outside of the groups goes into them."""
         count = int(self._ema_count)
+        has_averages = any(AVERAGE in entry for entry in self.state.values())
         for group in self.param_groups:
-            if self.ema_decay is not None or count:
+            if self.ema_decay is not None or has_averages:
                 group[COUNT] = count  # in every group: any of them may go
             if group.get("stochastic_rounding", False):
                 group[ROUNDING_STEP] = self._plan.rounding_step
