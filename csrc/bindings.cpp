@@ -108,8 +108,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;
   py::class_<GradNorm>(m, "GradNorm")
       .def(py::init<>())
-      .def("compute", py::overload_cast<const py::list&, double>(&GradNorm::compute),
-           py::arg("param_groups"), py::arg("norm_type"))
+      .def("compute", py::overload_cast<const py::list&, double, bool>(&GradNorm::compute),
+           py::arg("param_groups"), py::arg("norm_type"), py::arg("remembers") = false)
       .def("compute_of", &GradNorm::compute_of, py::arg("grads"), py::arg("norm_type"))
       .def("conclude", &GradNorm::conclude, py::arg("factor"), py::arg("inv_scale"),
            py::arg("grad_scale"), py::arg("max_norm"))

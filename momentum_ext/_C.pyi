@@ -76,7 +76,9 @@ class GradNorm:
     """The norm of all gradients of an optimizer, and whether they are still the same ones later."""
 
     def __init__(self) -> None: ...
-    def compute(self, param_groups: list[dict[str, Any]], norm_type: float) -> tuple[float | None, torch.dtype] | None:
+    def compute(
+        self, param_groups: list[dict[str, Any]], norm_type: float, remembers: bool = False
+    ) -> tuple[float | None, torch.dtype] | None:
         """The p-norm (1, 2 or inf) and the dtype that torch would return it in; None where it takes torch's path.
 
         Of CUDA gradients the norm is None: :meth:`conclude` has it computed on their device.
@@ -92,7 +94,7 @@ class GradNorm:
         factors, else 1.0 where their own norm is not finite, and 0.0 where it is.
         """
 
-    def compute_of(self, grads: list[Tensor], norm_type: float) -> tuple[float, torch.dtype] | None:
+    def compute_of(self, grads: list[Tensor], norm_type: float) -> tuple[float | None, torch.dtype] | None:
         """The same for a list of gradients."""
 
     num_grads: int

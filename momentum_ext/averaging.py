@@ -131,9 +131,15 @@ def swapped(state: dict[Tensor, Any]) -> Iterator[None]:
             done += 1
         yield
     finally:
-        _check_memory(pairs)
+        lost = None
         for pair in reversed(pairs[:done]):  # parameters may share memory
-            _swap(*pair)
+            try:
+                _check_memory([pair])
+                _swap(*pair)
+            except RuntimeError as error:  # the others still come back
+                lost = error
+        if lost is not None:
+            raise lost
 
 
 def _check_memory(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -119,7 +119,8 @@ def unpack(state: dict[Any, Any]) -> None:
     for param, entry in state.items():
         for name, value in entry.items() if isinstance(entry, dict) else ():
             if isinstance(value, _Kept):
-                dtype = _COMES_BACK_AS.get((name, value.tensor.dtype))
+                is_own = name != BUFFER or SCALE in entry  # a uint8 parameter's buffer is uint8, too
+                dtype = _COMES_BACK_AS.get((name, value.tensor.dtype)) if is_own else None
                 tensor = value.tensor if dtype is None else _view(value.tensor, dtype)
                 entry[name] = tensor.to(param.device) if isinstance(param, Tensor) else tensor
 
@@ -180,7 +181,12 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
             stored = buffer if buffer.dtype == torch.int8 else buffer.view(torch.float8_e4m3fn)
             buffer = _C.dequantize(stored, entry[SCALE])
         group = group_of.get(index, {})
-        if group.get("formulation") == "classical" and group["momentum"] != 0:
+        written = group.get("buffer_formulation", "torch")
+        if written == "ema" and group["momentum"] == 0:
+            raise ValueError(
+                "torch_state_dict(): buffers of the ema formulation have no form of torch's without momentum"
+            )
+        if written == "classical":
             if float(group["lr"]) == 0:
                 raise ValueError("torch_state_dict(): classical buffers are divided by the lr, which is 0")
             buffer = buffer / group["lr"]

@@ -80,6 +80,8 @@ class GradFactor:
         factors = {param_groups[g]["params"][i]: self._factor_of(code, g, i) for g, i, code in found}
         if len({id(factor) if isinstance(factor, Tensor) else factor for factor in factors.values()}) <= 1:
             return next(iter(factors.values()), 1.0), None
+        for each in self._coefficients:  # what is computed next takes a place that one of them may have
+            each.factor = each.factor.clone() if isinstance(each.factor, Tensor) else each.factor
         return 1.0, {param: _multiplied(param.grad, factor) for param, factor in factors.items() if not _is_one(factor)}
 
     def _factor_of(self, code: int, g: int, i: int) -> float | Tensor:
@@ -129,7 +131,7 @@ class GradFactor:
             ValueError: for fp16 gradients that are to be unscaled, as in torch.
         """
         factor, grads = self.current(param_groups)
-        computed = self._norms.compute(param_groups, 2.0)
+        computed = self._norms.compute(param_groups, 2.0, remembers=not self._coefficients)
         if computed is None:
             return None
         if not only_checks and self._norms.has_float16:
@@ -247,7 +249,7 @@ class GradFactor:
         unscales = unscales or any(each.unscales for each in before)
         if grads is None:
             self._coefficients = [_Coefficient(factor, norm, unscales)]
-            absent = self._norms.remember(param_groups, None, 1 if before else 0)
+            absent = 0 if self._is_same else self._norms.remember(param_groups, None, 1 if before else 0)
         else:
             codes = [max(code, -1) for _, _, code in self._norms.match(param_groups) or []]
             kinds = sorted(set(codes))
@@ -255,6 +257,9 @@ class GradFactor:
             self._coefficients = [_Coefficient(each * factor, norm, unscales) for each in factors]
             absent = self._norms.remember(param_groups, [kinds.index(code) for code in codes], len(kinds))
         self._coefficients += before if absent else []
+        if len(self._coefficients) > 1:  # on a device there are places for one and the one before
+            for each in self._coefficients:
+                each.factor = each.factor.clone() if isinstance(each.factor, Tensor) else each.factor
         self._known = None if grads is not None else self._known  # that of the gradients as they are
         self.traced = None
         self.is_active = True

@@ -172,12 +172,15 @@ class FusedOptimizer(StatefulOptimizer):
         weight: float | None = None
         if self.ema_decay is not None:
             left_out_by_device = found_inf is not None
-            if trains:
-                average = self._ema_count.on_device(self._first_device(), left_out_by_device or self.ema_warmup)
-                if average is None and left_out_by_device:
-                    return False
-            weight = 1.0 if average else average_weight(self.ema_decay, self.ema_warmup, int(self._ema_count))
-            weight = weight if trains else 0.0
+            average = self._ema_count.on_device(self._first_device(), left_out_by_device or self.ema_warmup)
+            if not trains:
+                average, weight = None, 0.0
+            elif average is not None:
+                weight = 1.0
+            elif left_out_by_device:
+                return False
+            else:
+                weight = average_weight(self.ema_decay, self.ema_warmup, int(self._ema_count))
         on_device = factor if isinstance(factor, Tensor) else None
         if on_device is None and factor != 1.0:
             return False
@@ -267,7 +270,8 @@ class FusedOptimizer(StatefulOptimizer):
         clipped, the others are; what is written to them through ``p.grad.data`` goes unseen. :meth:`zero_grad`, the
         step that uses it and a step that a ``momentum_ext.GradScaler`` leaves out end it; a step that raises does not.
         Gradients that are written to before the step (another backward) make it raise: clip last. After an overflow,
-        whose norm is not finite, they are simply not clipped.
+        whose norm is not finite, they are simply not clipped. A copy of the optimizer has other gradients: clip them
+        again. A clip in a compiled function does not see what happens to the gradients before an eager step.
 
         Args:
             max_norm: what the norm shall not exceed.

@@ -50,8 +50,18 @@ def iterates(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> It
             done.append(batch)
         yield
     finally:
+        lost = None
         for batch in reversed(done):
-            _move(batch, back=True)
+            try:
+                _move(batch, back=True)
+            except RuntimeError:  # of one of them; the others still come back
+                for move in reversed(batch):
+                    try:
+                        _move([move], back=True)
+                    except RuntimeError as error:
+                        lost = error
+        if lost is not None:
+            raise lost
 
 
 def restore_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:

@@ -102,6 +102,7 @@ class StatefulOptimizer(Optimizer):
 
         Raises:
             RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.
+            ValueError: for an edit of ``param_groups`` that no step could carry out.
         """
         self._held_weights.check()
         self._update_counts()

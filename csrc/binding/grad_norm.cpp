@@ -15,8 +15,13 @@
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
-py::object GradNorm::compute(const py::list& param_groups, double norm_type) {
-  return compute(norm_type, [&](bool complex_too) { return collect(param_groups, complex_too); });
+py::object GradNorm::compute(const py::list& param_groups, double norm_type, bool remembers) {
+  remembers_ = remembers;
+  py::object computed =
+      compute(norm_type, [&](bool complex_too) { return collect(param_groups, complex_too); });
+  remembers_ = remembers && !computed.is_none();
+  if (remembers_) records_.resize(entries_.size());
+  return computed;
 }
 
 py::object GradNorm::compute_of(const std::vector<at::Tensor>& grads, double norm_type) {
@@ -85,6 +90,7 @@ py::tuple GradNorm::conclude(const std::optional<at::Tensor>& factor,
 
 size_t GradNorm::remember(const py::list& param_groups,
                           const std::optional<std::vector<int64_t>>& indices, int64_t shift) {
+  if (std::exchange(remembers_, false)) return 0;  // compute() has done it
   if (!read_params(param_groups)) return 0;
   GradRecords before = std::exchange(records_, {});
   size_t n = 0;
@@ -182,6 +188,7 @@ void GradNorm::start_collecting() {
   dtype_ = at::ScalarType::Undefined;
   device_.reset();
   has_float16_ = false;
+  is_watched_ = operators_are_watched();
 }
 
 bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
@@ -191,7 +198,10 @@ bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
              return "gradient of param_groups[" + std::to_string(places_[k].group) +
                     "]['params'][" + std::to_string(places_[k].index) + "]";
            };
-           return add(grad, complex_too, name);
+           if (!add(grad, complex_too, name)) return false;
+           const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
+           if (remembers_) records_.put(entries_.size() - 1, impl);
+           return true;
          });
 }
 
@@ -202,7 +212,7 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
   const std::optional<int16_t> device = kernel_device(grad);
   const auto is_ours = [&] {
     return device && dtype && (!grad.is_complex() || complex_too) &&
-           device_.value_or(*device) == *device && !operators_are_watched();
+           device_.value_or(*device) == *device && !is_watched_;
   };
   if (!is_ours()) {
     check_memory(grad, name());

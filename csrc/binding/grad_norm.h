@@ -25,7 +25,9 @@ class GradNorm {
   // The p-norm (1, 2 or inf) of all gradients together, and the dtype in which torch would return
   // it; None where a gradient is not one for the kernels. On a CUDA device the norm is None:
   // conclude() has it computed there.
-  py::object compute(const py::list& param_groups, double norm_type);
+  // With `remembers`, for a caller for whom no coefficient waits, the next remember() is done
+  // already.
+  py::object compute(const py::list& param_groups, double norm_type, bool remembers);
 
   // The same for a list of gradients.
   py::object compute_of(const std::vector<at::Tensor>& grads, double norm_type);
@@ -77,6 +79,7 @@ class GradNorm {
   std::vector<PyObject*> params_;  // each once; followed only after they were compared
   std::vector<Place> places_;      // of each of these
   GradRecords records_;
+  bool remembers_ = false;  // compute() has remembered what it has read
   // The vectors keep their capacity, so that nothing is allocated once warm.
   std::vector<TensorEntry> entries_;
   std::vector<int64_t> first_block_;
@@ -87,6 +90,7 @@ class GradNorm {
   Norm kind_ = Norm::kSumOfSquares;
   bool is_pending_ = false;  // no pass has read them yet
   bool has_float16_ = false;
+  bool is_watched_ = false;  // see operators_are_watched()
   DeviceNorm on_device_;
 };
 

@@ -40,6 +40,13 @@ bool is_same_counter(const c10::VariableVersion& a, const c10::VariableVersion& 
   return std::memcmp(&a, &b, sizeof(a)) == 0;
 }
 
+// True for a tensor that begins at the record's place and counts the same writes.
+bool is_at_record(const Record& record, const c10::TensorImpl& grad) {
+  return grad.has_storage() && storage_of(record) == grad.unsafe_storage().unsafeGetStorageImpl() &&
+         is_same_counter(record.counter, grad.version_counter()) &&
+         record.offset == grad.storage_offset();
+}
+
 uint32_t current(const c10::VariableVersion& counter) {
   return counter.enabled() ? counter.current_version() : 0;
 }
@@ -64,10 +71,29 @@ void GradRecords::add(const c10::TensorImpl& grad, int64_t coefficient, Record r
     record.counter = grad.version_counter();
   }
   record.version = current(record.counter);
+  record.offset = grad.storage_offset();
+  record.numel = grad.numel();
   record.begin = place.begin;
   record.end = place.end;
   record.coefficient = coefficient;
   records_.push_back(std::move(record));
+}
+
+void GradRecords::put(size_t n, const c10::TensorImpl& grad) {
+  if (n < records_.size() && is_at_record(records_[n], grad) &&
+      records_[n].numel == grad.numel()) {  // new references cost more
+    records_[n].version = current(records_[n].counter);
+    records_[n].coefficient = 0;
+    return;
+  }
+  resize(n);
+  add(grad, 0, {});
+}
+
+void GradRecords::resize(size_t n) {
+  records_.erase(records_.begin() + static_cast<ptrdiff_t>(n), records_.end());
+  by_storage_.clear();
+  one_coefficient_ = true;
 }
 
 Record GradRecords::take(size_t n, const c10::TensorImpl& grad) {
@@ -90,9 +116,9 @@ void GradRecords::add_others(GradRecords others, int64_t shift) {
   }
 }
 
+// Looks at as few cache lines as it can: each step asks for each gradient.
 bool GradRecords::is_same(size_t n, const c10::TensorImpl& grad) const {
-  return n < records_.size() && is_at(records_[n], place_of(grad)) &&
-         is_same_counter(records_[n].counter, grad.version_counter()) &&
+  return n < records_.size() && is_at_record(records_[n], grad) &&
          current(records_[n].counter) == records_[n].version;
 }
 

@@ -17,6 +17,8 @@ class GradRecords {
     std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
     c10::VariableVersion counter;
     uint32_t version = 0;
+    int64_t offset = 0;  // elements from the storage's start
+    int64_t numel = 0;
     int64_t begin = 0;  // bytes from the storage's start
     int64_t end = 0;
     int64_t coefficient = 0;
@@ -27,6 +29,11 @@ class GradRecords {
   // Remembers a gradient as it is now; the record that it had saves making new references.
   void add(const c10::TensorImpl& grad, int64_t coefficient, Record before);
 
+  // Record n becomes that of this gradient, as it is now, with coefficient 0; then the records end
+  // after n of them.
+  void put(size_t n, const c10::TensorImpl& grad);
+  void resize(size_t n);
+
   // Takes out the record of the gradient's memory, which is most likely record n; or an empty one.
   Record take(size_t n, const c10::TensorImpl& grad);
 
@@ -36,7 +43,7 @@ class GradRecords {
   // True when all of them have coefficient 0.
   bool has_one_coefficient() const { return one_coefficient_; }
 
-  // True when the gradient is record n's, and was not written since.
+  // True when the gradient, of its parameter's shape, is record n's, and was not written since.
   bool is_same(size_t n, const c10::TensorImpl& grad) const;
 
   // The index of the coefficient that the gradient's memory has, whatever tensor object it belongs

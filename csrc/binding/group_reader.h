@@ -23,8 +23,7 @@ double read_lr(PyObject* group, size_t index);
 class GroupReader {
  public:
   // The "params", borrowed, of a dict whose keys and numbers are those that were read last; nullptr
-  // when anything differs. Only reads, so that several threads can compare while one of them holds
-  // the GIL for all.
+  // when anything differs.
   PyObject* compare(PyObject* group) const noexcept;
 
   // Reads everything anew; returns the dict's "params", borrowed. `index` names the group in

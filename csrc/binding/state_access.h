@@ -24,8 +24,8 @@ namespace py = pybind11;
   return nullptr;
 }
 
-// An item of a dict; nullptr when there is none. Calls nothing of Python's but PyDict_Next, which
-// only reads, so that several threads can look at once.
+// An item of a dict; nullptr when there is none. PyDict_Next is faster than a lookup where a dict
+// has few items.
 inline PyObject* find_item(PyObject* dict, PyObject* interned_key) noexcept {
   if (dict == nullptr || !PyDict_Check(dict)) return nullptr;
   PyObject* key;

@@ -260,8 +260,8 @@ class StepPlan {
   FirstSteps first_steps_;  // on CUDA devices, of tensors that began under a GradScaler
 
   // This step. The vectors keep their capacity, so that a step allocates nothing once warm. The
-  // first six vectors have one element for each slot; a slot without a gradient has an entry of no
-  // elements.
+  // vectors named after tensors and entries have one element for each slot; a slot without a
+  // gradient has an entry of no elements.
   struct Tensors {
     c10::TensorImpl* param = nullptr;  // nullptr: nothing to update
     c10::TensorImpl* grad = nullptr;

@@ -31,6 +31,14 @@ void StepPlan::attach_averages() {
       continue;
     }
     const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
+    if (!param.is_floating_point() && !param.is_complex() &&
+        param.unsafeGetTensorImpl()->grad().defined()) {
+      throw std::runtime_error(name_of(slots_[i]) +
+                               ": ema_decay keeps averages of floating-point "
+                               "and complex parameters, got " +
+                               std::string(c10::toString(param.scalar_type())) +
+                               "; give it an optimizer of its own without ema_decay");
+    }
     const at::Tensor* const average = find_state(slots_[i], average_key_);
     if (average == nullptr) {
       // What has never had a gradient has never moved: it is its own average.
@@ -53,7 +61,10 @@ void StepPlan::attach_averages() {
                                "with its parameter, or delete it from the optimizer's state to "
                                "start a new average");
     }
-    check_memory(*average, "ema of " + name_of(slots_[i]));
+    if (!kernel_device(*average).has_value() ||
+        !lies_in_storage(*average->unsafeGetTensorImpl(), byte_range(*average).end)) {
+      check_memory(*average, "ema of " + name_of(slots_[i]));
+    }
     if (weight == 0) continue;
     if (can_attach(i, param, *average)) {
       attach(i, *average);

@@ -1,4 +1,4 @@
-// One tensor of the plan: the quick look, the examination, and the errors.
+// One tensor of the plan: its examination, and the errors.
 #include <ATen/ops/empty_like.h>
 #include <c10/core/InferenceMode.h>
 

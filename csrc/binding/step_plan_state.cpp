@@ -31,7 +31,11 @@ py::tuple StepPlan::pending_changes(const py::list& param_groups, const py::dict
   const Turn turn(*this);
   py::list changes;
   py::list converted;
-  if (is_prepared_) return py::make_tuple(changes, converted);  // in the middle of a step
+  if (is_prepared_) {
+    throw std::runtime_error(
+        "a step() of this optimizer is under way, in another thread or around this call, and its "
+        "state is half-way between two steps; wait for it");
+  }
   try {
     clear_step();
     compare(param_groups, state);

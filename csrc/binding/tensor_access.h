@@ -23,7 +23,7 @@ MOMENTUM_EXT_INLINE void bump_version(c10::TensorImpl* written) {
   if (written != nullptr && !written->is_inference()) written->bump_version();
 }
 
-// The address of a plain CPU tensor's first element. nullptr when it has no memory (it is empty, or
+// The address of a plain tensor's first element. nullptr when it has no memory (it is empty, or
 // its storage was freed).
 MOMENTUM_EXT_INLINE const void* const_data_of(const c10::TensorImpl& tensor, int64_t itemsize) {
   const void* const data = tensor.unsafe_storage().unsafeGetStorageImpl()->data();
