@@ -2,9 +2,9 @@
 #
 #   PYTHON=python3.12     the interpreter that .venv is made with
 #   VENV=path             another environment; it may have a torch already, which is then used
-#   TESTS=path            the tests to run (make test); all of them by default
-#   ARGS="..."            more arguments for pytest (make test), bench_step.py (make bench), gpu_check.py (make gpu-check) or
-#                         train_char_gpt.py (make char-gpt)
+#   TESTS=path            the tests to run (make test, test-all, soak); all of them by default
+#   ARGS="..."            more arguments for pytest (make test, test-all, soak), bench_step.py (make bench), gpu_check.py
+#                         (make gpu-check) or train_char_gpt.py (make char-gpt)
 #   CC= CXX= FORCE_CPU= FORCE_CUDA=   for the build, see setup.py
 
 PYTHON ?= python3
@@ -12,6 +12,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 VENV_CUDA ?= .venv-cuda
 TORCH_CUDA ?= torch==2.11.0
+TORCH_OLDEST ?= torch==2.11.0
 JOBS ?= 2
 TESTS ?= tests
 
@@ -22,7 +23,7 @@ NATIVE := $(filter csrc/%,$(CPP))
 PYTHON_CODE := momentum_ext benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery char-gpt test bench build lint format house clean cuda-check cuda-build gpu-check
+.PHONY: help demo gallery char-gpt test test-all soak bench build lint format house clean cuda-check cuda-build gpu-check
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -38,8 +39,22 @@ gallery: build $(VENV)/.demo  ## draw what momentum does on small landscapes, in
 char-gpt: build $(VENV)/.demo  ## train a small GPT with each form of momentum (minutes; goes on where it was interrupted)
 	$(BIN)/python examples/train_char_gpt.py $(ARGS)
 
-test: build $(VENV)/.test $(VENV)/.demo $(VENV)/.bench  ## all tests
-	$(BIN)/python -m pytest $(TESTS) -q -n $(JOBS) --dist loadfile $(ARGS)
+test test-all soak: build $(VENV)/.test $(VENV)/.demo $(VENV)/.bench
+
+PYTEST = $(BIN)/python -m pytest $(TESTS) -q -n $(JOBS) --dist worksteal
+
+test:  ## the tests, in six minutes on two cores
+	$(PYTEST) $(ARGS)
+
+test-all:  ## the long tests, after make test: native programs, the emulated devices, installations, trainings, 2,000 sequences
+	$(PYTEST) -m slow $(ARGS)
+
+soak:  ## what takes hours: 20,000 new sequences of random actions, then make test with the oldest torch, in .venv-oldest
+	$(PYTEST) -m soak $(ARGS)
+	mkdir -p .venv-oldest
+	tar --exclude='./.venv*' --exclude=./build --exclude=./.git --exclude='*.so' --exclude=_build_info.py -cf - . | \
+	  tar -C .venv-oldest -xf -
+	$(MAKE) -C .venv-oldest VENV=.venv TORCH=$(TORCH_OLDEST) test TESTS=tests ARGS=
 
 bench: build $(VENV)/.bench  ## the benchmark
 	$(BIN)/python benchmarks/bench_step.py $(ARGS)
@@ -62,7 +77,7 @@ house: ## the rules of the house that a machine can check (CONTRIBUTING.md)
 
 cuda-check: $(VENV)/.cuda $(VENV)/.test  ## the CUDA kernels without a GPU: what nvcc says, the machine code, and runs on the host
 	$(BIN)/python tests/native/cuda_check.py $(ARGS)
-	$(BIN)/python -m pytest --noconftest -q tests/test_native.py -k cuda
+	$(BIN)/python -m pytest --noconftest -q -m slow -k cuda tests/test_native.py
 
 cuda-build:  ## the whole extension for a torch with CUDA, in $(VENV_CUDA), which needs 5 GB: compiles, links, imports, passes tests
 	@.ci/cuda-build $(VENV_CUDA) $(TORCH_CUDA)
@@ -71,7 +86,7 @@ gpu-check: $(VENV)/.test $(VENV)/.bench  ## on a machine with a GPU: build, test
 	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) $(VENV_CUDA) build dist momentum_ext.egg-info momentum_ext/_C.*.so momentum_ext/_build_info.py
+	rm -rf $(VENV) $(VENV_CUDA) .venv-oldest build dist momentum_ext.egg-info momentum_ext/_C.*.so momentum_ext/_build_info.py
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -583,7 +583,7 @@ WAYS = {
 def assert_resumes(resumed, lookaheads):
     """It remembers that the iterate is held, and train() gives the very bits of the look-ahead point."""
     params = resumed.param_groups[0]["params"]
-    held = Snapshot(resumed)
+    held = Snapshot(resumed, "grads")
     with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
         step(resumed)
     resumed.eval()

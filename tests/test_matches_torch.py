@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import Pair
 
-STEPS = 200
+STEPS, MANY_STEPS = 20, 200
 # Three threads' shares in all. No tensor by itself is long enough for torch to split it: its for-loop would start
 # and end a parallel region for every operation, which on busy cores takes longer than the whole test.
 SHAPES = [(3, 5), (257,), (64, 33), (32_700,), (32_701,), (32_703,)]
@@ -29,6 +29,17 @@ LR = {"lr": 0.017, "tensorlr": torch.tensor(0.017)}
 @pytest.mark.parametrize("momentum", MOMENTUM)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_trajectory(dtype, momentum, weight_decay, lr, maximize, isa, threads):
+    check_trajectory(STEPS, dtype, momentum, weight_decay, lr, maximize)
+
+
+@pytest.mark.parametrize("momentum", MOMENTUM)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_long_trajectory(dtype, momentum, isa):
+    torch.set_num_threads(3)
+    check_trajectory(MANY_STEPS, dtype, momentum, "decay", "tensorlr", False)
+
+
+def check_trajectory(steps, dtype, momentum, weight_decay, lr, maximize):
     mu, dampening, nesterov = MOMENTUM[momentum]
     pair = Pair(
         [torch.randn(shape, dtype=dtype) for shape in SHAPES],
@@ -40,8 +51,8 @@ def test_trajectory(dtype, momentum, weight_decay, lr, maximize, isa, threads):
     )
     pair.both(lambda opt: opt.param_groups[0].update(nesterov=nesterov))
     pair.new_grads()
-    pool = torch.randn(sum(p.numel() for p, _ in pair.params) + STEPS, dtype=dtype)
-    for step in range(STEPS):
+    pool = torch.randn(sum(p.numel() for p, _ in pair.params) + steps, dtype=dtype)
+    for step in range(steps):
         start = step
         for mine, theirs in pair.params:
             values = pool[start : start + mine.numel()].view(mine.shape)
@@ -49,7 +60,7 @@ def test_trajectory(dtype, momentum, weight_decay, lr, maximize, isa, threads):
             theirs.grad.copy_(values)
             start += mine.numel()
         pair.both(lambda opt: opt.step())
-        if step < 3 or step % 50 == 49:
+        if step < 3 or step % 50 == 49 or step == steps - 1:
             pair.check()
 
 

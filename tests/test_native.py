@@ -1,13 +1,11 @@
 """The C++ tests of the kernels, built without torch and run under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
-import functools
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from compiling import ROOT, compiled_all
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 
 
@@ -33,36 +31,21 @@ def flags_of(compiler):
     return flags + SANITIZERS
 
 
-@pytest.fixture(scope="module")
-def cpu_objects(tmp_path_factory):
-    """The CPU backend, compiled once for each compiler: all programs compare with it."""
-
-    @functools.cache
-    def compiled(compiler):
-        directory = tmp_path_factory.mktemp(compiler.replace("+", "p"))
-        objects = []
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            objects.append(directory / f"{source.stem}.o")
-            command = [compiler, *flags_of(compiler), "-c", str(source), "-o", str(objects[-1])]
-            subprocess.run(command, check=True)
-        return objects
-
-    return compiled
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize(
     "program", ["test_kernels", "test_cuda_kernels", "test_cuda_low_precision", "test_cuda_norm", "test_cuda_on_host"]
 )
-def test_kernels_under_sanitizers(compiler, program, cpu_objects, tmp_path):
+def test_kernels_under_sanitizers(compiler, program, tmp_path):
     binary = tmp_path / program
     flags = flags_of(compiler)
+    objects = compiled_all(compiler, flags, sorted((ROOT / "csrc/cpu").glob("*.cpp")))
     if "cuda" in program:  # the CUDA kernels as C++, which know #pragma unroll and move any type as uint4
         flags += [f"-I{ROOT}/tests/native/cuda_on_host", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
-    inputs = [str(ROOT / f"tests/native/{program}.cpp"), *map(str, cpu_objects(compiler))]
+    objects += compiled_all(compiler, flags, [ROOT / f"tests/native/{program}.cpp"])
     # The kernels take OpenMP from the process, where torch has brought it; here the linker brings it.
     openmp = ["-Wl,--no-as-needed", "-l:libgomp.so.1"]
-    subprocess.run([compiler, *flags, *inputs, *openmp, "-o", str(binary)], check=True)
+    subprocess.run([compiler, *SANITIZERS, "-pthread", *objects, *openmp, "-o", str(binary)], check=True)
     result = subprocess.run([str(binary)], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 failures" in result.stdout, result.stdout

@@ -5,15 +5,15 @@ import pickle
 
 import torch
 from helpers import LAYOUTS, clone_params, in_layout
-from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from precision_twin import BF16, FP8, FP16, FP32, MOMENTUM_DTYPES, Twin
+from sequences import NEW, SEQUENCES, run_sequences
 from test_precision_checkpoints import plain_pickle_takes_fp8
 
 from momentum_ext import _C, FusedMomentum
 
-SEQUENCES, STEPS = 300, 10
+STEPS = 10
 SHAPES = [(), (0,), (1,), (7,), (9,), (255,), (257,), (1030,), (5, 9), (3, 4, 6), (2, 3, 4, 5), (20_011,)]
 DTYPE = st.sampled_from([FP32, BF16, FP16])
 CHOICES = {
@@ -116,5 +116,6 @@ class Training(RuleBasedStateMachine):
         self.twin.check()
 
 
-def test_random_trainings():
-    run_state_machine_as_test(Training, settings=settings(max_examples=SEQUENCES, stateful_step_count=STEPS))
+@SEQUENCES
+def test_random_trainings(sequences):
+    run_sequences(Training, sequences // 4, STEPS, sequences == NEW)

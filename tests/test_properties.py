@@ -13,11 +13,11 @@ import torch
 from helpers import LAYOUTS, Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout, matching_isas, without_repeats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from sequences import NEW, SEQUENCES, run_sequences
 
 from momentum_ext import _C
 
-SEQUENCES = 2200  # in all, over the four kinds of training
 STEPS = 14
 
 SHAPES = [
@@ -422,10 +422,11 @@ class MixedDtypes(Training):
 
 
 @pytest.mark.parametrize("kind", [Fp32, Fp64, LowPrecision, MixedDtypes])
-def test_sequences_of_user_actions(kind):
+@SEQUENCES
+def test_sequences_of_user_actions(sequences, kind):
     kind.sequences = 0
-    run_state_machine_as_test(kind, settings=settings(max_examples=SEQUENCES // 4, stateful_step_count=STEPS))
-    assert kind.sequences >= SEQUENCES // 4
+    run_sequences(kind, sequences // 4, STEPS, sequences == NEW)
+    assert kind.sequences >= sequences // 4
 
 
 # ---------------------------------------------------------------------------------------------- any strided view at all

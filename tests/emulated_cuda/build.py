@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import load
+from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from compiling import ROOT, compiled_all
+
+CXX = "g++"
 FLAGS = [
     "-std=c++20",
     "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-strict-aliasing",
     "-Wno-unknown-pragmas",
     "-DMOMENTUM_EXT_WITH_CUDA",
+    "-DTORCH_EXTENSION_NAME=_C",
+    "-DTORCH_API_INCLUDE_EXTENSION_H",
+    f"-DMOMENTUM_EXT_TORCH_VERSION={torch.__version__}",  # no object of another torch is ever used
+    # In front of torch's own: these stand in for some of its headers, and for CUDA's.
+    f"-I{ROOT}/tests/emulated_cuda",
+    f"-I{ROOT}/tests/native/cuda_on_host",
+    *(word for path in [*cpp_extension.include_paths(), sysconfig.get_path("include")] for word in ("-isystem", path)),
 ]
 
 
@@ -30,18 +43,13 @@ def build(directory: Path) -> None:
     (package / "_build_info.py").write_text(
         f'TORCH_VERSION = "{torch.__version__}"\nCUDA_VERSION = "emulated"\nCUDA_ARCHS = "none"\nCXX_FLAGS = ""\n'
     )
-    os.environ.setdefault("MAX_JOBS", "2")
-    sources = [ROOT / "csrc/bindings.cpp", *(ROOT / "csrc/binding").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]
-    sources += (ROOT / "tests/emulated_cuda").glob("*.cpp")
-    load(
-        name="_C",
-        sources=[str(path) for path in sources],
-        extra_cflags=FLAGS,
-        # In front of torch's own: these stand in for some of its headers, and for CUDA's.
-        extra_include_paths=[str(ROOT / "tests/emulated_cuda"), str(ROOT / "tests/native/cuda_on_host")],
-        build_directory=str(package),
-        is_python_module=False,
-    )
+    sources = [ROOT / "csrc/bindings.cpp"]
+    for part in ("csrc/binding", "csrc/cpu", "tests/emulated_cuda"):
+        sources += sorted((ROOT / part).glob("*.cpp"))
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([CXX, "-shared", *compiled_all(CXX, FLAGS, sources), *libraries, "-o", str(module)], check=True)
 
 
 if __name__ == "__main__":
