@@ -3,8 +3,8 @@
 #   PYTHON=python3.12     the interpreter that .venv is made with
 #   VENV=path             another environment; it may have a torch already, which is then used
 #   TESTS=path            the tests to run (make test, test-all, soak); all of them by default
-#   ARGS="..."            more arguments for pytest (make test, test-all, soak), bench_step.py (make bench), gpu_check.py
-#                         (make gpu-check) or train_char_gpt.py (make char-gpt)
+#   ARGS="..."            more arguments for pytest (make test, test-all, soak), bench_step.py (make bench), gpu_check.py (make
+#                         gpu-check) or train_char_gpt.py (make char-gpt)
 #   CC= CXX= FORCE_CPU= FORCE_CUDA=   for the build, see setup.py
 
 PYTHON ?= python3
@@ -12,7 +12,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 VENV_CUDA ?= .venv-cuda
 TORCH_CUDA ?= torch==2.11.0
-TORCH_OLDEST ?= torch==2.11.0
 JOBS ?= 2
 TESTS ?= tests
 
@@ -51,10 +50,7 @@ test-all:  ## the long tests, after make test: native programs, the emulated dev
 
 soak:  ## what takes hours: 20,000 new sequences of random actions, then make test with the oldest torch, in .venv-oldest
 	$(PYTEST) -m soak $(ARGS)
-	mkdir -p .venv-oldest
-	tar --exclude='./.venv*' --exclude=./build --exclude=./.git --exclude='*.so' --exclude=_build_info.py -cf - . | \
-	  tar -C .venv-oldest -xf -
-	$(MAKE) -C .venv-oldest VENV=.venv TORCH=$(TORCH_OLDEST) test TESTS=tests ARGS=
+	@.ci/oldest-torch .venv-oldest
 
 bench: build $(VENV)/.bench  ## the benchmark
 	$(BIN)/python benchmarks/bench_step.py $(ARGS)

@@ -42,9 +42,10 @@ def device(name: str) -> str:
     return name
 
 
-def default_workloads(device: str) -> list[str]:
-    """All that fit the device, and the host cost."""
-    return [name for name in workloads.NAMES if device == "cuda" or name not in workloads.FOR_GPUS] + [HOST_COST]
+def default_workloads(device: str, quick: bool) -> list[str]:
+    """All that fit the device and the time, and the host cost."""
+    left_out = (workloads.NOT_QUICK if quick else ()) + (workloads.FOR_GPUS if device == "cpu" else ())
+    return [name for name in workloads.NAMES if name not in left_out] + [HOST_COST]
 
 
 def positive(text: str) -> int:
@@ -105,7 +106,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options.workload = options.workload or ["llama3_8b" if options.device == "cuda" else "gpt2"]
     if options.pipeline and not options.workload:
         options.workload = list(WORKLOADS)
-    options.workload = list(dict.fromkeys(options.workload or default_workloads(options.device)))
+    options.workload = list(dict.fromkeys(options.workload or default_workloads(options.device, options.quick)))
     options.compiled = not options.quick if options.compiled is None else options.compiled
     options.seconds = options.seconds or (2.0 if options.quick else 15.0)
     if options.momentum <= 0:

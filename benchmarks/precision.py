@@ -202,17 +202,18 @@ def in_batches(
         reasons["bf16-fused"] = f"not run: {fault}"
         modes = [mode for mode in MODES if mode.key != "bf16-fused"]
 
-    def fit(batch: list[Mode], each_beside: int = 0) -> bool:
+    def fit(batch: list[Mode], beside: int = 0) -> bool:
         if device == "cuda":
             limit = sum(copies_held(workload.elements * each.moved) for each in {mode.traffic for mode in batch})
         else:
             limit = workload.elements * max(mode.traffic.held for mode in batch)
-        held = sum(mode.held_bytes + each_beside for mode in batch)
+        held = sum(mode.held_bytes for mode in batch) + beside
         return workload.elements * held + limit <= free_bytes
 
     if fit(modes):
         return [modes]
-    alone = [[mode] for mode in modes if fit([mode], each_beside=2)]  # torch's for-loop makes a copy of a tensor or two
+    # torch's for-loop makes a copy of a tensor or two
+    alone = [[mode] for mode in modes if fit([mode], beside=2 if mode.build else 0)]
     for mode in modes:
         if [mode] not in alone:
             needed, free = mode.held_bytes * workload.elements / 1e9, free_bytes / 1e9

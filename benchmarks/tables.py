@@ -173,6 +173,6 @@ def header_text(report: Report) -> str:
     dtype = "each mode's dtypes" if report.options.get("precision") else "fp32 unless a workload says otherwise"
     lines = {**report.environment, "step": f"{dtype}, {hyperparameters}"}
     if hogs := report.options.get("hogs"):
-        lines["busy beside it"] = f"{hogs} processes that do nothing else"
+        lines["busy processes"] = str(hogs)
     width = max(map(len, lines))
     return "\n".join(f"{key.ljust(width)}  {value}" for key, value in lines.items())

@@ -99,7 +99,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("begin_torch_step", &StepPlan::begin_torch_step)
       .def("run", &StepPlan::run)
       .def("discard", &StepPlan::discard)
-      .def("pending_changes", &StepPlan::pending_changes, py::arg("param_groups"), py::arg("state"))
+      .def("pending_changes", &StepPlan::pending_changes, py::arg("param_groups"), py::arg("state"),
+           py::arg("moved_only") = false)
       .def_property("rounding_step", &StepPlan::rounding_step, &StepPlan::set_rounding_step)
       .def("unstarted_buffers", &StepPlan::unstarted_buffers);
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;
@@ -111,7 +112,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("conclude", &GradNorm::conclude, py::arg("factor"), py::arg("inv_scale"),
            py::arg("grad_scale"), py::arg("max_norm"))
       .def("remember", &GradNorm::remember, py::arg("param_groups"),
-           py::arg("indices") = py::none())
+           py::arg("indices") = py::none(), py::arg("shift") = 0)
+      .def("forget", &GradNorm::forget, py::arg("param_groups"))
       .def("match", &GradNorm::match, py::arg("param_groups"))
       .def_property_readonly("num_grads", &GradNorm::num_grads)
       .def_property_readonly("device", &GradNorm::device)
@@ -146,6 +148,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa", &cpu::isa);
   m.def("isas", &cpu::isas);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
+  m.def("set_elements_per_thread", &cpu::set_elements_per_thread, py::arg("count"));
   m.def("build_info", &build_info);
   m.def("has_record_function_callbacks", &at::hasCallbacks);
 }

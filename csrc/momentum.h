@@ -1,7 +1,6 @@
 // What a backend offers. No torch here: raw pointers, sizes and numbers.
 #pragma once
 
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -35,10 +34,8 @@ void move_to_lookahead(const TensorTable& table, int max_threads);
 double norm(Norm kind, const TensorTable& table, double scale, double* block_norms,
             int max_threads);
 
-// Calls body(begin, end) for consecutive parts of [0, n), on as many threads as there are parts of
-// at least `grain`, at most max_threads. The body must not throw.
-using RangeBody = std::function<void(int64_t begin, int64_t end)>;
-void parallel_for(int64_t n, int64_t grain, int max_threads, const RangeBody& body);
+// A parallel region has at least this many elements for each of its threads.
+void set_elements_per_thread(int64_t count);
 
 // The instruction sets that this build has and this machine can run, best first; which one step()
 // uses; and a choice by name, which throws std::invalid_argument for a name that is not in the

@@ -8,20 +8,62 @@
 
 namespace momentum_ext {
 
+// The tensors of an entry that may lie differently.
+enum Operand : int { kParam, kGrad, kBuffer, kNumOperands };
+
 // One dimension of a tensor whose parameter, gradient and buffer do not share one dense layout.
-// Strides in elements.
 struct StridedDim {
   int64_t size;
-  int64_t param_stride;
-  int64_t grad_stride;
-  int64_t buffer_stride;
+  int64_t strides[kNumOperands];  // in elements
 };
 
-// Dimensions from the outermost to the innermost. Element i of the table's range is element i in
-// that order.
+// Dimensions from the outermost to the innermost of the parameter. Element i of the table's range
+// is element i in that order.
+//
+// Whoever goes through memory in that order, or in another operand's, uses one element of each
+// cache line of the others before the line is gone. So a walk goes in blocks of rows x columns:
+// columns along the innermost dimension, rows along `across`, and from block to block along
+// `third`, so that all operands' lines are used up while they are in the nearest cache.
 struct StridedLayout {
   const StridedDim* dims;
   int ndim;
+  int across = -1;  // -1: there is none, the innermost dimension alone fills the lines
+  int third = -1;
+
+  StridedLayout() : dims(nullptr), ndim(0) {}
+  StridedLayout(const StridedDim* dims_, int ndim_) : dims(dims_), ndim(ndim_) {
+    for (const bool alike : {false, true}) {  // those that lie like the parameter come last
+      for (const Operand operand : {kBuffer, kGrad, kParam}) {
+        if ((innermost(operand, 0) == ndim - 1) == alike) fill_lines(operand);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLineElements = 16;
+
+  // Takes the dimensions that a line of this operand's memory has.
+  void fill_lines(Operand operand) {
+    int64_t reach = 1;  // elements in a row that the dimensions so far have
+    int64_t above = 0;  // the strides that were had, and those of 0, which fill no line
+    while (reach < kLineElements) {
+      const int d = innermost(operand, above);
+      if (d < 0) return;
+      if (d != ndim - 1 && d != across && third < 0) (across < 0 ? across : third) = d;
+      reach *= dims[d].size;
+      above = dims[d].strides[operand];
+    }
+  }
+
+  // The dimension with the smallest stride above this one; -1: none.
+  int innermost(Operand operand, int64_t above) const {
+    int found = -1;
+    for (int d = ndim - 1; d >= 0; --d) {
+      const int64_t stride = dims[d].strides[operand];
+      if (stride > above && (found < 0 || stride < dims[found].strides[operand])) found = d;
+    }
+    return found;
+  }
 };
 
 // Where the exact value of a 16-bit parameter is kept.

@@ -7,7 +7,8 @@ that the next step depends on, and is replaced in one piece or not at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,31 +122,31 @@ class Run:
         """Cross-entropy on held-out text in nats per character, of the parameters that training will hand out."""
         settings = self.settings
         generator = torch.Generator().manual_seed(VALIDATION_SEED)
-        self.evaluating()
         total = 0.0
-        for _ in range(settings.validation_batches):
-            inputs, targets = char_gpt_data.batch(self.corpus.validation, settings.batch, settings.context, generator)
-            total += functional.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten()).item()
-        self.training()
+        with self.evaluating():
+            for _ in range(settings.validation_batches):
+                inputs, targets = char_gpt_data.batch(
+                    self.corpus.validation, settings.batch, settings.context, generator
+                )
+                total += functional.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten()).item()
         return total / settings.validation_batches
 
     def sample(self, prompt: str, length: int, temperature: float = 0.8) -> str:
         """`length` characters that the model writes on after the prompt."""
         generator = torch.Generator().manual_seed(self.settings.seed)
-        self.evaluating()
-        tokens = self.model.sample(char_gpt_data.encode(prompt).long(), length, temperature, generator)
-        self.training()
+        with self.evaluating():
+            tokens = self.model.sample(char_gpt_data.encode(prompt).long(), length, temperature, generator)
         return char_gpt_data.decode(tokens)
 
-    def evaluating(self) -> None:
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
         """With Nesterov's momentum the parameters stand at the look-ahead point in training; here they leave it."""
         self.model.eval()
-        self.optimizer.eval()
-
-    def training(self) -> None:
-        """Back from `evaluating`."""
-        self.optimizer.train()
-        self.model.train()
+        try:
+            with self.optimizer.iterate_weights():
+                yield
+        finally:
+            self.model.train()
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint: whoever reads `path`, and whenever, finds a whole one, the last or the one before."""

@@ -14,7 +14,7 @@ from momentum_ext.formulation import FORMULATION_DEFAULTS
 from momentum_ext.lookahead import LOOKAHEAD
 from momentum_ext.precision import BUFFER, EIGHT_BITS, MASTER, OPTIONS, REMAINDER, ROUNDING_STEP, SCALE, check_options
 
-__all__ = ["as_torch_state_dict", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
+__all__ = ["as_torch_state_dict", "changed", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
 
 OWN_DEFAULTS = {**FORMULATION_DEFAULTS, **OPTIONS}
 _OWN_KEYS = (*OWN_DEFAULTS, ROUNDING_STEP, COUNT, "buffer_formulation")
@@ -38,18 +38,24 @@ def without_defaults(group: dict[str, Any]) -> None:
 # ---- out ------------------------------------------------------------------------------------------------------------
 
 
-def with_changes(state_dict: dict[str, Any], changes: list[Any], names: dict[int, Any]) -> dict[str, Any]:
-    """A state dict with what the next step would start from, in dtypes that can travel.
-
-    `changes` are (parameter, key, tensor or None), `names` the state dict's keys of the parameters, by id.
-    """
-    state = {name: dict(entry) if isinstance(entry, dict) else entry for name, entry in state_dict["state"].items()}
+def changed(state: dict[Any, Any], changes: list[Any], names: dict[int, Any]) -> dict[Any, Any]:
+    """A copy of the state with these changes, as :func:`with_changes` takes them."""
+    state = {name: dict(entry) if isinstance(entry, dict) else entry for name, entry in state.items()}
     for param, key, tensor in changes:
         entry = state[names[id(param)]]
         if tensor is None:
             entry.pop(key, None)
         else:
             entry[key] = tensor
+    return state
+
+
+def with_changes(state_dict: dict[str, Any], changes: list[Any], names: dict[int, Any]) -> dict[str, Any]:
+    """A state dict with what the next step would start from, in dtypes that can travel.
+
+    `changes` are (parameter, key, tensor or None), `names` the state dict's keys of the parameters, by id.
+    """
+    state = changed(state_dict["state"], changes, names)
     for entry in state.values():
         for key in _OWN_STATE if isinstance(entry, dict) else ():
             if isinstance(entry.get(key), Tensor) and entry[key].dtype in _LEAVES_AS:

@@ -101,8 +101,13 @@ class GradFactor:
             "backward, call optimizer.zero_grad() to start again, or use max_grad_norm, which clips in the step"
         )
 
+    def end_step(self, param_groups: list[dict[str, Any]]) -> None:
+        """After a step that has used what waited for its gradients; absent ones keep theirs."""
+        if self._is_same or not self._coefficients or not self._norms.forget(param_groups):
+            self.clear()
+
     def clear(self) -> None:
-        """After the step."""
+        """Nothing waits any more."""
         self.traced = None
         self._coefficients = []
         self._known = None
@@ -239,13 +244,14 @@ class GradFactor:
         unscales = unscales or any(each.unscales for each in before)
         if grads is None:
             self._coefficients = [_Coefficient(factor, norm, unscales)]
-            self._norms.remember(param_groups)
+            absent = self._norms.remember(param_groups, None, 1)
         else:
             codes = [max(code, -1) for _, _, code in self._norms.match(param_groups) or []]
             kinds = sorted(set(codes))
             factors = [before[code].factor if code >= 0 else 1.0 for code in kinds]
             self._coefficients = [_Coefficient(each * factor, norm, unscales) for each in factors]
-            self._norms.remember(param_groups, [kinds.index(code) for code in codes])
+            absent = self._norms.remember(param_groups, [kinds.index(code) for code in codes], len(kinds))
+        self._coefficients += before if absent else []
         self._known = None if grads is not None else self._known  # that of the gradients as they are
         self.traced = None
         self.is_active = True

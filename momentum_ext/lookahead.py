@@ -32,17 +32,26 @@ def iterates(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> It
     whose buffer has the learning rate in it.
     """
     moves: dict[Tensor, _Move] = {}  # a parameter may be in two groups
-    for group in param_groups:
+    for g, group in enumerate(param_groups):
         distance = _distance(group)
-        for param in group["params"] if distance != 0 else ():
-            buffer = state[param].get(BUFFER) if param in state else None
-            if buffer is not None and param not in moves:
-                moves[param] = (param, _as_float(buffer, state[param]), torch.empty_like(param).detach(), distance)
-    _move(list(moves.values()), back=False)
+        for i, param in enumerate(group["params"] if distance != 0 else ()):
+            entry = state[param] if param in state else {}
+            if entry.get(BUFFER) is not None and param not in moves:
+                name = f"param_groups[{g}]['params'][{i}]"
+                _C.check_memory(param, name)
+                for key in (BUFFER, SCALE):
+                    if key in entry:
+                        _C.check_memory(entry[key], f"{key} of {name}")
+                moves[param] = (param, _as_float(entry[BUFFER], entry), torch.empty_like(param).detach(), distance)
+    done: list[list[_Move]] = []
     try:
+        for batch in _batches(list(moves.values())):
+            _move(batch, back=False)
+            done.append(batch)
         yield
     finally:
-        _move(list(moves.values()), back=True)
+        for batch in reversed(done):
+            _move(batch, back=True)
 
 
 def restore_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
@@ -59,7 +68,8 @@ def restore_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, An
             lookahead, buffer = entry.pop(LOOKAHEAD, None), entry.get(BUFFER)
             if lookahead is not None and buffer is not None and distance:
                 moves.append((param, _as_float(buffer, entry), lookahead, distance))
-    _move(moves, back=True)
+    for batch in reversed(_batches(moves)):
+        _move(batch, back=True)
 
 
 def _as_float(buffer: Tensor, state: dict[str, Any]) -> Tensor:
@@ -75,19 +85,24 @@ def _distance(group: dict[str, Any]) -> float:
     return float(group["momentum"]) * (1.0 if is_classical else float(group["lr"]))
 
 
-def _move(moves: list[_Move], back: bool) -> None:
-    """In one pass; where parameters share memory, one after the other, and back in reverse."""
-    if back:
-        moves = moves[::-1]
-    for batch in [[move] for move in moves] if _share_memory([move[0] for move in moves]) else [moves]:
-        _C.move_lookahead(*([move[k] for move in batch] for k in range(4)), back)
+def _move(batch: list[_Move], back: bool) -> None:
+    _C.move_lookahead(*([move[k] for move in batch] for k in range(4)), back)
+
+
+def _batches(moves: list[_Move]) -> list[list[_Move]]:
+    """All in one pass, or one after the other: where parameters share memory, and where torch may refuse one of them."""
+    params, buffers = [move[0] for move in moves], [move[1] for move in moves]
+    plain = all(type(param.data) is Tensor and param.layout == torch.strided for param in params) and all(
+        buffer.layout == torch.strided and buffer.is_floating_point() for buffer in buffers
+    )
+    return [moves] if plain and not _share_memory(params) else [[move] for move in moves]
 
 
 def _share_memory(tensors: list[Tensor]) -> bool:
     """By address: tensors that only lie interleaved count, too."""
     ranges = []
     for tensor in tensors:
-        if type(tensor.data) is Tensor and tensor.layout == torch.strided and tensor.numel():
+        if tensor.numel():
             reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             start = tensor.data_ptr()
             ranges.append((start, start + (reach + 1) * tensor.element_size()))

@@ -24,6 +24,7 @@ from momentum_ext.averaging import COUNT, HeldWeights, UpdateCount, average_weig
 from momentum_ext.checkpoint import (
     OWN_DEFAULTS,
     as_torch_state_dict,
+    changed,
     check_complete,
     keep_dtypes,
     unpack,
@@ -281,6 +282,8 @@ class FusedMomentum(SGD):
         for g, (group, packed) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
             names.update(zip(map(id, group["params"]), packed["params"], strict=True))
             without_defaults(packed)
+            if "stochastic_rounding" not in packed:
+                packed.pop(ROUNDING_STEP, None)
             if g in converted:
                 packed.pop("buffer_formulation", None)
                 if "formulation" in packed:
@@ -346,9 +349,9 @@ class FusedMomentum(SGD):
         self._held_weights.check()
         self._update_counts()
         state = super().__getstate__()
-        if unstarted := self._unstarted():
-            names = {id(param): param for param in self.state}
-            state = with_changes(state, unstarted, names)
+        moved, _ = self._plan.pending_changes(self.param_groups, self.state, moved_only=True)
+        if changes := moved + self._unstarted():
+            state["state"] = changed(state["state"], changes, {id(param): param for param in self.state})
         return {
             **state,
             "max_grad_norm": self.max_grad_norm,
@@ -384,8 +387,11 @@ class FusedMomentum(SGD):
             with optimizer.iterate_weights():
                 evaluate(model)
         """
-        with self._held_weights.hold("iterate_weights"), iterates(self.param_groups, self.state):
-            yield
+        with self._held_weights.hold("iterate_weights"):
+            moved, _ = self._plan.pending_changes(self.param_groups, self.state, moved_only=True)
+            state = changed(self.state, moved, {id(param): param for param in self.state})
+            with iterates(self.param_groups, state):
+                yield
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -482,7 +488,8 @@ class FusedMomentum(SGD):
                 self._step_on_host(inv_grad_scale * float(factor), grads, trains)
         if trains and self.max_grad_norm is not None:
             self.grad_norm = norm
-        self._grad_factor.clear()
+        if self._grad_factor.is_active:
+            self._grad_factor.end_step(self.param_groups)
         if trains and self.ema_decay is not None:
             self._ema_count.add()
 

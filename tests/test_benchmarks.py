@@ -78,6 +78,36 @@ def test_running_out_of_memory_costs_one_row(programs, monkeypatch, tmp_path):
     assert entry.rows[-1].reason.startswith("not run: out of memory: ")
 
 
+def test_what_fits_into_80_gb_is_known_before(programs, monkeypatch):
+    """An H100 has no room for a second copy of Llama 3 8B, nor for a copy of as many bytes as its step moves."""
+    import measure
+    import precision
+    import workloads
+    from contenders import STEP, NotRun
+
+    monkeypatch.setattr(measure, "fits_in_caches", lambda workload, device: False)
+    monkeypatch.setattr(precision, "fault_of_fused", lambda workload, settings: None)
+
+    def room(name, gb):
+        workload = workloads.build(name)
+        monkeypatch.setattr(measure, "free_bytes", lambda device: gb * 1e9)
+        return measure.room_for_models(workload, STEP.traffic(workload.itemsize), "cuda")
+
+    assert room("llama3_8b", 84) == 1
+    assert room("gpt2_xl", 84) == 3
+    assert room("gpt2", 84) == 1 + len(measure.CONTENDERS)
+    with pytest.raises(NotRun, match=r"not run: it needs 52.5 GB of memory, 50.0 are free"):
+        room("llama3_8b", 50)
+
+    reasons = {}
+    batches = precision.in_batches(workloads.build("llama3_8b"), "cuda", 0.9 * 84e9, reasons)
+    alone = [["split"], ["bf16"], ["bf16-sr"], ["bf16-for-loop"], ["bf16-fused"]]
+    assert [[mode.key for mode in batch] for batch in batches] == alone
+    assert len(reasons) == 4 and "it needs 96.4 GB of memory, 75.6 are usable" in reasons["fp32"]
+    (everything,) = precision.in_batches(workloads.build("gpt2"), "cuda", 0.9 * 84e9, {})
+    assert everything == list(precision.MODES)
+
+
 def test_a_file_is_there_before_the_run_has_ended(programs, monkeypatch, tmp_path):
     import bench_step
     import report
@@ -142,7 +172,9 @@ def test_busy_processes_end_with_the_block_and_with_their_parent(programs):
     from hogs import hogs
 
     def children(pid):
-        return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+        return {
+            int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+        }
 
     before = children(os.getpid())
     with hogs(2):

@@ -364,6 +364,7 @@ print(json.dumps(points))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesterov", [False, True], ids=["momentum", "nesterov"])
 def test_classical_is_that_of_keras_over_a_schedule(nesterov, tmp_path):
     """Keras keeps its learning rate in fp32: powers of two, so that both have the same one."""

@@ -33,7 +33,7 @@ def test_no_result_is_lost_to_a_later_failure(programs, tmp_path, capsys):
     stages = [
         shell("first", f"echo '{{}}' > {folder}/first.json; echo all is well"),
         shell("fails", f"echo half > {folder}/fails.json; echo broken >&2; exit 3"),
-        shell("hangs", f"echo part > {folder}/hangs.json; sleep 600 & echo $! > {pid}; echo so far; wait", 1.0),
+        shell("hangs", f"echo part > {folder}/hangs.json; sleep 600 & echo $! > {pid}; echo so far; wait", 3.0),
         shell("absent", "exit 1", missing="not installed: ncu"),
         shell("last", f"echo ok > {folder}/last.json; echo the end"),
     ]
@@ -42,7 +42,7 @@ def test_no_result_is_lost_to_a_later_failure(programs, tmp_path, capsys):
     assert list(found) == [stage.name for stage in stages]
     assert "passed" in found["first"] and "all is well" in found["first"]
     assert "FAILED (3)" in found["fails"] and "broken" in found["fails"]
-    assert "TIMED OUT (1 s)" in found["hangs"] and "so far" in found["hangs"]
+    assert "TIMED OUT (3 s)" in found["hangs"] and "so far" in found["hangs"]
     assert "left out" in found["absent"] and "not installed: ncu" in found["absent"]
     assert "passed" in found["last"]
     assert sorted(file.name for file in folder.glob("*.json")) == [

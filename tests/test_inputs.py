@@ -45,8 +45,15 @@ CALLS += [
 ]
 
 
+# torch 2.6 takes an lr of shape (1,) and fails at the step; newer ones take it as the number that it holds.
+SHAPED_LR_FAILS = not hasattr(torch.optim.optimizer, "_to_scalar")
+
+
 def outcome(kind, params, **hyper):
     """The optimizer, or the type of what it raised."""
+    lr = hyper.get("lr")
+    if kind is torch.optim.SGD and SHAPED_LR_FAILS and isinstance(lr, torch.Tensor) and lr.numel() == 1:
+        hyper["lr"] = lr.reshape(())
     try:
         return kind(params, **copy.deepcopy(hyper))
     except Exception as error:

@@ -1,6 +1,7 @@
 """Any memory layout of parameter, gradient and buffer: the same values as torch, and nothing written beside them."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -49,6 +50,50 @@ def test_dtypes_and_fresh_buffers(param_layout, grad_layout, dtype, isa):
     pair = Pair([in_layout(torch.randn(37, 130).to(dtype), param_layout)], Oracle, **HYPER)
     for _ in range(3):
         pair.set_grad(0, in_layout(pair.random_like(pair.params[0][0]), grad_layout))
+        pair.step_as_is()
+
+
+def in_random_order(values, rng):
+    """`values`, dense, the dimensions in any order in memory."""
+    order = rng.sample(range(values.dim()), values.dim())
+    inverse = [order.index(d) for d in range(values.dim())]
+    return values.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
+
+
+# Around the edges of blocks (16 x 16, 32 x 8, 8 x 32 elements) and of tiles (256), and dimensions shorter than those.
+EDGES = [(15, 17), (16, 16), (33, 31), (63, 65), (1, 300), (2, 257), (255, 3), (7, 3, 5), (9, 16, 17), (64, 8, 3, 3)]
+EDGES += [(130, 129), (3, 2, 4, 5, 6), (40, 33, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_orders_of_dimensions(shape, dtype, isa):
+    rng = random.Random(str(shape))
+    params = [in_random_order(torch.randn(shape, dtype=dtype), rng) for _ in range(6)]
+    hyper = HYPER if not dtype.is_complex else {"lr": 0.1, "momentum": 0.9}
+    pair = Pair(params, **hyper)
+    for index, both in enumerate(pair.params):
+        buffer = in_random_order(torch.randn(shape, dtype=dtype), rng)
+        if index % 2 == 0:
+            for opt, param in zip(pair.optimizers, both):
+                opt.state[param]["momentum_buffer"] = clone_exact(buffer)
+    for step in range(2):
+        for index, (param, _) in enumerate(pair.params):
+            grad = in_random_order(pair.random_like(param), rng)
+            if step == 1 and index == 1:
+                grad = grad[:1].expand_as(grad)
+            pair.set_grad(index, grad)
+        pair.step_as_is()
+
+
+def test_threads_that_share_blocks(threads):
+    """Every block has one thread, wherever the list is divided."""
+    rng = random.Random(1)
+    shapes = [(300, 257), (9, 70_001), (70_001, 3), (41, 43, 47), (16, 3, 64, 65), (1000, 2, 3, 5)]
+    pair = Pair([in_random_order(torch.randn(shape), rng) for shape in shapes], **HYPER)
+    for _ in range(2):
+        for index, (param, _) in enumerate(pair.params):
+            pair.set_grad(index, in_random_order(pair.random_like(param), rng))
         pair.step_as_is()
 
 

@@ -1,26 +1,25 @@
-"""Nesterov's two points: the textbook's sequence, and eval() and train() that move between them without a trace."""
+"""Nesterov's two points: the textbook's sequence, and iterate_weights(), which goes there and back without a trace."""
 
 import copy
-import io
+import itertools
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import Snapshot, assert_same, clone_exact, clone_params, in_layout, matching_isas
+from helpers import Snapshot, assert_same, clone_params, in_layout, matching_isas
 
 from momentum_ext import _C, FusedMomentum
 
-FORMULATIONS = ["torch", "classical", "ema"]
-FORMULATION = pytest.mark.parametrize("formulation", FORMULATIONS)
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=["fp32", "fp64", "bf16", "fp16"]
-)
+FORMULATION = pytest.mark.parametrize("formulation", ["torch", "classical", "ema"])
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 MU, LR = 0.9, 0.05
 SHAPES = [(3, 5), (), (0,), (1,), (15,), (16,), (17,), (255,), (257,), (64, 33), (1003,)]
 
 
-def distance(formulation, lr=LR):
-    return MU if formulation == "classical" else MU * lr
+def distance(formulation):
+    return MU if formulation == "classical" else MU * LR
 
 
 # ----------------------------------------------------------------------------------------------------- the textbook
@@ -41,22 +40,23 @@ def grad_at(point):
 
 
 def start():
+    torch.set_num_threads(1)  # with more, torch's tiny operations wait for each other
     return torch.randn(33, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-def textbook(lrs):
+def textbook(lrs, looks_ahead=True):
     """v = mu v + lr grad(p - mu v); p = p - v."""
     p, v = start(), torch.zeros(33, dtype=torch.float64)
     points = []
     for lr in lrs:
-        v = MU * v + lr * grad_at(p - MU * v)
+        v = MU * v + lr * grad_at(p - MU * v * looks_ahead)
         p = p - v
         points.append(p)
     return torch.stack(points)
 
 
 def iterates(formulation, lrs):
-    """What eval() shows after each step; the gradient is taken where the parameters are while training."""
+    """What iterate_weights() shows after each step; the gradient is taken where the parameters are outside."""
     param = torch.nn.Parameter(start())
     opt = FusedMomentum([param], momentum=MU, nesterov=True, formulation=formulation)
     points = []
@@ -65,16 +65,14 @@ def iterates(formulation, lrs):
         opt.zero_grad()
         loss(param).backward()
         opt.step()
-        opt.eval()
-        points.append(param.detach().clone())
-        opt.train()
+        with opt.iterate_weights():
+            points.append(param.detach().clone())
     return torch.stack(points)
 
 
-STEPS = 300
-CONSTANT = [LR] * STEPS
-SCHEDULE = [LR * (0.2 + abs((step % 100) - 50) / 50) for step in range(STEPS)]
-# 300 steps carry each rounding on; the errors do not grow where the training converges.
+CONSTANT = [LR] * 200
+SCHEDULE = [LR * (0.2 + abs((step % 100) - 50) / 50) for step in range(200)]
+# 200 steps carry each rounding on; the errors do not grow where the training converges.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 
@@ -82,11 +80,7 @@ def test_the_function_is_not_linear_and_the_training_gets_somewhere():
     """Else the tests below would prove little: the gradient ahead must differ from the one at the iterate."""
     points = textbook(CONSTANT)
     assert loss(points[-1]) < 0.5 * loss(start())
-    p, v = start(), torch.zeros(33, dtype=torch.float64)
-    for lr in CONSTANT:
-        v = MU * v + lr * grad_at(p)
-        p = p - v
-    assert (p - points[-1]).abs().max() > 1e-3
+    assert (textbook(CONSTANT, looks_ahead=False)[-1] - points[-1]).abs().max() > 1e-3
 
 
 @FORMULATION
@@ -96,24 +90,22 @@ def test_the_textbooks_sequence_while_lr_is_constant(formulation):
     torch.testing.assert_close(iterates(formulation, CONSTANT), textbook([scale * lr for lr in CONSTANT]), **CLOSE)
 
 
-def test_under_a_schedule_classical_is_the_textbooks():
-    torch.testing.assert_close(iterates("classical", SCHEDULE), textbook(SCHEDULE), **CLOSE)
-
-
-@pytest.mark.parametrize("formulation", ["torch", "ema"])
-def test_under_a_schedule_the_others_are_not(formulation):
-    """Their history is multiplied by the present learning rate. It is a documented difference, not a rounding."""
+@FORMULATION
+def test_under_a_schedule_classical_alone_is_the_textbooks(formulation):
+    """The others multiply their history by the present learning rate: a documented difference, not a rounding."""
     scale = 1 - MU if formulation == "ema" else 1.0
-    expected = textbook([scale * lr for lr in SCHEDULE])
-    mine = iterates(formulation, SCHEDULE)
-    torch.testing.assert_close(mine[0], expected[0], **CLOSE)
-    assert (mine - expected).abs().max() > 1e-3
+    found, expected = iterates(formulation, SCHEDULE), textbook([scale * lr for lr in SCHEDULE])
+    if formulation == "classical":
+        torch.testing.assert_close(found, expected, **CLOSE)
+    else:
+        torch.testing.assert_close(found[0], expected[0], **CLOSE)
+        assert (found - expected).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------- there and back
 
 
-def nonzero(shape, dtype):
+def nonzero(shape, dtype=torch.float32):
     wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
     if dtype.is_complex:
         return torch.view_as_complex(nonzero((*shape, 2), wide))
@@ -121,11 +113,10 @@ def nonzero(shape, dtype):
     return torch.where(values == 0, torch.ones_like(values), values).to(dtype)
 
 
-def in_training(values, formulation="torch", steps=2, **hyper):
-    params = clone_params(values)
-    opt = FusedMomentum(params, lr=LR, **{"momentum": MU, "nesterov": True, "formulation": formulation, **hyper})
+def in_training(values, steps=2, **hyper):
+    opt = FusedMomentum(clone_params(values), **{"lr": LR, "momentum": MU, "nesterov": True, **hyper})
     step(opt, steps)
-    return opt, params
+    return opt, opt.param_groups[0]["params"]
 
 
 def step(opt, times=1):
@@ -136,60 +127,55 @@ def step(opt, times=1):
         opt.step()
 
 
+def buffer_of(opt, param):
+    entry = opt.state[param]
+    buffer = entry["momentum_buffer"]
+    return _C.dequantize(buffer, entry["momentum_scale"]) if "momentum_scale" in entry else buffer
+
+
 def iterate_of(lookahead, buffer, by):
     """In the arithmetic of the rule: one fma, in float for 16 bits, rounded once."""
     if lookahead.dtype.is_complex:
-        return torch.view_as_complex(
-            iterate_of(torch.view_as_real(lookahead).contiguous(), torch.view_as_real(buffer).contiguous(), by)
-        )
+        parts = (torch.view_as_real(tensor).contiguous() for tensor in (lookahead, buffer))
+        return torch.view_as_complex(iterate_of(*parts, by))
     wide = torch.float64 if torch.float64 in (lookahead.dtype, buffer.dtype) else torch.float32
     return lookahead.detach().to(wide).contiguous().add(buffer.to(wide).contiguous(), alpha=by).to(lookahead.dtype)
 
 
-class Visit:
-    """eval() with a look at what it has done, then train() with a look at whether everything is back."""
-
-    def __init__(self, opt, formulation):
-        self.opt, self.by = opt, distance(formulation)
-        self.before = Snapshot(opt, "versions", "grads", "groups")
-
-    def eval(self):
-        self.opt.eval()
-        for index, (param, value) in enumerate(zip(self.before.params, self.before.values, strict=True)):
-            if param in self.opt.state:
-                value = iterate_of(value, self.opt.state[param]["momentum_buffer"], self.by)
-            assert_same(param, value, f"iterate of params[{index}]")
-        return self
-
-    def train(self):
-        self.opt.train()
-        self.before.assert_unchanged()
-        assert not {"train_mode", "lookahead_distance"} & set(self.opt.param_groups[0])
+def keys_of(opt):
+    return [set(entry) for entry in (*opt.param_groups, *opt.state.values())]
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=["c64", "c128"])
-@FORMULATION
-def test_round_trip_of_complex(dtype, formulation):
-    opt, _ = in_training([nonzero(shape, dtype) for shape in SHAPES], formulation)
-    Visit(opt, formulation).eval().train()
+@contextmanager
+def visited(opt, *by, but=()):
+    """iterate_weights() with a look at each iterate, at what it keeps, and at whether everything is back after it."""
+    before, keys = Snapshot(opt, "versions", *but), keys_of(opt)
+    by = itertools.cycle(by or [MU * LR])
+    with opt.iterate_weights():
+        for index, (param, value, each) in enumerate(zip(before.params, before.values, by, strict=False)):
+            expected = iterate_of(value, buffer_of(opt, param), each) if each and param in opt.state else value
+            assert_same(param, expected, f"iterate of params[{index}]")
+        assert keys_of(opt) == keys
+        yield before
+    before.assert_unchanged()
 
 
-@DTYPES
+def has_moved(before):
+    return [not torch.equal(param, value) for param, value in zip(before.params, before.values, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64, torch.complex128], ids=str)
 @FORMULATION
 def test_round_trip(dtype, formulation, isa):
-    opt, params = in_training([nonzero(shape, dtype) for shape in SHAPES], formulation)
-    visit = Visit(opt, formulation).eval()
-    assert any(not torch.equal(p, value) for p, value in zip(params, visit.before.values, strict=True))
-    visit.train()
-
-
-LAYOUTS = ["contiguous", "permuted", "offset", "column", "step", "inner"]
+    opt, _ = in_training([nonzero(shape, dtype) for shape in SHAPES], formulation=formulation)
+    with visited(opt, distance(formulation)) as before:
+        assert any(has_moved(before))
 
 
 @pytest.mark.parametrize("buffer_layout", ["as-made", "contiguous", "column"])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "offset", "column", "step", "inner", "channels_last"])
 @DTYPES
-def test_round_trip_of_layouts(dtype, layout, buffer_layout, isa):
+def test_layouts(dtype, layout, buffer_layout, isa):
     values = [nonzero(shape, dtype) for shape in [(4, 3, 5, 7), (300,), (17, 31)]]
     if layout == "channels_last":
         values = [values[0].to(memory_format=torch.channels_last)]
@@ -199,16 +185,28 @@ def test_round_trip_of_layouts(dtype, layout, buffer_layout, isa):
     if buffer_layout != "as-made":
         for param in params:
             opt.state[param]["momentum_buffer"] = in_layout(opt.state[param]["momentum_buffer"], buffer_layout)
-    Visit(opt, "torch").eval().train()
+    with visited(opt) as before:
+        assert all(has_moved(before))
 
 
-@pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("buffer_dtype", FLOATS, ids=str)
 @DTYPES
-def test_round_trip_with_a_buffer_of_another_dtype(dtype, buffer_dtype, isa):
+def test_buffers_of_another_dtype(dtype, buffer_dtype, isa):
     opt, params = in_training([nonzero((1003,), dtype), in_layout(nonzero((17, 31), dtype), "column")])
     for param in params:
         opt.state[param]["momentum_buffer"] = nonzero(param.shape, buffer_dtype)
-    Visit(opt, "torch").eval().train()
+    with visited(opt) as before:
+        assert all(has_moved(before))
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum_dtype": "int8"}, {"momentum_dtype": torch.float8_e4m3fn}, {"master_weights": True}], ids=str
+)
+@DTYPES
+def test_low_precision(dtype, options, isa):
+    opt, _ = in_training([nonzero((1003,), dtype), nonzero((17, 31), dtype)], **options)
+    with visited(opt) as before:
+        assert all(has_moved(before))
 
 
 @pytest.mark.parametrize(
@@ -218,24 +216,25 @@ def test_round_trip_with_a_buffer_of_another_dtype(dtype, buffer_dtype, isa):
 )
 @pytest.mark.parametrize("where", ["param", "buffer", "both"])
 @DTYPES
-def test_round_trip_of_extreme_values(dtype, where, values, isa):
+def test_extreme_values(dtype, where, values, isa):
     """Tiny buffers that move nothing, huge ones that swallow the parameter or overflow, Inf and NaN."""
-    opt, params = in_training([nonzero((1003,), dtype), in_layout(nonzero((17, 31), dtype), "column")], "classical")
+    shapes = [nonzero((1003,), dtype), in_layout(nonzero((17, 31), dtype), "column")]
+    opt, params = in_training(shapes, formulation="classical")
     for param in params:
         scale = torch.tensor(values, dtype=torch.float64).repeat(param.numel())[: param.numel()].view(param.shape)
         for name, target in (("param", param.data), ("buffer", opt.state[param]["momentum_buffer"])):
             if where in (name, "both"):
                 target[::2] = (target.double() * scale).to(dtype)[::2]
-    Visit(opt, "classical").eval().train()
+    with visited(opt, MU):
+        pass
 
 
 @DTYPES
-def test_round_trip_on_several_threads(dtype, isa, threads):
-    """The iterate that train() computes again is the same whatever the number of threads was."""
+def test_threads(dtype, isa, threads):
+    """The iterate that the way back computes again is the same whatever the number of threads was."""
     opt, _ = in_training([nonzero((n,), dtype) for n in (100_003, 5, 65_537)], steps=1)
-    visit = Visit(opt, "torch").eval()
-    torch.set_num_threads(2)
-    visit.train()
+    with visited(opt):
+        torch.set_num_threads(2)
 
 
 @DTYPES
@@ -244,26 +243,8 @@ def test_another_instruction_set_on_the_way_back(dtype):
     for there, back in zip(isas, [*isas[1:], isas[0]], strict=True):
         _C.set_isa(there)
         opt, _ = in_training([nonzero((n,), dtype) for n in (1003, 33)])
-        visit = Visit(opt, "torch").eval()
-        _C.set_isa(back)
-        visit.train()
-
-
-@pytest.mark.parametrize("name", _C.isas())
-@DTYPES
-def test_every_instruction_set_comes_back_to_the_bit(dtype, name):
-    """Also the one whose roundings differ from torch's."""
-    _C.set_isa(name)
-    opt, params = in_training([nonzero((n,), dtype) for n in (1003, 33)])
-    before = Snapshot(opt, "versions", "grads", "groups")
-    opt.eval()
-    for param, value in zip(params, before.values, strict=True):
-        buffer = opt.state[param]["momentum_buffer"]
-        expected = iterate_of(value, buffer, distance("torch"))
-        torch.testing.assert_close(param.detach(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-        assert not torch.equal(param, value)
-    opt.train()
-    before.assert_unchanged()
+        with visited(opt):
+            _C.set_isa(back)
 
 
 class Own(torch.Tensor):
@@ -271,396 +252,327 @@ class Own(torch.Tensor):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "column", "step"])
+@pytest.mark.parametrize("kind", [torch.Tensor, Own])
+@pytest.mark.parametrize("name", _C.isas())
 @DTYPES
-def test_round_trip_of_tensors_that_torch_updates(dtype, layout):
-    """A tensor subclass has no kernel."""
-    values = [in_layout(nonzero(shape, dtype), layout) for shape in [(257,), (17, 31)]]
-    params = [torch.nn.Parameter(value.as_subclass(Own)) for value in values]
-    opt = FusedMomentum([*params, torch.nn.Parameter(nonzero((33,), dtype))], lr=LR, momentum=MU, nesterov=True)
+def test_where_roundings_may_differ_from_torchs(dtype, name, kind, layout):
+    """Instruction sets without fma, and tensor subclasses: close to the rule there, and to the bit back."""
+    _C.set_isa(name)
+    values = [in_layout(nonzero(shape, dtype), layout).as_subclass(kind) for shape in [(257,), (17, 31), (1003,)]]
+    opt = FusedMomentum([torch.nn.Parameter(value) for value in values], lr=LR, momentum=MU, nesterov=True)
     step(opt, 2)
-    before = Snapshot(opt, "versions", "grads", "groups")
-    opt.eval()
-    for param, value in zip(before.params, before.values, strict=True):
-        buffer = opt.state[param]["momentum_buffer"].as_subclass(torch.Tensor)
-        expected = iterate_of(value.as_subclass(torch.Tensor), buffer, distance("torch"))
-        found = param.detach().as_subclass(torch.Tensor)
-        assert not torch.equal(found, value.as_subclass(torch.Tensor))
-        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
-    opt.train()
+    before = Snapshot(opt, "versions")
+    with opt.iterate_weights():
+        for param, value in zip(before.params, before.values, strict=True):
+            found, value, buffer = (
+                each.detach().as_subclass(torch.Tensor) for each in (param, value, opt.state[param]["momentum_buffer"])
+            )
+            assert not torch.equal(found, value)
+            expected = iterate_of(value, buffer, MU * LR)
+            torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     before.assert_unchanged()
 
 
-def test_round_trip_with_a_sparse_buffer():
+def test_sparse_buffer():
     """torch keeps the momentum of sparse gradients sparse."""
-    param = torch.nn.Parameter(torch.randn(20, 5))
-    opt = FusedMomentum([param], lr=LR, momentum=MU)
-    rows = torch.randn(20, 5) * (torch.arange(20) % 3 == 0)[:, None]
-    param.grad = rows.to_sparse(1)
+    opt, (param,) = in_training([torch.randn(20, 5)], steps=0, nesterov=False)
+    param.grad = (torch.randn(20, 5) * (torch.arange(20) % 3 == 0)[:, None]).to_sparse(1)
     opt.step()
+    opt.param_groups[0]["nesterov"] = True
     buffer = opt.state[param]["momentum_buffer"]
     assert buffer.is_sparse
-    opt.param_groups[0]["nesterov"] = True
-    value = param.detach().clone()
-    opt.eval()
-    torch.testing.assert_close(param.detach(), value + MU * LR * buffer.to_dense())
-    assert not torch.equal(param, value)
-    opt.train()
-    assert_same(param, value)
+    before = Snapshot(opt, "versions")
+    with opt.iterate_weights():
+        torch.testing.assert_close(param.detach(), before.values[0] + MU * LR * buffer.to_dense())
+        assert has_moved(before) == [True]
+    before.assert_unchanged()
 
 
-def test_a_parameter_that_is_in_two_groups_moves_once():
-    opt, params = in_training([torch.randn(33)])
-    opt.param_groups.append({**opt.param_groups[0], "params": params[:]})
-    visit = Visit(opt, "torch").eval()
-    visit.train()
-    step(opt)
+def test_another_device_beside_the_cpu():
+    opt, _ = in_training([torch.randn(33)])
+    meta = torch.nn.Parameter(torch.empty(5, device="meta"))
+    opt.add_param_group({"params": [meta]})
+    opt.state[meta]["momentum_buffer"] = torch.empty(5, device="meta")
+    before = Snapshot(opt, "versions")
+    with opt.iterate_weights():
+        assert not torch.equal(before.params[0], before.values[0])
+    before.assert_unchanged()
 
 
-@pytest.mark.parametrize("first", [{"nesterov": False}, {"lr": 0.5}], ids=str)
-def test_a_parameter_that_is_in_two_groups_of_different_kind(first):
+SHARING = {
+    "one tensor": lambda w: [w, w],
+    "overlapping": lambda w: [w[:-5], w[7:]],
+    "the other way round": lambda w: [w[7:], w[:-5]],
+    "interleaved": lambda w: [w[::2], w[1::2]],
+    "three": lambda w: [w[: w.numel() // 2], w, w[w.numel() // 3 :]],
+    "a subclass": lambda w: [w.as_subclass(Own), w[1:]],
+    "beside others": lambda w: [torch.randn(5), w, torch.randn(3), w[9:].view(-1)],
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_parameters_that_share_memory(case):
+    """They move one after the other, and back in reverse."""
+    torch.set_num_threads(2)
+    weight = torch.randn(400_000)
+    params = [torch.nn.Parameter(view) for view in SHARING[case](weight)]
+    opt = FusedMomentum(params, lr=LR, momentum=MU, nesterov=True)
+    step(opt, 2)
+    before, expected = Snapshot(opt, "versions"), clone_params(params)
+    with torch.no_grad():
+        for param, copied in zip(params, expected, strict=True):
+            copied.copy_(iterate_of(copied, opt.state[param]["momentum_buffer"], MU * LR))
+    for _ in range(5):  # a race does not show each time
+        with opt.iterate_weights():
+            for param, copied in zip(params, expected, strict=True):
+                assert_same(param.detach().as_subclass(torch.Tensor), copied.detach().as_subclass(torch.Tensor))
+        before.assert_unchanged()
+
+
+@pytest.mark.parametrize("first", [{}, {"nesterov": False}, {"lr": 0.5}], ids=str)
+def test_a_parameter_that_is_in_two_groups_moves_once(first):
     opt, params = in_training([torch.randn(33)])
     opt.param_groups.insert(0, {**opt.param_groups[0], "params": params[:], **first})
-    before = Snapshot(opt, "versions", "grads", "groups")
-    opt.eval()
-    assert not torch.equal(params[0], before.values[0])
-    opt.train()
-    before.assert_unchanged()
-
-
-# -------------------------------------------------------------------------------------------------------- the modes
-
-
-def test_calling_twice_has_no_effect():
-    opt, _ = in_training([torch.randn(300), torch.randn(17)])
-    visit = Visit(opt, "torch").eval()
-    held = Snapshot(opt)
-    visit.eval()  # the same iterate is expected
-    held.assert_unchanged()
-    visit.train()
-    visit.train()
-
-
-def test_train_without_eval_has_no_effect():
-    opt, _ = in_training([torch.randn(300)])
-    Visit(opt, "torch").train()
+    with visited(opt, MU * first.get("lr", LR)):
+        pass
     step(opt)
 
 
-@pytest.mark.parametrize("hyper", [{"nesterov": False}, {"nesterov": False, "momentum": 0}], ids=str)
-def test_without_nesterov_nothing_moves(hyper):
-    """But the mode is one for all groups: a step raises here, too."""
-    opt, _ = in_training([torch.randn(300)], **hyper)
-    before = Snapshot(opt, "versions", "grads", "groups")
-    opt.eval()
-    before.assert_unchanged()
-    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
-        opt.step()
-    opt.train()
-    before.assert_unchanged()
-    step(opt)
+def mixed_groups():
+    """Each in its units."""
+    hypers = [{}, {"formulation": "classical", "lr": 0.3}, {"formulation": "ema"}, {"nesterov": False}]
+    groups = [{"params": [torch.nn.Parameter(torch.randn(257))], **hyper} for hyper in hypers]
+    opt = FusedMomentum(groups, lr=LR, momentum=MU, nesterov=True)
+    step(opt, 3)
+    return opt
 
 
-def test_before_the_first_step_nothing_moves():
-    opt, _ = in_training([torch.randn(300)], steps=0)
-    before = Snapshot(opt, "versions", "grads", "groups")
-    opt.eval()
-    before.assert_unchanged()
-    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
-        step(opt)
-    opt.train()
-    before.assert_unchanged()
-    step(opt)
-
-
-def test_parameters_without_a_buffer_stay():
+def without_a_buffer():
     opt, params = in_training([torch.randn(300), torch.randn(17)], steps=0)
     params[0].grad = torch.randn(300)
     opt.step()
-    visit = Visit(opt, "torch").eval()
-    assert not torch.equal(params[0], visit.before.values[0])
-    visit.train()
+    return opt
 
 
-def test_a_mixture_of_groups_moves_each_in_its_units():
-    params = [torch.nn.Parameter(torch.randn(257)) for _ in range(4)]
-    hypers = [{}, {"formulation": "classical", "lr": 0.3}, {"formulation": "ema"}, {"nesterov": False}]
-    opt = FusedMomentum(
-        [{"params": [p], **h} for p, h in zip(params, hypers, strict=True)], lr=LR, momentum=MU, nesterov=True
-    )
-    step(opt, 3)
-    before = Snapshot(opt, "versions", "grads", "groups")
-    opt.eval()
-    for param, value, by in zip(params, before.values, [MU * LR, MU, MU * LR, 0], strict=True):
-        assert_same(param, iterate_of(value, opt.state[param]["momentum_buffer"], by))
-    opt.train()
-    before.assert_unchanged()
+def waiting_for_a_conversion():
+    opt, _ = in_training([torch.randn(300)])
+    opt.param_groups[0]["formulation"] = "classical"
+    return opt
 
 
-def test_a_step_in_eval_mode_raises_and_changes_nothing_until_train():
-    opt, params = in_training([torch.randn(300), torch.randn(17)])
-    twin, _ = in_training([torch.randn(1)])
+MOVES = {
+    "mixed groups": (mixed_groups, [MU * LR, MU, MU * LR, 0]),
+    "no Nesterov": (lambda: in_training([torch.randn(300)], nesterov=False)[0], [0]),
+    "no momentum": (lambda: in_training([torch.randn(300)], nesterov=False, momentum=0)[0], [0]),
+    "before the first step": (lambda: in_training([torch.randn(300)], steps=0)[0], [0]),
+    "one without a buffer": (without_a_buffer, [MU * LR, 0]),
+    "buffers in the form that they still have": (waiting_for_a_conversion, [MU * LR]),
+}
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_who_moves(case):
+    make, by = MOVES[case]
+    opt = make()
+    with visited(opt, *by) as before:
+        assert has_moved(before) == [each != 0 for each in by]
+        with pytest.raises(RuntimeError, match="iterate_weights"):
+            opt.step()  # the context is one for all groups
+    step(opt)
+
+
+# ----------------------------------------------------------------------------------------------------------- inside
+
+
+class Copying:
+    """As Lightning's and Fabric's wrappers: a class of its own, over a copy of the optimizer's attributes."""
+
+    def __init__(self, opt):
+        self.__dict__ = {key: value for key, value in opt.__dict__.items() if key not in ("state_dict", "step")}
+        self.__class__ = type("Copying", (Copying, type(opt)), {})
+
+
+class Forwarding:
+    """As accelerate's."""
+
+    def __init__(self, opt):
+        self.opt = opt
+
+    def __getattr__(self, name):
+        return getattr(self.opt, name)
+
+
+REFUSED = {
+    "step": lambda opt: opt.step(),
+    "step with a closure": lambda opt: opt.step(lambda: pytest.fail("the closure must not run")),
+    "state_dict": lambda opt: opt.state_dict(),
+    "torch_state_dict": lambda opt: opt.torch_state_dict(),
+    "load_state_dict": lambda opt: opt.load_state_dict({"state": {}, "param_groups": []}),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "iterate_weights": lambda opt: opt.iterate_weights().__enter__(),
+    "ema_weights": lambda opt: opt.ema_weights().__enter__(),
+}
+
+
+@pytest.mark.parametrize("action", REFUSED)
+@pytest.mark.parametrize("context", ["iterate_weights", "ema_weights"])
+@pytest.mark.parametrize("enter", [0, 1, 2], ids=["enters", "copy enters", "forwarder enters"])
+def test_refused_inside(context, action, enter):
+    """By the optimizer and whatever wraps it, and nothing changes."""
+    opt, params = in_training([torch.randn(300), torch.randn(17)], ema_decay=0.5)
     twin = copy.deepcopy(opt)
-    opt.eval()
-    before = Snapshot(opt, "versions", "grads", "groups")
-    versions = [p._version for p in params]
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match=r"step\(\).*optimizer\.train\(\)"):
-            step(opt)
-        before.assert_unchanged()
-        assert [p._version for p in params] == versions
-    opt.train()
+    faces = [opt, Copying(opt), Forwarding(opt)]
+    before = Snapshot(opt, "versions")
+    with getattr(faces[enter], context)():
+        assert all(has_moved(before))
+        held = Snapshot(opt)
+        for face in faces:
+            if isinstance(face, Forwarding) and action in ("deepcopy", "pickle"):
+                continue  # these look for attributes where no optimizer is yet
+            with pytest.raises(RuntimeError, match=rf"leave {context}\(\) first"):
+                REFUSED[action](face)
+            held.assert_unchanged()
+    before.assert_unchanged()
     for p, q in zip(params, twin.param_groups[0]["params"], strict=True):
-        p.grad = nonzero(p.shape, p.dtype)
+        p.grad = nonzero(p.shape)
         q.grad = p.grad.clone()
-    opt.step()
+    faces[enter].step()
     twin.step()
     for p, q in zip(params, twin.param_groups[0]["params"], strict=True):
         assert_same(p, q)
-        assert_same(opt.state[p]["momentum_buffer"], twin.state[q]["momentum_buffer"])
+        for key in ("momentum_buffer", "ema"):
+            assert_same(opt.state[p][key], twin.state[q][key])
 
 
-def test_training_goes_on_as_if_eval_had_never_been_called(threads):
-    visited, _ = in_training([torch.randn(n) for n in (300, 40_001, 33_000)], steps=1)
-    plain = copy.deepcopy(visited)
-    for _ in range(4):
-        visited.eval()
-        visited.train()
-        for p, q in zip(visited.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
-            p.grad = nonzero(p.shape, p.dtype)
-            q.grad = p.grad.clone()
-        visited.step()
-        plain.step()
-        for p, q in zip(visited.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
-            assert_same(p, q)
+def test_an_exception_inside_restores():
+    opt, _ = in_training([torch.randn(300), torch.randn(17)])
+    before = Snapshot(opt, "versions")
+    with pytest.raises(KeyError, match="mine"), opt.iterate_weights():
+        assert all(has_moved(before))
+        raise KeyError("mine")
+    before.assert_unchanged()
+    with visited(opt):
+        pass
+    step(opt)
 
 
-def test_elements_that_are_changed_in_between_move_by_the_distance():
-    """A model that was loaded in eval mode, say; the others come back to the bit."""
-    opt, params = in_training([torch.randn(1003), in_layout(torch.randn(17, 31), "column")], "classical")
-    before = Snapshot(opt, "versions", "grads", "groups")
-    opt.eval()
-    changed = {}
-    for param in params:
-        with torch.no_grad():
+def test_elements_that_are_changed_inside_move_by_the_distance():
+    """A model that was loaded there, say; the others come back to the bit."""
+    values = [torch.randn(1003), in_layout(torch.randn(17, 31), "column")]
+    opt, params = in_training(values, formulation="classical")
+    before = Snapshot(opt)
+    with opt.iterate_weights(), torch.no_grad():
+        for param in params:
             param[::3] += 1.5
-        changed[param] = param.detach().clone()
-    opt.train()
-    for param, value in zip(params, before.values, strict=True):
-        buffer = opt.state[param]["momentum_buffer"]
-        assert_same(param[::3], changed[param][::3].sub(buffer[::3], alpha=MU))
+        changed = [param.detach().clone() for param in params]
+    for param, value, inside in zip(params, before.values, changed, strict=True):
+        assert_same(param[::3], inside[::3].sub(opt.state[param]["momentum_buffer"][::3], alpha=MU))
         for rest in (1, 2):
             assert_same(param[rest::3], value[rest::3])
 
 
-@pytest.mark.parametrize(
-    "edit", [{"lr": 0.7}, {"nesterov": False}, {"momentum": 0.5}, {"lr": 0.0}, {"lr": torch.tensor(0.3)}], ids=str
-)
-def test_hyperparameters_edited_in_between_do_not_matter(edit):
+EDITS = {
+    **{str(edit): lambda opt, edit=edit: opt.param_groups[0].update(edit) for edit in (
+        {"lr": 0.7}, {"nesterov": False}, {"momentum": 0.5}, {"lr": 0.0}, {"lr": torch.tensor(0.3)},
+        {"formulation": "classical"},
+    )},
+    "lr.fill_": lambda opt: opt.param_groups[0]["lr"].fill_(9.0),
+    "add_param_group": lambda opt: opt.add_param_group({"params": [torch.nn.Parameter(torch.randn(17))]}),
+    "state.clear": lambda opt: opt.state.clear(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_inside_do_not_matter_on_the_way_back(edit):
     """A scheduler that steps while the model is evaluated."""
-    opt, _ = in_training([torch.randn(300)])
-    visit = Visit(opt, "torch").eval()
-    opt.param_groups[0].update(edit)
-    visit.train()
-
-
-def test_a_tensor_lr_that_is_written_in_place_does_not_matter():
-    opt, _ = in_training([torch.randn(300)])
-    lr = torch.tensor(LR, dtype=torch.float64)
-    opt.param_groups[0]["lr"] = lr
-    visit = Visit(opt, "torch").eval()
-    lr.fill_(9.0)
-    visit.train()
-
-
-@pytest.mark.parametrize("action", ["state_dict", "deepcopy", "pickle", "eval"])
-def test_a_formulation_edited_in_between_waits_for_train(action):
-    """The distance is in the buffer's units, so the buffer stays as it is: an error says so; train() comes back."""
-    opt, params = in_training([torch.randn(300)])
-    visit = Visit(opt, "torch").eval()
-    buffer = opt.state[params[0]]["momentum_buffer"].clone()
-    opt.param_groups[0]["formulation"] = "classical"
-    held = Snapshot(opt)
-    actions = {"state_dict": opt.state_dict, "eval": opt.eval}
-    actions |= {"deepcopy": lambda: copy.deepcopy(opt), "pickle": lambda: pickle.dumps(opt)}
-    with pytest.raises(ValueError, match=r"optimizer\.train\(\)"):
-        actions[action]()
-    held.assert_unchanged()
-    visit.train()
-    opt.state_dict()
-    assert_same(opt.state[params[0]]["momentum_buffer"], buffer * LR)
-
-
-def test_a_checkpoint_of_eval_mode_in_another_formulation_is_refused():
-    opt, _ = in_training([torch.randn(300)])
-    opt.eval()
-    checkpoint = opt.state_dict()
-    other, _ = in_training([torch.randn(300)], "classical")
-    groups, before = other.param_groups, Snapshot(other, "versions", "grads", "groups")
-    with pytest.raises(ValueError, match=r"optimizer\.train\(\)"):
-        other.load_state_dict(checkpoint)
-    assert other.param_groups is groups and "train_mode" not in groups[0]
-    before.assert_unchanged()
-    step(other)
-
-
-def test_add_param_group_in_eval_mode():
-    opt, params = in_training([torch.randn(300)])
-    visit = Visit(opt, "torch").eval()
-    added = torch.nn.Parameter(torch.randn(17))
-    opt.add_param_group({"params": [added]})
-    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
-        step(opt)
-    opt.train()
-    assert_same(params[0], visit.before.values[0])
-    before = [p.detach().clone() for p in (params[0], added)]
+    opt, (param,) = in_training([torch.randn(300)])
+    if edit == "lr.fill_":
+        opt.param_groups[0]["lr"] = torch.tensor(LR, dtype=torch.float64)
+    value, buffer = param.detach().clone(), opt.state[param]["momentum_buffer"].clone()
+    with opt.iterate_weights():
+        assert not torch.equal(param, value)
+        EDITS[edit](opt)
+    assert_same(param, value)
+    if "formulation" in edit:
+        assert_same(opt.state_dict()["state"][0]["momentum_buffer"], buffer * LR)
     step(opt)
-    assert all(not torch.equal(p, value) for p, value in zip((params[0], added), before, strict=True))
 
 
 def test_autograd_knows_that_the_parameters_have_moved():
-    for action in ("eval", "train"):
-        opt, params = in_training([torch.randn(300), torch.randn(17)])
-        if action == "train":
-            opt.eval()
-        output = sum(p.square().sum() for p in params)
-        getattr(opt, action)()
+    opt, params = in_training([torch.randn(300), torch.randn(17)])
+    outside = sum(p.square().sum() for p in params)
+    with opt.iterate_weights():
+        inside = sum(p.square().sum() for p in params)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            output.backward()
+            outside.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        inside.backward()
 
 
-def test_the_memory_of_the_copy_is_given_back():
-    """After train() the state has torch's form again."""
-    opt, params = in_training([torch.randn(300)])
-    opt.eval()
-    assert set(opt.state[params[0]]) == {"momentum_buffer", "lookahead"}
-    opt.train()
-    assert set(opt.state[params[0]]) == {"momentum_buffer"}
+# ----------------------------------------------------------------------------------------------------- what is wrong
 
 
-def test_momentum_that_is_deleted_in_eval_mode():
-    """Then the iterate is where the gradient belongs; the other parameter goes back."""
-    opt, params = in_training([torch.randn(300), torch.randn(17)])
-    visit = Visit(opt, "torch").eval()
-    iterate = params[0].detach().clone()
-    del opt.state[params[0]]["momentum_buffer"]
-    opt.train()
-    assert_same(params[0], iterate)
-    assert_same(params[1], visit.before.values[1])
-    assert not opt.state[params[0]]
-    step(opt)
+def assert_refused(opt, context, match, *untouched):
+    """Before anything is written, and the context is not entered: the second time it is not the one to leave."""
+    values, keys = [tensor.detach().clone() for tensor in untouched], keys_of(opt)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=match), getattr(opt, context)():
+            pytest.fail("it must not come here")
+        for tensor, value in zip(untouched, values, strict=True):
+            assert_same(tensor, value)
+        assert keys_of(opt) == keys
 
 
-def test_a_buffer_of_another_shape_is_refused_before_anything_moves():
-    opt, params = in_training([torch.randn(300), torch.randn(17)])
-    good = opt.state[params[1]]["momentum_buffer"]
-    opt.state[params[1]]["momentum_buffer"] = torch.ones(18)
-    before = Snapshot(opt, "versions", "grads", "groups")
-    with pytest.raises(RuntimeError, match="shape"):
-        opt.eval()
-    before.assert_unchanged()
-    opt.state[params[1]]["momentum_buffer"] = good
-    step(opt)
+@pytest.mark.parametrize("size", [0, 80])
+@pytest.mark.parametrize(
+    "context, what, options",
+    [
+        ("iterate_weights", "param", {}),
+        ("iterate_weights", "momentum_buffer", {}),
+        ("iterate_weights", "momentum_buffer", {"momentum_dtype": "int8"}),
+        ("iterate_weights", "momentum_scale", {"momentum_dtype": "int8"}),
+        ("ema_weights", "param", {}),
+        ("ema_weights", "ema", {}),
+    ],
+    ids=str,
+)
+def test_memory_that_is_not_there(context, what, options, size):
+    """Freed or shrunk, as FSDP does with parameters: an error that names it."""
+    opt, params = in_training([torch.randn(n) for n in (300, 30_000)], ema_decay=0.5, **options)
+    (params[1] if what == "param" else opt.state[params[1]][what]).untyped_storage().resize_(size)
+    match = rf"{'ema of' if what == 'ema' else what}.*1.*freed or resized"
+    assert_refused(opt, context, match, params[0], *opt.state[params[0]].values())
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+def freed():
+    buffer = torch.ones(300)
+    buffer.untyped_storage().resize_(0)
+    return buffer
 
 
-def through_torch_save(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-WAYS = {
-    "direct": lambda state: state,
-    "deepcopy": copy.deepcopy,
-    "torch.save": through_torch_save,
-    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+BAD = {
+    "its shape": lambda: torch.ones(301),
+    "another device": lambda: torch.ones(300, device="meta"),
+    "ComplexFloat": lambda: torch.ones(300, dtype=torch.complex64),
+    "freed or resized": freed,
 }
 
 
-def assert_resumes(resumed, lookaheads):
-    """It remembers that the iterate is held, and train() gives the very bits of the look-ahead point."""
-    params = resumed.param_groups[0]["params"]
-    held = Snapshot(resumed, "grads")
-    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
-        step(resumed)
-    resumed.eval()
-    held.assert_unchanged()
-    resumed.train()
-    for param, value in zip(params, lookaheads, strict=True):
-        assert_same(param, value)
-    step(resumed)
-
-
-@pytest.mark.parametrize("way", WAYS)
-@DTYPES
-@FORMULATION
-def test_state_dict_of_eval_mode(formulation, dtype, way):
-    """With the model's parameters as they were saved with it: the iterate."""
-    opt, params = in_training([nonzero(shape, dtype) for shape in SHAPES], formulation)
-    lookaheads = [p.detach().clone() for p in params]
-    opt.eval()
-    fresh = FusedMomentum(clone_params(params), lr=99.0, formulation=formulation)
-    fresh.load_state_dict(WAYS[way](opt.state_dict()))
-    opt.train()  # before the other one's step: "direct" shares the buffers
-    for param, value in zip(params, lookaheads, strict=True):
-        assert_same(param, value)
-    assert_resumes(fresh, lookaheads)
-
-
-@pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["deepcopy", "pickle"]
-)
-def test_optimizer_copied_in_eval_mode(way):
-    opt, params = in_training([torch.randn(shape) for shape in SHAPES])
-    lookaheads = [p.detach().clone() for p in params]
-    opt.eval()
-    assert_resumes(way(opt), lookaheads)
-
-
-def test_a_checkpoint_of_train_mode_ends_eval_mode():
-    """The loaded state says where the loaded model is."""
-    opt, params = in_training([torch.randn(300)])
-    checkpoint, values = copy.deepcopy(opt.state_dict()), [clone_exact(p) for p in params]
-    step(opt)
-    opt.eval()
-    opt.load_state_dict(checkpoint)
-    with torch.no_grad():
-        for param, value in zip(params, values, strict=True):
-            param.copy_(value)
-    opt.train()
-    for param, value in zip(params, values, strict=True):
-        assert_same(param, value)
-    step(opt)
-
-
-def test_torch_takes_a_state_dict_of_eval_mode():
-    """It trains on from where the parameters are; what it does not know, it keeps."""
-    opt, params = in_training([torch.randn(300)])
-    opt.eval()
-    sgd = torch.optim.SGD(clone_params(params), lr=0.1)
-    sgd.load_state_dict(opt.state_dict())
-    step(sgd)
-
-
-def test_a_closure_does_not_run_in_eval_mode():
-    param = torch.nn.Parameter(torch.randn(33))
-    opt = FusedMomentum([param], lr=0.1, momentum=0.9, nesterov=True)
-    param.grad = torch.randn(33)
-    opt.step()
-    opt.eval()
-    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
-        opt.step(lambda: pytest.fail("the closure must not run"))
-
-
-def test_a_freed_parameter_is_refused():
-    param = torch.nn.Parameter(torch.randn(33))
-    opt = FusedMomentum([param], lr=0.1, momentum=0.9, nesterov=True)
-    param.grad = torch.randn(33)
-    opt.step()
-    param.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="freed"):
-        opt.eval()
-    assert "lookahead" not in opt.state[param] and "train_mode" not in opt.param_groups[0]
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("first", [torch.Tensor.clone, torch.Tensor.to_sparse], ids=["dense", "sparse"])
+def test_a_buffer_that_cannot_be_used(first, bad, shares):
+    """The parameter before it, which a kernel moves or torch, stays where it is."""
+    weight = torch.randn(600)
+    params = [torch.nn.Parameter(weight[:300]), torch.nn.Parameter(weight[200:500] if shares else weight[300:])]
+    opt = FusedMomentum(params, lr=LR, momentum=MU, nesterov=True)
+    step(opt, 2)
+    first_state, second_state = (opt.state[param] for param in params)
+    first_state["momentum_buffer"] = first(first_state["momentum_buffer"])
+    good, second_state["momentum_buffer"] = second_state["momentum_buffer"], BAD[bad]()
+    assert_refused(opt, "iterate_weights", bad, weight)
+    second_state["momentum_buffer"], before = good, weight.clone()
+    with opt.iterate_weights():
+        assert not torch.equal(weight, before)
+    assert_same(weight, before)

@@ -72,7 +72,7 @@ def raises(*_, **__):
     raise Refused("by a hook")
 
 
-class Training(RuleBasedStateMachine):
+class ExactTraining(RuleBasedStateMachine):
     """In fp64 or in fp32: to the bit, where no factor has its own rounding."""
 
     dtypes = [(FP64,), (FP32,)]  # one of these for a sequence, its dtypes by turns
@@ -543,7 +543,7 @@ class Training(RuleBasedStateMachine):
             self.step()
 
 
-class Formats(Training):
+class LowPrecisionTraining(ExactTraining):
     """Plain and low-precision state in every dtype: what each step stores, in which dtype, how nearly."""
 
     dtypes = [(BF16,), (BF16, FP32), (FP16, FP32), (FP16, BF16, FP32), (FP64, FP32)]

@@ -83,21 +83,36 @@ py::tuple GradNorm::conclude(const std::optional<at::Tensor>& factor,
                         wrap(max_norm.has_value() ? result.norm : result.found_inf));
 }
 
-void GradNorm::remember(const py::list& param_groups,
-                        const std::optional<std::vector<int64_t>>& indices) {
-  if (!read_params(param_groups)) return records_.clear();
+size_t GradNorm::remember(const py::list& param_groups,
+                          const std::optional<std::vector<int64_t>>& indices, int64_t shift) {
+  if (!read_params(param_groups)) return 0;
+  GradRecords before = std::exchange(records_, {});
   size_t n = 0;
   for_each_grad([&](const at::Tensor& grad, size_t) {
-    records_.set(n, *grad.unsafeGetTensorImpl(), indices.has_value() ? indices->at(n) : 0);
+    const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
+    records_.add(impl, indices.has_value() ? indices->at(n) : 0, before.take(n, impl));
     ++n;
     return true;
   });
-  records_.resize(n);
+  records_.add_others(std::move(before), shift);
+  return records_.size() - n;
+}
+
+size_t GradNorm::forget(const py::list& param_groups) {
+  if (!read_params(param_groups)) return records_.size();
+  GradRecords before = std::exchange(records_, {});
+  size_t n = 0;
+  for_each_grad([&](const at::Tensor& grad, size_t) {
+    before.take(n++, *grad.unsafeGetTensorImpl());
+    return true;
+  });
+  records_.add_others(std::move(before), 0);
+  return records_.size();
 }
 
 py::object GradNorm::match(const py::list& param_groups) {
   py::list found;
-  if (!read_params(param_groups)) return std::move(found);
+  if (!read_params(param_groups)) return found;
   size_t n = 0;
   bool same = records_.has_one_coefficient();
   for_each_grad([&](const at::Tensor& grad, size_t) {
@@ -111,7 +126,7 @@ py::object GradNorm::match(const py::list& param_groups) {
                                 records_.find(*grad.unsafeGetTensorImpl())));
     return true;
   });
-  return std::move(found);
+  return found;
 }
 
 // The parameters, each once; false where a group has none. Most of the time they are as they were.

@@ -42,8 +42,13 @@ class GradNorm {
   int16_t device() const { return device_.value_or(kCpu); }
 
   // Remembers the gradients that are there now, each with the index of its coefficient; without
-  // indices it is 0 for all.
-  void remember(const py::list& param_groups, const std::optional<std::vector<int64_t>>& indices);
+  // indices it is 0 for all. Those remembered before that are absent keep their coefficients, whose
+  // indices move up by `shift`. Returns how many these are.
+  size_t remember(const py::list& param_groups, const std::optional<std::vector<int64_t>>& indices,
+                  int64_t shift);
+
+  // Forgets the gradients that are there now; returns how many others are remembered.
+  size_t forget(const py::list& param_groups);
 
   // None when the gradients are those that were remembered, untouched, with one coefficient. Else
   // for each gradient that is there: its parameter's group and index, and the coefficient's index;

@@ -4,6 +4,7 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -11,12 +12,26 @@ namespace momentum_ext::binding {
 
 class GradRecords {
  public:
-  void clear() { resize(0); }
-  void resize(size_t size);
+  // The weak reference keeps the storage's address from being used again, not its memory.
+  struct Record {
+    std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
+    c10::VariableVersion counter;
+    uint32_t version = 0;
+    int64_t begin = 0;  // bytes from the storage's start
+    int64_t end = 0;
+    int64_t coefficient = 0;
+  };
+
   size_t size() const { return records_.size(); }
 
-  // Record n, of at most one more than there are.
-  void set(size_t n, const c10::TensorImpl& grad, int64_t coefficient);
+  // Remembers a gradient as it is now; the record that it had saves making new references.
+  void add(const c10::TensorImpl& grad, int64_t coefficient, Record before);
+
+  // Takes out the record of the gradient's memory, which is most likely record n; or an empty one.
+  Record take(size_t n, const c10::TensorImpl& grad);
+
+  // Remembers what is left of `others` and still in memory.
+  void add_others(GradRecords others, int64_t shift);
 
   // True when all of them have coefficient 0.
   bool has_one_coefficient() const { return one_coefficient_; }
@@ -29,26 +44,11 @@ class GradRecords {
   int64_t find(const c10::TensorImpl& grad);
 
  private:
-  // Where a gradient lies.
-  struct Place {
-    const c10::StorageImpl* storage;
-    int64_t begin;  // bytes from the storage's start
-    int64_t end;
-  };
-  // The weak reference keeps the storage's address from being used again, not its memory.
-  struct Record {
-    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-    c10::VariableVersion counter;
-    uint32_t version;
-    int64_t begin;
-    int64_t end;
-    int64_t coefficient;
-  };
-  static Place place_of(const c10::TensorImpl& grad);
-  static bool was_written(const Record& record, const c10::TensorImpl& grad);
+  using Positions = std::unordered_multimap<const c10::StorageImpl*, size_t>;
+  const Positions& by_storage();
 
   std::vector<Record> records_;
-  std::unordered_multimap<const c10::StorageImpl*, size_t> by_storage_;  // made by find()
+  Positions by_storage_;  // made when it is asked for
   bool one_coefficient_ = true;
 };
 

@@ -33,13 +33,14 @@ std::vector<StridedDim> dims_in_memory_order(const at::Tensor& param, const at::
   std::vector<StridedDim> dims;
   for (int64_t d = 0; d < param.dim(); ++d) {
     if (param.size(d) == 1) continue;
-    dims.push_back({param.size(d), param.stride(d) * reals, grad.stride(d) * reals,
-                    buffer.defined() ? buffer.stride(d) * reals : 0});
+    dims.push_back({param.size(d),
+                    {param.stride(d) * reals, grad.stride(d) * reals,
+                     buffer.defined() ? buffer.stride(d) * reals : 0}});
   }
   std::stable_sort(dims.begin(), dims.end(), [](const StridedDim& a, const StridedDim& b) {
-    return a.param_stride > b.param_stride;
+    return a.strides[kParam] > b.strides[kParam];
   });
-  if (reals == 2) dims.push_back({2, 1, 1, buffer.defined() ? 1 : 0});
+  if (reals == 2) dims.push_back({2, {1, 1, buffer.defined() ? 1 : 0}});
   return dims;
 }
 
@@ -49,11 +50,13 @@ std::vector<StridedDim> coalesce(const std::vector<StridedDim>& dims) {
   for (const StridedDim& inner : dims) {
     if (!joined.empty()) {
       StridedDim& outer = joined.back();
-      if (outer.param_stride == inner.size * inner.param_stride &&
-          outer.grad_stride == inner.size * inner.grad_stride &&
-          outer.buffer_stride == inner.size * inner.buffer_stride) {
-        outer = {outer.size * inner.size, inner.param_stride, inner.grad_stride,
-                 inner.buffer_stride};
+      const auto runs_on = [&](Operand operand) {
+        return outer.strides[operand] == inner.size * inner.strides[operand];
+      };
+      if (runs_on(kParam) && runs_on(kGrad) && runs_on(kBuffer)) {
+        const int64_t outer_size = outer.size;
+        outer = inner;
+        outer.size *= outer_size;
         continue;
       }
     }
@@ -104,13 +107,13 @@ std::optional<int16_t> kernel_device(const at::Tensor& tensor) {
 std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,
                                            const at::Tensor& buffer) {
   std::vector<StridedDim> dims = coalesce(dims_in_memory_order(param, grad, buffer));
-  const bool is_flat =
-      dims.empty() || (dims.size() == 1 && dims[0].param_stride == 1 && dims[0].grad_stride == 1 &&
-                       dims[0].buffer_stride == (buffer.defined() ? 1 : 0));
+  const bool is_flat = dims.empty() || (dims.size() == 1 && dims[0].strides[kParam] == 1 &&
+                                        dims[0].strides[kGrad] == 1 &&
+                                        dims[0].strides[kBuffer] == (buffer.defined() ? 1 : 0));
   if (is_flat) return nullptr;
   auto owned = std::make_unique<OwnedLayout>();
   owned->dims = std::move(dims);
-  owned->layout = {owned->dims.data(), static_cast<int>(owned->dims.size())};
+  owned->layout = StridedLayout(owned->dims.data(), static_cast<int>(owned->dims.size()));
   return owned;
 }
 

@@ -8,6 +8,7 @@
 
 #include "../momentum.h"
 #include "step_plan_turn.h"
+#include "tensor_access.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -93,6 +94,7 @@ py::list StepPlan::unstarted_buffers() {
 }
 
 void StepPlan::clear_step() {
+  restore_versions();
   is_prepared_ = false;
   is_new_state_inserted_ = false;
   converts_ = false;
@@ -108,21 +110,13 @@ void StepPlan::clear_step() {
 
 void StepPlan::prepare(const py::list& param_groups, const py::dict& state) {
   compare(param_groups, state);
-  check_slots();
-  bool any_shared_grad = false;
   shares_.clear();
   first_steps_.begin_step();
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (status_[i] == Status::kNeedsCare) prepare_slot(i);
-    any_shared_grad = any_shared_grad || status_[i] == Status::kSharedGrad;
-    TensorEntry& entry = entries_[i];
-    int64_t numel_on_cpu = entry.numel;
-    if (entry.device != kCpu && numel_on_cpu != 0) {
-      numel_on_cpu = 0;
-      entry.cohort = first_steps_.still_open(entry.cohort, entry.device);
-      share_of(shares_, entry.device).add(entry);
-    }
-    first_element_[i + 1] = first_element_[i] + numel_on_cpu;
+  check_slots();
+  if (!careful_.empty()) {
+    for (const size_t i : careful_) prepare_slot(i);
+    shares_.clear();
+    for (size_t i = 0; i < slots_.size(); ++i) lay_out(i);
   }
   if (!shares_.empty()) refuse_random_capture();
   for (const DeviceShare& share : shares_) {
@@ -132,7 +126,7 @@ void StepPlan::prepare(const py::list& param_groups, const py::dict& state) {
     }
   }
   if (ranges_changed_) find_shared_memory();
-  in_order_ = ranges_meet_ || (any_shared_grad && some_grad_meets_another_slot());
+  in_order_ = ranges_meet_ || (!shared_grads_.empty() && some_grad_meets_another_slot());
   if (options_.average_weight.has_value() || has_averages_) attach_averages();
   has_averages_ = options_.average_weight.has_value();
   half_done_by_ = std::this_thread::get_id();
@@ -249,20 +243,17 @@ void StepPlan::update_cpu() {
   cpu::step(table, in_order_ ? 1 : max_threads());
 }
 
-// Autograd must know that these tensors have changed. Inference tensors have no version to bump.
 void StepPlan::bump_versions() {
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const Tensors& tensors = tensors_[i];
-    if (tensors.param == nullptr) continue;
-    const auto bump = [](c10::TensorImpl* written) {
-      if (written != nullptr && !written->is_inference()) written->bump_version();
-    };
-    bump(tensors.param);
-    bump(tensors.buffer);
-    bump(tensors.average);
-    if (!any_low_precision_) continue;
-    bump(more_tensors_[i].master);
-    bump(more_tensors_[i].scale);
+  versions_are_bumped_ = false;  // those of the other slots stay as they are now
+  for (const size_t i : careful_) {
+    bump_version(tensors_[i].param);
+    bump_version(tensors_[i].buffer);
+  }
+  for (size_t i = 0; (has_averages_ || any_low_precision_) && i < tensors_.size(); ++i) {
+    if (tensors_[i].param == nullptr) continue;
+    bump_version(tensors_[i].average);
+    bump_version(more_tensors_[i].master);
+    bump_version(more_tensors_[i].scale);
   }
 }
 

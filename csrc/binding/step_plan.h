@@ -62,8 +62,9 @@ class StepPlan {
 
   // What the next step would make of the state before it updates: a list of (parameter, key, tensor
   // or None for a key that goes), and the indices of the groups whose buffers are then written in
-  // their group's formulation. Changes nothing.
-  py::tuple pending_changes(const py::list& param_groups, const py::dict& state);
+  // their group's formulation. A parameter that came from another group, whose buffer is not written
+  // as "buffer_formulation" says, is among them; with `moved_only` these are all. Changes nothing.
+  py::tuple pending_changes(const py::list& param_groups, const py::dict& state, bool moved_only);
 
   // How many steps there have been: random numbers depend on it.
   uint32_t rounding_step() const { return rounding_step_; }
@@ -85,9 +86,8 @@ class StepPlan {
 
   // What a quick look at a slot found.
   enum class Status : uint8_t {
-    kIdle,  // no gradient
-    kReady,
-    kSharedGrad,  // ready; the gradient's storage has other owners
+    kIdle,   // no gradient
+    kReady,  // as the plan says; its versions are bumped already
     kNeedsCare,
   };
 
@@ -167,10 +167,13 @@ class StepPlan {
   void prepare(const py::list& param_groups, const py::dict& state);
   void compare(const py::list& param_groups, const py::dict& state);
   void check_slots();
-  Status check_slot(size_t i, bool has_momentum, const GroupReader& reader) noexcept;
+  void lay_out(size_t i);
+  void restore_versions() noexcept;
+  Status check_slot(size_t i, bool has_momentum, const GroupReader& reader);
   bool is_repeated(size_t i) const;
   bool wants_conversion(size_t i) const;
-  at::Tensor converted(const Slot& slot, const at::Tensor& value) const;
+  at::Tensor converted(const Slot& slot, const at::Tensor& value, Formulation wanted) const;
+  std::pair<PyObject*, at::Tensor> as_stored(const Slot& slot) const;
   PlannedState plan_state(size_t i, const at::Tensor& param, at::Tensor& buffer) const;
   void plan_buffer(size_t i, const at::Tensor& param, at::Tensor& buffer,
                    PlannedState& state) const;
@@ -261,6 +264,9 @@ class StepPlan {
     c10::TensorImpl* scale = nullptr;
   };
   std::vector<Status> status_;
+  std::vector<size_t> careful_;       // slots that need care
+  std::vector<size_t> shared_grads_;  // slots whose gradient's storage has other owners
+  bool versions_are_bumped_ = false;  // of the slots that are ready
   std::vector<Tensors> tensors_;
   std::vector<TensorEntry> entries_;
   std::vector<LowPrecision> low_precision_;

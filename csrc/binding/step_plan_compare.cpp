@@ -140,20 +140,51 @@ void StepPlan::rebuild(PyObject* state) {
   formulation_of_ = std::move(away);
 }
 
-// A quick look at all slots: are they as the plan says? Writes nothing but the plan.
+// A quick look at all slots: are they as the plan says? One pass, because a tensor's fields lie in a
+// dozen cache lines: what is ready gets its version bumped at once (restore_versions() takes it
+// back) and its place among the elements.
 void StepPlan::check_slots() {
+  careful_.clear();
+  shared_grads_.clear();
+  versions_are_bumped_ = true;
   for (size_t g = 0; g < readers_.size(); ++g) {
     const bool has_momentum = hyperparams_[g].has_momentum;
-    const bool needs_care =
-        options_.all_for_torch || options_.grads || readers_[g].needs_torch();
+    const bool needs_care = options_.all_for_torch || options_.grads || readers_[g].needs_torch();
     for (size_t i = first_slot_[g]; i < first_slot_[g + 1]; ++i) {
       status_[i] = needs_care ? Status::kNeedsCare : check_slot(i, has_momentum, readers_[g]);
+      if (status_[i] == Status::kNeedsCare) careful_.push_back(i);
+      lay_out(i);
     }
   }
 }
 
-StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
-                                      const GroupReader& reader) noexcept {
+// Counts slot i's elements for the device that has them.
+void StepPlan::lay_out(size_t i) {
+  TensorEntry& entry = entries_[i];
+  int64_t numel_on_cpu = entry.numel;
+  if (entry.device != kCpu && numel_on_cpu != 0) {
+    numel_on_cpu = 0;
+    entry.cohort = first_steps_.still_open(entry.cohort, entry.device);
+    share_of(shares_, entry.device).add(entry);
+  }
+  first_element_[i + 1] = first_element_[i] + numel_on_cpu;
+}
+
+// For a step that does not take place.
+void StepPlan::restore_versions() noexcept {
+  if (!versions_are_bumped_) return;
+  versions_are_bumped_ = false;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (status_[i] != Status::kReady) continue;
+    for (c10::TensorImpl* const written : {tensors_[i].param, tensors_[i].buffer}) {
+      if (written == nullptr || written->is_inference()) continue;
+      c10::VariableVersion counter = written->version_counter();
+      counter.set_version(static_cast<int64_t>(counter.current_version()) - 1);
+    }
+  }
+}
+
+StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum, const GroupReader& reader) {
   Slot& slot = slots_[i];
   if (has_momentum && slot.formulation != reader.formulation()) return Status::kNeedsCare;
   if (!THPVariable_CheckTypeExact(Py_TYPE(param_objects_[i]))) return Status::kNeedsCare;
@@ -188,7 +219,10 @@ StepPlan::Status StepPlan::check_slot(size_t i, bool has_momentum,
   entry.grad = const_data_of(grad, slot.grad_itemsize);
   entry.numel = slot.num_reals;
   entry.is_first_step = false;
-  return has_shared_storage(grad) ? Status::kSharedGrad : Status::kReady;
+  if (has_shared_storage(grad)) shared_grads_.push_back(i);
+  bump_version(tensors_[i].param);
+  bump_version(tensors_[i].buffer);
+  return Status::kReady;
 }
 
 // Everything that the slot's path was chosen for still holds. The gradient's address alone may

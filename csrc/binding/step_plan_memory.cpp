@@ -43,8 +43,8 @@ void StepPlan::find_shared_memory() {
 // Only gradients whose storage has other owners can lie in another slot's parameter or buffer. The
 // ranges are disjoint here: were they not, the tensors would be updated in order already.
 bool StepPlan::some_grad_meets_another_slot() const {
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (status_[i] != Status::kSharedGrad || entries_[i].numel == 0) continue;
+  for (const size_t i : shared_grads_) {
+    if (entries_[i].numel == 0) continue;
     const Slot& slot = slots_[i];
     const Shapes* const shapes = slot.shapes.get();
     const ByteRange grad(entries_[i].grad, shapes != nullptr

@@ -117,7 +117,7 @@ void StepPlan::finish_slot(size_t i, const at::Tensor& param, const at::Tensor& 
   entry.grad_dtype = slot.grad_kernel_dtype;
   entry.buffer_dtype = slot.buffer_kernel_dtype;
   entry.device = slot.device;
-  if (has_shared_storage(*grad.unsafeGetTensorImpl())) status_[i] = Status::kSharedGrad;
+  if (has_shared_storage(*grad.unsafeGetTensorImpl())) shared_grads_.push_back(i);
 }
 
 // The tensor at opt.state[p]["momentum_buffer"]; nullptr when there is none or it is None.

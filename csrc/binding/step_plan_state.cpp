@@ -26,7 +26,8 @@ std::string describe(const at::Tensor& tensor) {
 }  // namespace
 
 // What the next step would make of the state.
-py::tuple StepPlan::pending_changes(const py::list& param_groups, const py::dict& state) {
+py::tuple StepPlan::pending_changes(const py::list& param_groups, const py::dict& state,
+                                    bool moved_only) {
   const Turn turn(*this);
   py::list changes;
   py::list converted;
@@ -40,20 +41,29 @@ py::tuple StepPlan::pending_changes(const py::list& param_groups, const py::dict
         continue;
       }
       const at::Tensor& param = THPVariable_Unpack(param_objects_[i]);
-      const at::Tensor* const found =
-          hyperparams_[slot.group].has_momentum ? find_buffer(slot) : nullptr;
-      at::Tensor buffer = found == nullptr ? at::Tensor() : *found;
-      for (const auto& [key, tensor] : plan_state(i, param, buffer).changes) {
-        if (found == nullptr && tensor.defined()) continue;  // the first step makes it
+      const auto add = [&](PyObject* key, const at::Tensor& tensor) {
         changes.append(py::make_tuple(
             py::reinterpret_borrow<py::object>(param_objects_[i]),
             py::reinterpret_borrow<py::object>(key),
             tensor.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor))
                              : py::object(py::none())));
+      };
+      const bool has_momentum = hyperparams_[slot.group].has_momentum && !moved_only;
+      if (!has_momentum && find_buffer(slot) != nullptr &&
+          slot.formulation != readers_[slot.group].buffer_formulation()) {
+        const auto [key, tensor] = as_stored(slot);
+        add(key, tensor);
+      }
+      if (moved_only) continue;
+      const at::Tensor* const found = has_momentum ? find_buffer(slot) : nullptr;
+      at::Tensor buffer = found == nullptr ? at::Tensor() : *found;
+      for (const auto& [key, tensor] : plan_state(i, param, buffer).changes) {
+        if (found == nullptr && tensor.defined()) continue;  // the first step makes it
+        add(key, tensor);
       }
     }
     for (size_t g = 0; g < readers_.size(); ++g) {
-      if (hyperparams_[g].has_momentum) converted.append(g);
+      if (hyperparams_[g].has_momentum && !moved_only) converted.append(g);
     }
   } catch (...) {
     clear_step();
@@ -73,10 +83,22 @@ bool StepPlan::wants_conversion(size_t i) const {
   return slots_[i].formulation != readers_[slots_[i].group].formulation();
 }
 
-// A buffer's values, or an 8-bit buffer's scales, in the formulation that the group wants. Raises
-// where there is no exact way.
-at::Tensor StepPlan::converted(const Slot& slot, const at::Tensor& value) const {
-  const Formulation wanted = readers_[slot.group].formulation();
+// What stands for a buffer, itself or its scales, written as the group says that it is.
+std::pair<PyObject*, at::Tensor> StepPlan::as_stored(const Slot& slot) const {
+  const at::NoGradGuard no_grad;
+  const at::Tensor& buffer = *find_buffer(slot);
+  const bool has_scale = is_8_bit(buffer.scalar_type());
+  const at::Tensor value = has_scale ? find_scale(slot, buffer) : buffer;
+  check_memory(value, "momentum_buffer of " + name_of(slot));
+  const Formulation stored = readers_[slot.group].buffer_formulation();
+  return {has_scale ? scale_key_ : buffer_key_,
+          converted(slot, value, stored).to(value.scalar_type())};
+}
+
+// A buffer's values, or an 8-bit buffer's scales, in another formulation. Raises where there is no
+// exact way.
+at::Tensor StepPlan::converted(const Slot& slot, const at::Tensor& value,
+                               Formulation wanted) const {
   const std::string edit = "param_groups[" + std::to_string(slot.group) +
                            "]['formulation'] changed from '" + to_string(slot.formulation) +
                            "' to '" + to_string(wanted) + "'";
@@ -160,6 +182,7 @@ void StepPlan::plan_buffer(size_t i, const at::Tensor& param, at::Tensor& buffer
     return;
   }
   check_memory(buffer, "momentum_buffer of " + name_of(slot));
+  const Formulation formulation = readers_[slot.group].formulation();
   const bool converts = wants_conversion(i) && !is_repeated(i);
   const bool was_8_bit = is_8_bit(buffer.scalar_type());
   const bool is_ours = is_plain && kernel_device(buffer) == kernel_device(param) &&
@@ -168,7 +191,7 @@ void StepPlan::plan_buffer(size_t i, const at::Tensor& param, at::Tensor& buffer
                        buffer.is_complex() == param.is_complex();
   if (!is_ours) {  // examine() has a word for what is wrong, and torch's path for its format
     if (!converts || was_8_bit) return;
-    buffer = converted(slot, buffer).to(buffer.scalar_type());
+    buffer = converted(slot, buffer, formulation).to(buffer.scalar_type());
     state.changes.emplace_back(buffer_key_, buffer);
     return;
   }
@@ -177,7 +200,7 @@ void StepPlan::plan_buffer(size_t i, const at::Tensor& param, at::Tensor& buffer
       buffer.scalar_type() == dtype && (!was_8_bit || is_dense_like(buffer, param));
   if (keeps_format && !converts) return;
   if (keeps_format && was_8_bit) {
-    state.scale = converted(slot, state.scale);
+    state.scale = converted(slot, state.scale, formulation);
     state.changes.emplace_back(scale_key_, state.scale);
     return;
   }
@@ -188,7 +211,7 @@ void StepPlan::plan_buffer(size_t i, const at::Tensor& param, at::Tensor& buffer
                              "momentum");
   }
   at::Tensor value = was_8_bit ? dequantize(buffer, state.scale) : buffer;
-  if (converts) value = converted(slot, value);
+  if (converts) value = converted(slot, value, formulation);
   state.scale = at::Tensor();
   if (is_8_bit(dtype)) {
     std::tie(buffer, state.scale) = quantize(value, dtype, param);

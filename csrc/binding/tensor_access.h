@@ -18,6 +18,11 @@ MOMENTUM_EXT_INLINE const at::Tensor& grad_of(const c10::TensorImpl& param) {
   return meta == nullptr ? none : meta->grad_;
 }
 
+// Autograd must know that a tensor has changed. Inference tensors have no version to bump.
+MOMENTUM_EXT_INLINE void bump_version(c10::TensorImpl* written) {
+  if (written != nullptr && !written->is_inference()) written->bump_version();
+}
+
 // The address of a plain CPU tensor's first element. nullptr when it has no memory (it is empty, or
 // its storage was freed).
 MOMENTUM_EXT_INLINE const void* const_data_of(const c10::TensorImpl& tensor, int64_t itemsize) {
@@ -47,10 +52,13 @@ MOMENTUM_EXT_INLINE bool lies_in_storage(const c10::TensorImpl& tensor, const ch
 }
 
 // True when the tensor still has all the memory [begin, end) that it had, as its own.
-MOMENTUM_EXT_INLINE bool is_still_at(const c10::TensorImpl& tensor, const void* begin,
-                                     const void* end, int64_t itemsize) {
-  return !is_lazy_copy(tensor) && const_data_of(tensor, itemsize) == begin &&
-         lies_in_storage(tensor, static_cast<const char*>(end));
+MOMENTUM_EXT_INLINE bool is_still_at(const c10::TensorImpl& tensor, const char* begin,
+                                     const char* end, int64_t itemsize) {
+  const c10::StorageImpl& storage = *tensor.unsafe_storage().unsafeGetStorageImpl();
+  const auto* const base = static_cast<const char*>(storage.data());
+  if (base == nullptr) return begin == nullptr && begin == end;
+  return base + tensor.storage_offset() * itemsize == begin &&
+         end <= base + static_cast<int64_t>(storage.nbytes()) && !is_lazy_copy(tensor);
 }
 
 // True when other tensors use the same memory.

@@ -32,9 +32,12 @@ extern const Loops* const kBaseline;
 
 }  // namespace momentum_ext::cpu
 
-// What loop.h needs besides the target: the compiler's word for "iterations are independent".
+// What the loops need besides the target: the compiler's words for "iterations are independent" and
+// for a vector of lanes of two vectors.
 #if defined(__clang__)
 #define MOMENTUM_EXT_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#define MOMENTUM_EXT_SHUFFLE(Vector, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define MOMENTUM_EXT_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#define MOMENTUM_EXT_SHUFFLE(Vector, a, b, ...) __builtin_shuffle(a, b, Vector{__VA_ARGS__})
 #endif

@@ -71,7 +71,6 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
   alignas(64) opmath_t param_tile[kTile];
   alignas(64) opmath_t grad_tile[kTile];
   alignas(64) opmath_t buffer_tile[kTile];
-  int64_t offsets[3][kTile];
   RandomTile random;
   RandomTile random_for_buffer;
   const FlatFn update = choose_flat<opmath_t>(h, entry.is_first_step);
@@ -84,43 +83,36 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
       stochastic && h.has_momentum && (has_scale || is_16_bit(entry.buffer_dtype));
   const RandomKey key = {h.rounding_seed, low == nullptr ? 0 : low->tensor, rounding_step};
 
-  const bool strided = entry.layout != nullptr;
-  const StridedLayout no_layout = {nullptr, 0};
-  TileWalker walker(strided ? *entry.layout : no_layout, begin);
-  const int64_t* const p_offsets = strided ? offsets[0] : nullptr;
-  const int64_t* const g_offsets = strided ? offsets[1] : nullptr;
-  const int64_t* const b_offsets = strided ? offsets[2] : nullptr;
+  TileWalker walker(entry, begin, end, /*in_order=*/low != nullptr);
+  TensorTile<false> param_memory(walker, kParam, entry.param, entry.param_dtype);
+  TensorTile<true> grad_memory(walker, kGrad, entry.grad, entry.grad_dtype);
+  TensorTile<false> buffer_memory(walker, kBuffer, entry.momentum_buffer, entry.buffer_dtype);
   // What is in memory as it is computed needs no tile.
-  const auto is_in_place = [&](Dtype dtype) { return !strided && dtype == kDtypeOf<opmath_t>; };
-  const bool param_in_place = is_in_place(entry.param_dtype);
-  const bool grad_in_place = is_in_place(entry.grad_dtype);
-  const bool buffer_in_place = h.has_momentum && is_in_place(entry.buffer_dtype);
+  const bool param_in_place = entry.param_dtype == kDtypeOf<opmath_t>;
+  const bool grad_in_place = entry.grad_dtype == kDtypeOf<opmath_t>;
+  const bool buffer_in_place = h.has_momentum && entry.buffer_dtype == kDtypeOf<opmath_t>;
 
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t n = end - at < kTile ? end - at : kTile;
-    if (strided) walker.next_tile(n, offsets[0], offsets[1], offsets[2]);
-    // The base of a contiguous tile moves along; a strided tile's offsets count from the tensor's
-    // first element.
-    const auto tile_base = [&](const void* tensor, Dtype dtype) {
-      return static_cast<char*>(const_cast<void*>(tensor)) + (strided ? 0 : at * itemsize(dtype));
-    };
-    char* const p = tile_base(entry.param, entry.param_dtype);
-    char* const g = tile_base(entry.grad, entry.grad_dtype);
-    char* const b = h.has_momentum && !has_scale
-                        ? tile_base(entry.momentum_buffer, entry.buffer_dtype)
-                        : nullptr;
+  while (walker.next()) {
+    const int64_t at = walker.at();
+    const int64_t n = walker.n();
+    char* const p = param_memory.load();
+    char* const g = grad_memory.load();
+    char* b = nullptr;
+    if (h.has_momentum && !has_scale) {
+      b = entry.is_first_step ? buffer_memory.place() : buffer_memory.load();
+    }
 
     if (has_master) {
-      load_master(*low, p, p_offsets, at, n, param_tile);
+      load_master(*low, p, at, n, param_tile);
     } else if (!param_in_place) {
-      gather(entry.param_dtype, p, p_offsets, n, param_tile);
+      load_tile(entry.param_dtype, p, n, param_tile);
     }
-    if (!grad_in_place) gather(entry.grad_dtype, g, g_offsets, n, grad_tile);
+    if (!grad_in_place) load_tile(entry.grad_dtype, g, n, grad_tile);
     if (h.has_momentum && !entry.is_first_step) {
       if (has_scale) {
         load_block(entry.buffer_dtype, entry.momentum_buffer, low->scale, at, n, buffer_tile);
       } else if (!buffer_in_place) {
-        gather(entry.buffer_dtype, b, b_offsets, n, buffer_tile);
+        load_tile(entry.buffer_dtype, b, n, buffer_tile);
       }
     }
 
@@ -135,17 +127,19 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
       store_block(entry.buffer_dtype, buffer_tile, random_buffer ? &random_for_buffer : nullptr, at,
                   n, entry.momentum_buffer, low->scale);
     } else if (random_buffer) {
-      scatter_stochastic(entry.buffer_dtype, buffer_tile, random_for_buffer, b_offsets, n, b);
+      store_tile_stochastic(entry.buffer_dtype, buffer_tile, random_for_buffer, n, b);
     } else if (h.has_momentum && !buffer_in_place) {
-      scatter(entry.buffer_dtype, buffer_tile, b_offsets, n, b);
+      store_tile(entry.buffer_dtype, buffer_tile, n, b);
     }
+    if (b != nullptr) buffer_memory.store();
     if (has_master) {
-      store_master(*low, param_tile, p_offsets, at, n, p);
+      store_master(*low, param_tile, at, n, p);
     } else if (random_param) {
-      scatter_stochastic(entry.param_dtype, param_tile, random, p_offsets, n, p);
+      store_tile_stochastic(entry.param_dtype, param_tile, random, n, p);
     } else if (!param_in_place) {
-      scatter(entry.param_dtype, param_tile, p_offsets, n, p);
+      store_tile(entry.param_dtype, param_tile, n, p);
     }
+    param_memory.store();
   }
 }
 
@@ -239,10 +233,10 @@ void average_part(const TensorEntry& entry, int64_t begin, int64_t end, double w
   const int64_t size = itemsize(entry.param_dtype);
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t count = n - i < kTile ? n - i : kTile;
-    gather(entry.param_dtype, p + i * size, nullptr, count, param);
-    gather(entry.param_dtype, a + i * size, nullptr, count, average);
+    load_tile(entry.param_dtype, p + i * size, count, param);
+    load_tile(entry.param_dtype, a + i * size, count, average);
     average_flat<float>(param, average, count, weight);
-    scatter(entry.param_dtype, average, nullptr, count, a + i * size);
+    store_tile(entry.param_dtype, average, count, a + i * size);
   }
 }
 

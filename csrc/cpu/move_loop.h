@@ -9,31 +9,23 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
   alignas(64) opmath_t buffer[kTile];
   alignas(64) opmath_t iterate[kTile];
   alignas(64) char rounded[kTile * sizeof(double)];
-  int64_t offsets[3][kTile];
-  const bool strided = entry.layout != nullptr;
-  const StridedLayout no_layout = {nullptr, 0};
-  TileWalker walker(strided ? *entry.layout : no_layout, begin);
+  TileWalker walker(entry, begin, end, /*in_order=*/false);
+  TensorTile<false> param_memory(walker, kParam, entry.param, entry.param_dtype);
+  TensorTile<false> lookahead_memory(walker, kGrad, entry.grad, entry.grad_dtype);
+  TensorTile<false> buffer_memory(walker, kBuffer, entry.momentum_buffer, entry.buffer_dtype);
   const opmath_t distance = coefficients<opmath_t>(h).momentum;
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t n = end - at < kTile ? end - at : kTile;
-    if (strided) walker.next_tile(n, offsets[0], offsets[1], offsets[2]);
-    const auto tile_base = [&](const void* tensor, Dtype dtype) {
-      return static_cast<char*>(const_cast<void*>(tensor)) + (strided ? 0 : at * itemsize(dtype));
-    };
-    char* const p = tile_base(entry.param, entry.param_dtype);
-    char* const y = tile_base(entry.grad, entry.grad_dtype);
-    const int64_t* const p_offsets = strided ? offsets[0] : nullptr;
-    const int64_t* const y_offsets = strided ? offsets[1] : nullptr;
-    gather(entry.param_dtype, p, p_offsets, n, param);
-    gather(entry.buffer_dtype, tile_base(entry.momentum_buffer, entry.buffer_dtype),
-           strided ? offsets[2] : nullptr, n, buffer);
+  while (walker.next()) {
+    const int64_t n = walker.n();
+    char* const p = param_memory.load();
+    load_tile(entry.param_dtype, p, n, param);
+    load_tile(entry.buffer_dtype, buffer_memory.load(), n, buffer);
     if constexpr (kBack) {
-      gather(entry.grad_dtype, y, y_offsets, n, lookahead);
+      load_tile(entry.grad_dtype, lookahead_memory.load(), n, lookahead);
       for (int64_t i = 0; i < n; ++i) {
         iterate[i] = iterate_of<FmaPolicy>(distance, lookahead[i], buffer[i]);
       }
-      scatter(entry.param_dtype, iterate, nullptr, n, rounded);
-      gather(entry.param_dtype, rounded, nullptr, n, iterate);
+      store_tile(entry.param_dtype, iterate, n, rounded);
+      load_tile(entry.param_dtype, rounded, n, iterate);
       // Where the parameter is still what it was moved to, back to the very bits that it came from;
       // what was changed in between moves by the same distance.
       for (int64_t i = 0; i < n; ++i) {
@@ -43,12 +35,14 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
             untouched ? lookahead[i] : lookahead_of<FmaPolicy>(distance, param[i], buffer[i]);
       }
     } else {
-      scatter(entry.grad_dtype, param, y_offsets, n, y);
+      store_tile(entry.grad_dtype, param, n, lookahead_memory.place());
+      lookahead_memory.store();
       for (int64_t i = 0; i < n; ++i) {
         param[i] = iterate_of<FmaPolicy>(distance, param[i], buffer[i]);
       }
     }
-    scatter(entry.param_dtype, param, p_offsets, n, p);
+    store_tile(entry.param_dtype, param, n, p);
+    param_memory.store();
   }
 }
 

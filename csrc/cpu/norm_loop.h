@@ -108,17 +108,11 @@ double norm_of_block(const TensorEntry& entry, int64_t begin, int64_t end, doubl
     return sums.total<kNorm>();
   }
   alignas(64) opmath_t tile[kTile];
-  int64_t offsets[3][kTile];
-  const bool strided = entry.layout != nullptr;
-  const StridedLayout no_layout = {nullptr, 0};
-  TileWalker walker(strided ? *entry.layout : no_layout, begin);
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t n = end - at < kTile ? end - at : kTile;
-    if (strided) walker.next_tile(n, offsets[0], offsets[1], offsets[2]);
-    const char* const base =
-        static_cast<const char*>(entry.grad) + (strided ? 0 : at * itemsize(dtype));
-    gather(dtype, base, strided ? offsets[1] : nullptr, n, tile);
-    sums.add<kNorm>(tile, n, scale);
+  TileWalker walker(entry, begin, end, /*in_order=*/true);
+  TensorTile<false> memory(walker, kGrad, entry.grad, dtype);
+  while (walker.next()) {
+    load_tile(dtype, memory.load(), walker.n(), tile);
+    sums.add<kNorm>(tile, walker.n(), scale);
   }
   return sums.total<kNorm>();
 }

@@ -1,21 +1,5 @@
 // Low-precision slots: parameters with a master and buffers of 8 bits, a tile at a time, and stores
 // that round at random. Included like loop.h.
-//
-// The arrays are dense here; what belongs to a strided tensor goes through a tile of its own bits.
-
-// `source` itself, or its elements at the offsets, in `tile`.
-template <typename scalar_t>
-const scalar_t* gathered(const scalar_t* source, const int64_t* offsets, int64_t n,
-                         scalar_t* tile) {
-  if (offsets == nullptr) return source;
-  for (int64_t i = 0; i < n; ++i) tile[i] = source[offsets[i]];
-  return tile;
-}
-
-template <typename scalar_t>
-void scatter_bits(const scalar_t* tile, const int64_t* offsets, int64_t n, scalar_t* target) {
-  for (int64_t i = 0; i < n; ++i) target[offsets[i]] = tile[i];
-}
 
 // Random numbers for one tile: 16 bits for each element.
 struct RandomTile {
@@ -90,8 +74,9 @@ bool store_finite_stochastic(const opmath_t*, const RandomTile&, int64_t, scalar
 }
 
 template <typename scalar_t, typename opmath_t>
-void store_tile_stochastic(const opmath_t* tile, const RandomTile& random, int64_t n,
-                           scalar_t* target) {
+void store_all_stochastic(const opmath_t* tile, const RandomTile& random, int64_t n,
+                          void* target_ptr) {
+  auto* const target = static_cast<scalar_t*>(target_ptr);
   if (store_finite_stochastic(tile, random, n, target)) return;
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
@@ -99,26 +84,16 @@ void store_tile_stochastic(const opmath_t* tile, const RandomTile& random, int64
   }
 }
 
-template <typename scalar_t, typename opmath_t>
-void scatter_stochastic_as(const opmath_t* tile, const RandomTile& random, const int64_t* offsets,
-                           int64_t n, void* base) {
-  auto* const target = static_cast<scalar_t*>(base);
-  if (offsets == nullptr) return store_tile_stochastic(tile, random, n, target);
-  scalar_t stored[kTile];
-  store_tile_stochastic(tile, random, n, stored);
-  scatter_bits(stored, offsets, n, target);
-}
-
 bool is_16_bit(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16; }
 
 // Of a dtype of 16 bits.
 template <typename opmath_t>
-void scatter_stochastic(Dtype dtype, const opmath_t* tile, const RandomTile& random,
-                        const int64_t* offsets, int64_t n, void* base) {
+void store_tile_stochastic(Dtype dtype, const opmath_t* tile, const RandomTile& random, int64_t n,
+                           void* target) {
   if (dtype == Dtype::kBFloat16) {
-    scatter_stochastic_as<BFloat16>(tile, random, offsets, n, base);
+    store_all_stochastic<BFloat16>(tile, random, n, target);
   } else {
-    scatter_stochastic_as<Float16>(tile, random, offsets, n, base);
+    store_all_stochastic<Float16>(tile, random, n, target);
   }
 }
 
@@ -156,35 +131,26 @@ void store_copy(const opmath_t* tile, int64_t n, Float16* param, float* master) 
   float_to_half(master, n, param);
 }
 
-// Elements [at, at + n) of a parameter at `param`, which points to them unless there are offsets.
+// Elements [at, at + n), of which the parameter's are at `param`.
 template <typename opmath_t>
-void load_master(const LowPrecision& low, const void* param, const int64_t* offsets, int64_t at,
-                 int64_t n, opmath_t* tile) {
+void load_master(const LowPrecision& low, const void* param, int64_t at, int64_t n,
+                 opmath_t* tile) {
   if (low.master_kind == Master::kRemainder) {
-    BFloat16 bits[kTile];
-    const auto* const from = gathered(static_cast<const BFloat16*>(param), offsets, n, bits);
-    load_split(from, static_cast<const int16_t*>(low.master) + at, n, tile);
+    load_split(static_cast<const BFloat16*>(param), static_cast<const int16_t*>(low.master) + at, n,
+               tile);
   } else {
-    Float16 bits[kTile];
-    const auto* const from = gathered(static_cast<const Float16*>(param), offsets, n, bits);
-    load_copy(from, static_cast<const float*>(low.master) + at, n, tile);
+    load_copy(static_cast<const Float16*>(param), static_cast<const float*>(low.master) + at, n,
+              tile);
   }
 }
 
 template <typename opmath_t>
-void store_master(const LowPrecision& low, const opmath_t* tile, const int64_t* offsets, int64_t at,
-                  int64_t n, void* param) {
+void store_master(const LowPrecision& low, const opmath_t* tile, int64_t at, int64_t n,
+                  void* param) {
   if (low.master_kind == Master::kRemainder) {
-    BFloat16 bits[kTile];
-    auto* const target = static_cast<BFloat16*>(param);
-    store_split(tile, n, offsets == nullptr ? target : bits,
-                static_cast<int16_t*>(low.master) + at);
-    if (offsets != nullptr) scatter_bits(bits, offsets, n, target);
+    store_split(tile, n, static_cast<BFloat16*>(param), static_cast<int16_t*>(low.master) + at);
   } else {
-    Float16 bits[kTile];
-    auto* const target = static_cast<Float16*>(param);
-    store_copy(tile, n, offsets == nullptr ? target : bits, static_cast<float*>(low.master) + at);
-    if (offsets != nullptr) scatter_bits(bits, offsets, n, target);
+    store_copy(tile, n, static_cast<Float16*>(param), static_cast<float*>(low.master) + at);
   }
 }
 

@@ -14,9 +14,10 @@
 namespace momentum_ext::cpu {
 namespace {
 
-// Below this many elements for each thread, waking another thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 32768;
-constexpr int64_t kNormBlocksPerThread = 64;  // blocks of small tensors are short
+// A thread that sleeps, or whose core is busy, is worth waiting for only where it saves more than the
+// waiting may cost: from this many elements for each thread on, 5 MB of an fp32 step. (torch's own
+// threshold, 32768, is for a tensor; its steps over lists of small tensors enter no region either.)
+std::atomic<int64_t> elements_per_thread{1 << 18};
 
 struct Implementation {
   const char* name;
@@ -91,22 +92,35 @@ void set_isa(const std::string& name) {
 
 bool has_threads() { return has_thread_team(); }
 
-void parallel_for(int64_t n, int64_t grain, int max_threads, const RangeBody& body) {
-  const int num_tasks = static_cast<int>(std::min<int64_t>(max_threads, n / grain));
-  if (num_tasks <= 1 || !has_thread_team() || is_forked_child.load(std::memory_order_relaxed)) {
+void set_elements_per_thread(int64_t count) { elements_per_thread = std::max<int64_t>(count, 1); }
+
+namespace {
+
+struct Tasks {
+  int count;
+  int team_size;
+};
+
+Tasks num_tasks(int64_t num_elements, int max_threads) {
+  const int64_t most = num_elements / elements_per_thread.load(std::memory_order_relaxed);
+  return {static_cast<int>(std::min<int64_t>(max_threads, most)), max_threads};
+}
+
+// Calls body(begin, end) for consecutive parts of [0, n), each on a thread of its own.
+template <typename Body>
+void parallel_for(int64_t n, Tasks tasks, const Body& body) {
+  if (tasks.count <= 1 || !has_thread_team() || is_forked_child.load(std::memory_order_relaxed)) {
     body(0, n);
     return;
   }
-  run_on_team(num_tasks, max_threads,
-              [&](int64_t i) { body(n * i / num_tasks, n * (i + 1) / num_tasks); });
+  run_on_team(tasks.count, tasks.team_size,
+              [&](int64_t i) { body(n * i / tasks.count, n * (i + 1) / tasks.count); });
 }
-
-namespace {
 
 void run_loop(RunFn run, const TensorTable& table, int max_threads) {
   const int64_t first = table.first_element[0];
   const int64_t numel = table.first_element[table.num_entries] - first;
-  parallel_for(numel, kElementsPerThread, max_threads,
+  parallel_for(numel, num_tasks(numel, max_threads),
                [&](int64_t begin, int64_t end) { run(table, first + begin, first + end); });
 }
 
@@ -128,7 +142,9 @@ double norm(Norm kind, const TensorTable& table, double scale, double* block_nor
             int max_threads) {
   const NormFn run = loops().norm[static_cast<int>(kind)];
   const int64_t num_blocks = table.first_element[table.num_entries];
-  parallel_for(num_blocks, kNormBlocksPerThread, max_threads,
+  int64_t num_elements = 0;
+  for (int64_t i = 0; i < table.num_entries; ++i) num_elements += table.entries[i].numel;
+  parallel_for(num_blocks, num_tasks(num_elements, max_threads),
                [&](int64_t begin, int64_t end) { run(table, begin, end, scale, block_norms); });
   double result = 0;
   for (int64_t i = 0; i < num_blocks; ++i) {

@@ -4,116 +4,453 @@
 constexpr int64_t kTile =
     256;  // elements; three tiles of double are 6 KiB of stack, well inside L1
 
-// ---- tiled --------------------------------------------------------------------------------------
+constexpr int64_t kLineBytes = 64;
 
-// Element i of a tile is base[offsets[i]], or base[i] where offsets is nullptr.
+// ---- between dtypes -----------------------------------------------------------------------------
+
 template <typename scalar_t, typename opmath_t>
-void gather_as(const void* base, const int64_t* offsets, int64_t n, opmath_t* tile) {
-  const auto* source = static_cast<const scalar_t*>(base);
-  if (offsets == nullptr) {
-    for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<opmath_t>(load(source[i]));
-  } else {
-    for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<opmath_t>(load(source[offsets[i]]));
-  }
+void load_all(const void* source_ptr, int64_t n, opmath_t* tile) {
+  const auto* source = static_cast<const scalar_t*>(source_ptr);
+  for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<opmath_t>(load(source[i]));
 }
 
 template <typename scalar_t, typename opmath_t>
-void scatter_as(const opmath_t* tile, const int64_t* offsets, int64_t n, void* base) {
+void store_all(const opmath_t* tile, int64_t n, void* target_ptr) {
   using stored_t = typename OpMath<scalar_t>::type;
-  auto* target = static_cast<scalar_t*>(base);
-  if (offsets == nullptr) {
-    for (int64_t i = 0; i < n; ++i) store(target[i], static_cast<stored_t>(tile[i]));
-  } else {
-    for (int64_t i = 0; i < n; ++i) store(target[offsets[i]], static_cast<stored_t>(tile[i]));
-  }
+  auto* target = static_cast<scalar_t*>(target_ptr);
+  for (int64_t i = 0; i < n; ++i) store(target[i], static_cast<stored_t>(tile[i]));
 }
 
 template <typename opmath_t>
-void gather(Dtype dtype, const void* base, const int64_t* offsets, int64_t n, opmath_t* tile) {
+void load_tile(Dtype dtype, const void* source, int64_t n, opmath_t* tile) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return gather_as<float>(base, offsets, n, tile);
+      return load_all<float>(source, n, tile);
     case Dtype::kFloat64:
-      return gather_as<double>(base, offsets, n, tile);
+      return load_all<double>(source, n, tile);
     case Dtype::kBFloat16:
-      return gather_as<BFloat16>(base, offsets, n, tile);
+      return load_all<BFloat16>(source, n, tile);
     case Dtype::kFloat16:
       if constexpr (sizeof(opmath_t) == sizeof(float)) {
-        if (offsets == nullptr) return half_to_float(static_cast<const Float16*>(base), n, tile);
+        return half_to_float(static_cast<const Float16*>(source), n, tile);
       }
-      return gather_as<Float16>(base, offsets, n, tile);
+      return load_all<Float16>(source, n, tile);
     default:  // 8-bit values have a scale, see slots.h
       __builtin_unreachable();
   }
 }
 
 template <typename opmath_t>
-void scatter(Dtype dtype, const opmath_t* tile, const int64_t* offsets, int64_t n, void* base) {
+void store_tile(Dtype dtype, const opmath_t* tile, int64_t n, void* target) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return scatter_as<float>(tile, offsets, n, base);
+      return store_all<float>(tile, n, target);
     case Dtype::kFloat64:
-      return scatter_as<double>(tile, offsets, n, base);
+      return store_all<double>(tile, n, target);
     case Dtype::kBFloat16:
-      return scatter_as<BFloat16>(tile, offsets, n, base);
+      return store_all<BFloat16>(tile, n, target);
     case Dtype::kFloat16:
       if constexpr (sizeof(opmath_t) == sizeof(float)) {
-        if (offsets == nullptr) return float_to_half(tile, n, static_cast<Float16*>(base));
+        return float_to_half(tile, n, static_cast<Float16*>(target));
       }
-      return scatter_as<Float16>(tile, offsets, n, base);
+      return store_all<Float16>(tile, n, target);
     default:
       __builtin_unreachable();
   }
 }
 
-// Walks a strided layout in order and writes down where each element of a tile lies in the three
-// tensors.
-struct TileWalker {
-  static constexpr int kMaxDims = 65;  // torch's 64 and one for the real view of a complex tensor
+// ---- between layouts ----------------------------------------------------------------------------
 
-  TileWalker(const StridedLayout& layout, int64_t position) : layout_(layout) {
-    for (int d = layout.ndim - 1; d >= 0; --d) {
-      const StridedDim& dim = layout.dims[d];
-      index_[d] = position % dim.size;
-      position /= dim.size;
-      param_ += index_[d] * dim.param_stride;
-      grad_ += index_[d] * dim.grad_stride;
-      buffer_ += index_[d] * dim.buffer_stride;
+// A block of a strided layout, row by row.
+struct Block {
+  int64_t rows;
+  int64_t columns;
+  int64_t offsets[kNumOperands];  // of its first element in each tensor
+};
+
+// Goes through elements of an entry, a tile at a time. A strided layout is walked in blocks, see
+// StridedLayout, strip by strip: a strip has several blocks, one after the other along `across`,
+// before the walk moves on to the next columns, because in most layouts each of their lines is in a
+// page of its own, and so all that is needed of a page is read before its turn in the TLB is over.
+//
+// Where the order matters, a tile has elements that follow on each other by their index, and begins
+// at a multiple of kTile. Then a block is a single row, as long as a tile, if the rows are whole
+// tiles; else the walk is in the order of the index.
+class TileWalker {
+ public:
+  // Elements [begin, end), or as many blocks as fall to them. Neighbouring ranges together have
+  // every element once.
+  TileWalker(const TensorEntry& entry, int64_t begin, int64_t end, bool in_order)
+      : layout_(entry.layout), at_(begin), end_(end) {
+    if (layout_ == nullptr) return;
+    inner_ = layout_->ndim - 1;
+    for (int d = 0; d <= inner_; ++d) index_[d] = 0;
+    by_row_ = in_order && layout_->across >= 0 && size_of(inner_) % kTile == 0;
+    by_index_ = in_order && !by_row_;
+    if (by_index_) {
+      go_to(begin, layout_->ndim - 1);
+      return;
+    }
+    across_ = layout_->across;
+    choose_blocks(kLineBytes / itemsize(entry.grad_dtype));
+    int64_t num_blocks = 1;
+    for (int d = 0; d <= inner_; ++d) num_blocks *= num_steps(d);
+    const auto first_block_of = [&](int64_t element) {
+      const double part = static_cast<double>(element) / static_cast<double>(entry.numel);
+      return static_cast<int64_t>(part * static_cast<double>(num_blocks));
+    };
+    const int64_t first = first_block_of(begin);
+    blocks_left_ = first_block_of(end) - first;
+    go_to_block(first);
+  }
+
+  // False: there is none left.
+  bool next() {
+    at_ += n_;
+    n_ = 0;
+    const bool has_range = layout_ == nullptr || by_index_;
+    const int64_t most = has_range && end_ - at_ < kTile ? end_ - at_ : kTile;
+    if (layout_ == nullptr) {
+      n_ = most;
+      return n_ > 0;
+    }
+    if (by_row_) {
+      at_ = 0;
+      for (int d = 0; d <= inner_; ++d) at_ = at_ * size_of(d) + index_[d];
+      rows_to_strip_end_ = min_of(strip_ - index_[across_] % strip_, rows_left());
+    }
+    num_blocks_ = 0;
+    while (n_ < most && (by_index_ || blocks_left_ > 0)) {
+      Block& block = blocks_[num_blocks_];
+      block.columns = min_of(size_of(inner_) - index_[inner_], by_index_ ? most - n_ : columns_);
+      block.rows = across_ < 0 ? 1 : min_of(rows_left(), rows_);
+      for (int t = 0; t < kNumOperands; ++t) block.offsets[t] = offsets_[t];
+      if (n_ + block.rows * block.columns > most) break;
+      n_ += block.rows * block.columns;
+      ++num_blocks_;
+      --blocks_left_;
+      go_on_from(block);
+    }
+    return n_ > 0;
+  }
+
+  bool is_strided() const { return layout_ != nullptr; }
+  int64_t at() const { return at_; }  // the index of the tile's first element, where in order
+  int64_t n() const { return n_; }
+  const Block* begin() const { return blocks_; }
+  const Block* end() const { return blocks_ + num_blocks_; }
+  int64_t column_stride(Operand operand) const { return layout_->dims[inner_].strides[operand]; }
+  int64_t row_stride(Operand operand) const {
+    return across_ < 0 ? 0 : layout_->dims[across_].strides[operand];
+  }
+  // Of tiles that are rows, how many are next: this one, and others below it. Else 0.
+  int64_t rows_to_strip_end() const { return rows_to_strip_end_; }
+
+ private:
+  static constexpr int kMaxDims = 65;  // torch's 64 and one for the real view of a complex tensor
+  static constexpr int64_t kBlocksInStrip = 8;
+
+  static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+  int64_t size_of(int d) const { return layout_->dims[d].size; }
+  int64_t rows_left() const { return size_of(across_) - index_[across_]; }
+  int64_t step_of(int d) const { return d == inner_ ? columns_ : d == across_ ? rows_ : 1; }
+  int64_t num_steps(int d) const { return (size_of(d) - 1) / step_of(d) + 1; }
+
+  // As many rows as a cache line has elements, columns to fill the tile.
+  void choose_blocks(int64_t line) {
+    if (by_row_) {
+      columns_ = kTile;
+      strip_ = line;
+      return;
+    }
+    third_ = layout_->third;
+    if (across_ >= 0) rows_ = min_of(size_of(across_), line);
+    columns_ = min_of(size_of(inner_), kTile / rows_);
+    if (across_ >= 0) rows_ = min_of(size_of(across_), kTile / columns_);
+    strip_ = kBlocksInStrip * rows_;
+  }
+
+  void advance(int d, int64_t by) {
+    index_[d] += by;
+    for (int t = 0; t < kNumOperands; ++t) offsets_[t] += by * layout_->dims[d].strides[t];
+  }
+
+  // False: the dimension was through, and begins again.
+  bool step(int d, int64_t by) {
+    advance(d, by);
+    if (index_[d] < size_of(d)) return true;
+    advance(d, -index_[d]);
+    return false;
+  }
+
+  // To this position in the dimensions up to `last`, but for those that blocks are made of.
+  void go_to(int64_t position, int last) {
+    for (int d = last; d >= 0; --d) {
+      if (d == across_ || d == third_) continue;
+      advance(d, position % size_of(d));
+      position /= size_of(d);
     }
   }
 
-  void next_tile(int64_t n, int64_t* param, int64_t* grad, int64_t* buffer) {
-    const int inner = layout_.ndim - 1;
-    const StridedDim dim = layout_.dims[inner];
-    for (int64_t done = 0; done < n;) {
-      const int64_t left = dim.size - index_[inner];
-      const int64_t run = left < n - done ? left : n - done;
-      for (int64_t i = 0; i < run; ++i) {
-        param[done + i] = param_ + i * dim.param_stride;
-        grad[done + i] = grad_ + i * dim.grad_stride;
-        buffer[done + i] = buffer_ + i * dim.buffer_stride;
-      }
-      done += run;
-      advance(inner, run);
-      for (int d = inner; index_[d] == layout_.dims[d].size && d > 0; --d) {
-        advance(d, -index_[d]);
-        advance(d - 1, 1);
+  void go_to_block(int64_t number) {
+    if (third_ >= 0) {
+      advance(third_, number % size_of(third_));
+      number /= size_of(third_);
+    }
+    const int64_t width = num_steps(inner_);
+    if (across_ < 0) {
+      advance(inner_, number % width * columns_);
+      return go_to(number / width, inner_ - 1);
+    }
+    const int64_t height = num_steps(across_);
+    const int64_t in_strip = strip_ / rows_;
+    const int64_t in_plane = number % (width * height);
+    const int64_t strip = in_plane / (in_strip * width);
+    const int64_t strip_height = min_of(in_strip, height - strip * in_strip);
+    const int64_t in_this_strip = in_plane - strip * in_strip * width;
+    advance(inner_, in_this_strip / strip_height * columns_);
+    advance(across_, strip * strip_ + in_this_strip % strip_height * rows_);
+    go_to(number / (width * height), inner_ - 1);
+  }
+
+  void go_on_from(const Block& block) {
+    if (third_ >= 0 && step(third_, 1)) return;
+    if (across_ < 0) {
+      if (step(inner_, block.columns)) return;
+    } else {
+      const int64_t strip_begin = index_[across_] / strip_ * strip_;
+      advance(across_, block.rows);
+      if (index_[across_] < min_of(strip_begin + strip_, size_of(across_))) return;
+      if (step(inner_, block.columns)) return advance(across_, strip_begin - index_[across_]);
+      if (step(across_, 0)) return;
+    }
+    for (int d = inner_ - 1; d >= 0; --d) {
+      if (d != across_ && d != third_ && step(d, 1)) return;
+    }
+  }
+
+  const StridedLayout* layout_;
+  bool by_row_ = false;
+  bool by_index_ = false;
+  int64_t at_;
+  int64_t end_;
+  int64_t n_ = 0;
+  int inner_ = 0;
+  int across_ = -1;
+  int third_ = -1;
+  int64_t rows_ = 1;
+  int64_t columns_ = 1;
+  int64_t strip_ = 1;  // rows
+  int64_t rows_to_strip_end_ = 0;
+  int64_t blocks_left_ = 0;
+  int64_t index_[kMaxDims];
+  int64_t offsets_[kNumOperands] = {};
+  int num_blocks_ = 0;
+  Block blocks_[kTile / 2 + 1];  // of two elements, but for one at an end
+};
+
+// Vectors of elements of kSize bytes, as many as 16 bytes have, and the interleaving of two.
+template <int kSize>
+struct Lanes;
+template <>
+struct Lanes<2> {
+  using Vector = uint16_t __attribute__((vector_size(16)));
+  static Vector low(Vector a, Vector b) {
+    return MOMENTUM_EXT_SHUFFLE(Vector, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  }
+  static Vector high(Vector a, Vector b) {
+    return MOMENTUM_EXT_SHUFFLE(Vector, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  }
+};
+template <>
+struct Lanes<4> {
+  using Vector = uint32_t __attribute__((vector_size(16)));
+  static Vector low(Vector a, Vector b) { return MOMENTUM_EXT_SHUFFLE(Vector, a, b, 0, 4, 1, 5); }
+  static Vector high(Vector a, Vector b) { return MOMENTUM_EXT_SHUFFLE(Vector, a, b, 2, 6, 3, 7); }
+};
+template <>
+struct Lanes<8> {
+  using Vector = uint64_t __attribute__((vector_size(16)));
+  static Vector low(Vector a, Vector b) { return MOMENTUM_EXT_SHUFFLE(Vector, a, b, 0, 2); }
+  static Vector high(Vector a, Vector b) { return MOMENTUM_EXT_SHUFFLE(Vector, a, b, 1, 3); }
+};
+
+// A square of as many elements as a vector has: to[i][j] = from[j][i]. Strides in bytes.
+template <int kSize, int kStages = 16 / kSize, typename Vector, int kCount>
+void write_transposed(const Vector (&v)[kCount], char* to, int64_t to_stride) {
+  if constexpr (kStages > 1) {
+    Vector interleaved[kCount];
+    for (int i = 0; i < kCount / 2; ++i) {
+      interleaved[2 * i] = Lanes<kSize>::low(v[i], v[i + kCount / 2]);
+      interleaved[2 * i + 1] = Lanes<kSize>::high(v[i], v[i + kCount / 2]);
+    }
+    write_transposed<kSize, kStages / 2>(interleaved, to, to_stride);
+  } else {
+    for (int i = 0; i < kCount; ++i) memcpy(to + i * to_stride, &v[i], sizeof(Vector));
+  }
+}
+
+template <int kSize>
+void transpose_square(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+  typename Lanes<kSize>::Vector v[16 / kSize];
+  for (int i = 0; i < 16 / kSize; ++i) memcpy(&v[i], from + i * from_stride, sizeof(v[i]));
+  write_transposed<kSize>(v, to, to_stride);
+}
+
+// to[i][j] = from[j][i] of elements of kSize bytes, without gaps between the j of `to` and the i of
+// `from`. Strides in bytes.
+template <int kSize>
+void transpose(const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t num_i,
+               int64_t num_j) {
+  constexpr int64_t kCount = 16 / kSize;
+  const int64_t whole_i = num_i / kCount * kCount;
+  const int64_t whole_j = num_j / kCount * kCount;
+  for (int64_t j = 0; j < whole_j; j += kCount) {
+    for (int64_t i = 0; i < whole_i; i += kCount) {
+      transpose_square<kSize>(from + j * from_stride + i * kSize, from_stride,
+                              to + i * to_stride + j * kSize, to_stride);
+    }
+  }
+  for (int64_t j = 0; j < num_j; ++j) {
+    for (int64_t i = j < whole_j ? whole_i : 0; i < num_i; ++i) {
+      memcpy(to + i * to_stride + j * kSize, from + j * from_stride + i * kSize, kSize);
+    }
+  }
+}
+
+template <int64_t kBytes>
+void copy_rows_of(const char* from, int64_t from_stride, char* to, int64_t to_stride,
+                  int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) memcpy(to + r * to_stride, from + r * from_stride, kBytes);
+}
+
+// Rows of `bytes` bytes, in elements of kSize. A call of memcpy costs more than most rows, and so
+// does a loop over what a row has: the usual rows are copied as a whole.
+template <int kSize>
+void copy_rows(const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t rows,
+               int64_t bytes) {
+  if (bytes == 64) return copy_rows_of<64>(from, from_stride, to, to_stride, rows);
+  if (bytes == 16) return copy_rows_of<16>(from, from_stride, to, to_stride, rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* const source = from + r * from_stride;
+    char* const target = to + r * to_stride;
+    int64_t i = 0;
+    for (; i + 64 <= bytes; i += 64) memcpy(target + i, source + i, 64);
+    for (; i + 16 <= bytes; i += 16) memcpy(target + i, source + i, 16);
+    for (; i < bytes; i += kSize) memcpy(target + i, source + i, kSize);
+  }
+}
+
+// Between a block in a tensor's memory and its elements of kSize bytes one after the other.
+template <bool kLoad, int kSize>
+void copy_block(char* memory, int64_t row_stride, int64_t column_stride, int64_t rows,
+                int64_t columns, char* dense) {
+  const int64_t row = columns * kSize;
+  if (column_stride == 1) {
+    if constexpr (kLoad) {
+      copy_rows<kSize>(memory, row_stride * kSize, dense, row, rows, row);
+    } else {
+      copy_rows<kSize>(dense, row, memory, row_stride * kSize, rows, row);
+    }
+  } else if (row_stride == 1) {
+    if constexpr (kLoad) {
+      transpose<kSize>(memory, column_stride * kSize, dense, row, rows, columns);
+    } else {
+      transpose<kSize>(dense, row, memory, column_stride * kSize, columns, rows);
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        char* const there = memory + (r * row_stride + c * column_stride) * kSize;
+        char* const here = dense + (r * columns + c) * kSize;
+        memcpy(kLoad ? here : there, kLoad ? there : here, kSize);
       }
     }
+  }
+}
+
+// What a walker's tile has of one tensor, one element after the other: in the tensor's own memory
+// where they lie like that, else in a copy. kAhead: with a tile that is a row, the rows below it
+// are loaded, which have the same cache lines.
+template <bool kAhead>
+class TensorTile {
+ public:
+  TensorTile(const TileWalker& walker, Operand operand, const void* tensor, Dtype dtype)
+      : walker_(walker),
+        operand_(operand),
+        tensor_(static_cast<char*>(const_cast<void*>(tensor))),
+        size_(itemsize(dtype)) {}
+
+  // Where they are, or shall be.
+  char* place() {
+    if (!walker_.is_strided()) return place_ = tensor_ + walker_.at() * size_;
+    return place_ = is_in_place() ? tensor_ + walker_.begin()->offsets[operand_] * size_ : copy_;
+  }
+
+  char* load() {
+    if constexpr (kAhead) {
+      if (walker_.rows_to_strip_end() > 0 && walker_.column_stride(operand_) != 1) {
+        return load_ahead();
+      }
+    }
+    place();
+    if (place_ == copy_) copy<true>(walker_.begin(), walker_.end());
+    return place_;
+  }
+
+  void store() {
+    if (place_ == copy_) copy<false>(walker_.begin(), walker_.end());
   }
 
  private:
-  void advance(int d, int64_t by) {
-    const StridedDim& dim = layout_.dims[d];
-    index_[d] += by;
-    param_ += by * dim.param_stride;
-    grad_ += by * dim.grad_stride;
-    buffer_ += by * dim.buffer_stride;
+  // The elements of each block lie in a row, and each block behind the one before.
+  bool is_in_place() const {
+    if (walker_.column_stride(operand_) != 1) return false;
+    int64_t offset = walker_.begin()->offsets[operand_];
+    for (const Block& block : walker_) {
+      if (block.rows > 1 && walker_.row_stride(operand_) != block.columns) return false;
+      if (block.offsets[operand_] != offset) return false;
+      offset += block.rows * block.columns;
+    }
+    return true;
   }
 
-  const StridedLayout& layout_;
-  int64_t index_[kMaxDims];
-  int64_t param_ = 0;
-  int64_t grad_ = 0;
-  int64_t buffer_ = 0;
+  char* load_ahead() {
+    if (rows_ahead_ == 0) {
+      Block rows = *walker_.begin();
+      rows.rows = rows_ahead_ = walker_.rows_to_strip_end();
+      copy<true>(&rows, &rows + 1);
+      place_ = copy_;
+    } else {
+      place_ += kTile * size_;
+    }
+    --rows_ahead_;
+    return place_;
+  }
+
+  template <bool kLoad>
+  void copy(const Block* begin, const Block* end) {
+    if (size_ == 2) return copy_as<kLoad, 2>(begin, end);
+    if (size_ == 4) return copy_as<kLoad, 4>(begin, end);
+    copy_as<kLoad, 8>(begin, end);
+  }
+
+  template <bool kLoad, int kSize>
+  void copy_as(const Block* begin, const Block* end) {
+    char* dense = copy_;
+    for (const Block* block = begin; block != end; ++block) {
+      copy_block<kLoad, kSize>(tensor_ + block->offsets[operand_] * kSize,
+                               walker_.row_stride(operand_), walker_.column_stride(operand_),
+                               block->rows, block->columns, dense);
+      dense += block->rows * block->columns * kSize;
+    }
+  }
+
+  const TileWalker& walker_;
+  Operand operand_;
+  char* tensor_;
+  int64_t size_;
+  char* place_ = nullptr;
+  int64_t rows_ahead_ = 0;
+  alignas(64) char copy_[kTile * (kAhead ? kLineBytes : static_cast<int64_t>(sizeof(double)))];
 };

@@ -52,8 +52,10 @@ static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
 //
 // and in a strided record
 //
-//   word 5        dtypes of param, grad and buffer, number of dimensions (8 bits each)
-//   then          size, param stride, grad stride and buffer stride of each dimension
+//   word 5        dtypes of param, grad and buffer, number of dimensions, binary logarithms of a
+//                 chunk's sizes in the first three (8 bits each)
+//   then          size, param stride, grad stride and buffer stride of each dimension, those of a
+//                 chunk first
 constexpr int kFlatRecord = 4;
 constexpr int kAveragedRecord = 5;
 constexpr int kFirstDim = 6;

@@ -9,18 +9,17 @@
 namespace momentum_ext::cuda {
 namespace {
 
+inline void pack_dim(const StridedDim& dim, uint64_t* words) {
+  words[0] = static_cast<uint64_t>(dim.size);
+  for (int k = 0; k < kNumOperands; ++k) words[1 + k] = static_cast<uint64_t>(dim.strides[k]);
+}
+
 // The dimensions of a strided tensor, and how many they are; a flat one has one.
 inline int pack_dims(const TensorEntry& entry, uint64_t* words) {
-  const StridedDim flat = {entry.numel, 1, 1, 1};
+  const StridedDim flat = {entry.numel, {1, 1, 1}};
   const StridedDim* const dims = entry.layout != nullptr ? entry.layout->dims : &flat;
   const int ndim = entry.layout != nullptr ? entry.layout->ndim : 1;
-  for (int d = 0; d < ndim; ++d) {
-    uint64_t* const dim = words + 4 * d;
-    dim[0] = static_cast<uint64_t>(dims[d].size);
-    dim[1] = static_cast<uint64_t>(dims[d].param_stride);
-    dim[2] = static_cast<uint64_t>(dims[d].grad_stride);
-    dim[3] = static_cast<uint64_t>(dims[d].buffer_stride);
-  }
+  for (int d = 0; d < ndim; ++d) pack_dim(dims[d], words + 4 * d);
   return ndim;
 }
 
@@ -62,7 +61,12 @@ class Packer {
 
   // False when there is no room left: launch() first.
   bool add(const TensorEntry& entry, const Hyperparams& h) {
-    const int64_t chunks = (entry.numel - 1) / Kind::kChunk + 1;
+    int64_t chunks = (entry.numel - 1) / Kind::kChunk + 1;
+    int64_t last_count = entry.numel - (chunks - 1) * Kind::kChunk;
+    if constexpr (requires { Kind::num_chunks(entry); }) {
+      chunks = Kind::num_chunks(entry);
+      last_count = Kind::kChunk;  // a block tells by its sizes what it has
+    }
     const int group = find_or_add_group(entry, h);
     const int at = table_.header.num_tensors * Kind::kRecord;
     if (group < 0 || at + Kind::kRecord > first_group_word(num_groups_) ||
@@ -73,8 +77,7 @@ class Packer {
     record[0] = reinterpret_cast<uint64_t>(entry.param);
     record[1] = reinterpret_cast<uint64_t>(entry.grad);
     record[2] = h.has_momentum ? reinterpret_cast<uint64_t>(entry.momentum_buffer) : 0;
-    record[3] = pack_chunks(static_cast<uint32_t>(num_chunks_),
-                            static_cast<uint32_t>(entry.numel - (chunks - 1) * Kind::kChunk),
+    record[3] = pack_chunks(static_cast<uint32_t>(num_chunks_), static_cast<uint32_t>(last_count),
                             static_cast<uint32_t>(group));
     if constexpr (Kind::kRecord != kFlatRecord) {
       record[4] = reinterpret_cast<uint64_t>(entry.average);

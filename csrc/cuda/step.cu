@@ -7,7 +7,8 @@
 //   flat     parameter, gradient and buffer share one dense layout and a combination of dtypes from
 //            the list below: 128-bit accesses, wherever the three pointers let the same elements
 //            fall on 128-bit boundaries
-//   strided  tensors that lie otherwise, one element at a time
+//   strided  tensors that lie otherwise, one element at a time, each block of threads a block of up
+//            to three dimensions
 //
 // What has low-precision state, and flat tensors of other combinations, is in low_precision.cu.
 //
@@ -164,17 +165,74 @@ __device__ __forceinline__ void store_as(int dtype, void* base, int64_t i, opmat
   }
 }
 
+// How a strided tensor is cut into chunks: blocks of three dimensions, each as long as a power of
+// two. They are long enough in each tensor's innermost dimension to have whole sectors of its
+// memory, of 32 bytes, and small enough for these to stay in L1 until all warps have been there:
+// what a transposition in shared memory would save is the L1's own bandwidth, which is not what the
+// step waits for.
+struct BlockShape {
+  static constexpr int kBlockDims = 3;
+
+  StridedDim dims[kMaxStridedDimsCuda];  // the block's first
+  int ndim = 0;
+  int log_sizes[kBlockDims];
+  int64_t num_blocks = 1;
+
+  BlockShape(const TensorEntry& entry, int log_chunk) {
+    const StridedDim flat = {entry.numel, {1, 1, 1}};
+    const StridedLayout layout = entry.layout != nullptr ? *entry.layout : StridedLayout(&flat, 1);
+    const int inner = layout.ndim - 1;
+    dims[ndim++] = layout.dims[inner];
+    if (layout.across >= 0) dims[ndim++] = layout.dims[layout.across];
+    if (layout.third >= 0) dims[ndim++] = layout.dims[layout.third];
+    const int num_wanted = ndim;
+    for (int d = inner - 1; d >= 0; --d) {
+      if (d != layout.across && d != layout.third) dims[ndim++] = layout.dims[d];
+    }
+    while (ndim < kBlockDims) dims[ndim++] = {1, {0, 0, 0}};
+
+    // What the dimensions that are wanted do not need is for whichever comes next.
+    constexpr int kWanted[][kBlockDims] = {{10, 0, 0}, {4, 6, 0}, {4, 3, 3}};
+    int left = log_chunk;
+    for (const bool as_wanted : {true, false}) {
+      for (int d = 0; d < kBlockDims; ++d) {
+        if (as_wanted) log_sizes[d] = 0;
+        const int most = as_wanted ? std::min(left, kWanted[num_wanted - 1][d]) : left;
+        for (int more = 0; more < most && dims[d].size > int64_t{1} << log_sizes[d]; ++more) {
+          ++log_sizes[d];
+          --left;
+        }
+      }
+    }
+    for (int d = 0; d < ndim; ++d) {
+      num_blocks *= ((dims[d].size - 1) >> (d < kBlockDims ? log_sizes[d] : 0)) + 1;
+    }
+  }
+};
+
+// On a multiprocessor, which leaves 48 registers a thread; left to itself, ptxas 13.0 spills.
+constexpr int kStridedBlocksAtOnce = 5;
+
 template <typename opmath_t_>
 struct Strided {
   using opmath_t = opmath_t_;
   static constexpr int kRecord = kStridedRecord;
   static constexpr int kReserved = kWordsOf<AverageWeight>;
   static constexpr int kRoundingWords = 0;
-  static constexpr int kChunk = kThreads * kVectorsPerThread;
+  static constexpr int kLogChunk = 10;
+  static constexpr int kChunk = 1 << kLogChunk;
+
+  static int64_t num_chunks(const TensorEntry& entry) {
+    return BlockShape(entry, kLogChunk).num_blocks;
+  }
 
   static void pack_rest(const TensorEntry& entry, uint64_t* record) {
-    const int ndim = pack_dims(entry, record + kFirstDim);
-    record[5] = pack_dtypes(entry) | static_cast<uint64_t>(ndim) << 24;
+    const BlockShape shape(entry, kLogChunk);
+    record[5] = pack_dtypes(entry) | static_cast<uint64_t>(shape.ndim) << 24;
+    for (int d = 0; d < shape.ndim; ++d) pack_dim(shape.dims[d], record + kFirstDim + 4 * d);
+    for (int d = 0; d < BlockShape::kBlockDims; ++d) {
+      record[5] |= static_cast<uint64_t>(shape.log_sizes[d]) << (32 + 8 * d);
+    }
   }
 };
 
@@ -187,7 +245,7 @@ __device__ __forceinline__ void average_one(const LaunchTable<kBytes>& table, in
 }
 
 template <typename Kind, int kBytes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kStridedBlocksAtOnce)
     update_strided(const LaunchTable<kBytes> __grid_constant__ table) {
   using opmath_t = typename Kind::opmath_t;
   if (overflowed(table)) return;
@@ -205,16 +263,52 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t* const dims = record + kFirstDim;
   const Work<opmath_t> work = read_group<opmath_t, Kind::kReserved>(table, chunk.group);
 
-  for (int k = static_cast<int>(threadIdx.x); k < chunk.count; k += kThreads) {
-    uint64_t index = static_cast<uint64_t>(chunk.begin) + static_cast<uint64_t>(k);
-    int64_t at_param = 0, at_grad = 0, at_buffer = 0;
-    for (int d = ndim - 1; d >= 0; --d) {
-      const auto [inside, outside] = split_index(index, dims[4 * d]);
-      at_param += inside * static_cast<int64_t>(dims[4 * d + 1]);
-      at_grad += inside * static_cast<int64_t>(dims[4 * d + 2]);
-      at_buffer += inside * static_cast<int64_t>(dims[4 * d + 3]);
-      index = outside;
+  // Where this block of the tensor begins, and how much of it there is in each of its dimensions.
+  constexpr int kBlockDims = BlockShape::kBlockDims;
+  const auto log_sizes = static_cast<uint32_t>(record[5] >> 32);  // a byte each
+  int sizes[kBlockDims];
+  int64_t begin_param = 0, begin_grad = 0, begin_buffer = 0;
+  const auto begin_at = [&](int d, int64_t index) {
+    begin_param += index * static_cast<int64_t>(dims[4 * d + 1]);
+    begin_grad += index * static_cast<int64_t>(dims[4 * d + 2]);
+    begin_buffer += index * static_cast<int64_t>(dims[4 * d + 3]);
+  };
+  uint64_t number = static_cast<uint64_t>(chunk.begin) >> Kind::kLogChunk;
+#pragma unroll
+  for (int d = 0; d < kBlockDims; ++d) {
+    const auto size = static_cast<int64_t>(dims[4 * d]);
+    const auto log_size = static_cast<int>(log_sizes >> 8 * d & 0xffu);
+    const auto [block, rest] =
+        split_index(number, static_cast<uint64_t>((size - 1) >> log_size) + 1);
+    const int64_t begin = block << log_size;
+    const int64_t left = size - begin;
+    sizes[d] = left >> log_size != 0 ? 1 << log_size : static_cast<int>(left);
+    begin_at(d, begin);
+    number = rest;
+  }
+#pragma unroll 1
+  for (int d = kBlockDims; d < ndim; ++d) {
+    const auto [index, rest] = split_index(number, dims[4 * d]);
+    begin_at(d, index);
+    number = rest;
+  }
+
+#pragma unroll 1
+  for (int k = static_cast<int>(threadIdx.x); k < Kind::kChunk; k += kThreads) {
+    int64_t at_param = begin_param, at_grad = begin_grad, at_buffer = begin_buffer;
+    int rest = k;
+    bool is_there = true;
+#pragma unroll
+    for (int d = 0; d < kBlockDims; ++d) {
+      const auto log_size = static_cast<int>(log_sizes >> 8 * d & 0xffu);
+      const int index = rest & ((1 << log_size) - 1);
+      rest >>= log_size;
+      is_there = is_there && index < sizes[d];
+      at_param += index * static_cast<int64_t>(dims[4 * d + 1]);
+      at_grad += index * static_cast<int64_t>(dims[4 * d + 2]);
+      at_buffer += index * static_cast<int64_t>(dims[4 * d + 3]);
     }
+    if (!is_there || rest != 0) continue;
     auto p = decayed(work.decay_factor, load_as<opmath_t>(param_dtype, param, at_param));
     const auto g = load_as<opmath_t>(grad_dtype, grad, at_grad);
     opmath_t b = 0;

@@ -1,12 +1,14 @@
-// What the native tests share: counting checks, and values in any floating-point dtype.
+// What the native tests share: counting checks, values in any floating-point dtype, and layouts.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <string>
+#include <vector>
 
-#include "../../csrc/dtype.h"
+#include "../../csrc/tensor_table.h"
 
 namespace {
 
@@ -69,6 +71,66 @@ scalar_t read_as(const void* from) {
     default:
       return load(read_as<momentum_ext::Float16>(from));
   }
+}
+
+// Sizes from the parameter's outermost dimension to its innermost, each tensor's memory in an order
+// of its own: of the dimensions, outermost first. The parameter's elements lie `gap` apart.
+struct Orders {
+  std::vector<int64_t> sizes;
+  std::vector<size_t> grad, buffer;
+  int64_t gap = 1;
+  bool is_expanded = false;  // the gradient, along its outermost dimension
+
+  std::vector<momentum_ext::StridedDim> dims() const {
+    using namespace momentum_ext;
+    std::vector<StridedDim> made;
+    std::vector<size_t> param;
+    for (const int64_t size : sizes) {
+      param.push_back(made.size());
+      made.push_back({size, {}});
+    }
+    const std::vector<size_t>* const memory[] = {&param, &grad, &buffer};
+    for (int t = 0; t < kNumOperands; ++t) {
+      int64_t stride = t == kParam ? gap : 1;
+      for (size_t k = sizes.size(); k-- > 0;) {
+        StridedDim& dim = made[(*memory[t])[k]];
+        dim.strides[t] = stride;
+        stride *= dim.size;
+      }
+    }
+    if (is_expanded) made[grad[0]].strides[kGrad] = 0;
+    return made;
+  }
+};
+
+// Every order of two and of three dimensions, with sizes around the edges of blocks and of what is
+// transposed at once; some of five.
+[[maybe_unused]] std::vector<Orders> all_orders() {
+  std::vector<Orders> all;
+  for (const int64_t rows : {2, 7, 8, 9, 15, 16, 17, 33, 65}) {
+    for (const int64_t columns : {5, 8, 15, 16, 17, 33}) {
+      all.push_back({{rows, columns}, {1, 0}, {0, 1}});
+      all.push_back({{rows, columns}, {0, 1}, {1, 0}, 1 + rows % 2});
+      all.push_back({{rows, columns}, {1, 0}, {1, 0}, 1, rows % 2 == 0});
+    }
+  }
+  all.push_back({{140, 129}, {1, 0}, {0, 1}});  // more than a strip of blocks
+  for (const auto& sizes : {std::vector<int64_t>{7, 3, 5}, {9, 16, 5}, {2, 33, 9}, {33, 17, 2}}) {
+    std::vector<size_t> grad = {0, 1, 2};
+    do {
+      std::vector<size_t> buffer = {0, 1, 2};
+      do {
+        all.push_back({sizes, grad, buffer});
+      } while (std::next_permutation(buffer.begin(), buffer.end()));
+    } while (std::next_permutation(grad.begin(), grad.end()));
+  }
+  for (int trial = 0; trial < 20; ++trial) {
+    std::vector<size_t> grad = {0, 1, 2, 3, 4}, buffer = grad;
+    std::shuffle(grad.begin(), grad.end(), generator);
+    std::shuffle(buffer.begin(), buffer.end(), generator);
+    all.push_back({{3, 5, 4, 7, 2}, grad, buffer, 1 + trial % 2, trial % 3 == 0});
+  }
+  return all;
 }
 
 }  // namespace

@@ -123,8 +123,26 @@ Tensors strided(int64_t rows, int64_t columns, Dtype p, Dtype g, Dtype b, uint32
                   rows * columns,
                   group,
                   first};
-  made.dims = {{rows, 3 * columns, 1, columns}, {columns, 3, rows, 1}};
+  made.dims = {{rows, {3 * columns, 1, columns}}, {columns, {3, rows, 1}}};
   return made;
+}
+
+// The gradient's dtype may be another, and all lie in orders of their own.
+Tensors permuted(const Orders& orders, Dtype p, Dtype g, uint32_t group, bool first) {
+  const std::vector<StridedDim> dims = orders.dims();
+  int64_t numel = 1, sizes[] = {1, 1, 1};
+  for (const StridedDim& dim : dims) {
+    numel *= dim.size;
+    for (int t = 0; t < kNumOperands; ++t) sizes[t] += (dim.size - 1) * dim.strides[t];
+  }
+  return {Array(p, sizes[kParam], 1),
+          Array(g, sizes[kGrad], 0),
+          Array(p, sizes[kBuffer], 3),
+          dims,
+          {},
+          numel,
+          group,
+          first};
 }
 
 // ---- both backends ------------------------------------------------------------------------------
@@ -262,12 +280,30 @@ void test_mixes(const std::vector<Hyperparams>& groups) {
   }
 }
 
+// Every layout, and tensors of several blocks of threads.
+void test_layouts(const std::vector<Hyperparams>& groups) {
+  for (const Dtype dtype : kDtypes) {
+    for (const Dtype other : {dtype, Dtype::kBFloat16}) {
+      std::vector<Tensors> list;
+      uint32_t k = 0;
+      std::vector<Orders> all = all_orders();
+      all.push_back({{100, 70, 30}, {1, 0, 2}, {2, 1, 0}});
+      all.push_back({{300, 301}, {1, 0}, {0, 1}});
+      for (const Orders& orders : all) {
+        const auto group = static_cast<uint32_t>(++k % groups.size());
+        list.push_back(permuted(orders, dtype, other, group, k % 7 == 0));
+      }
+      compare(list, groups, "layouts");
+    }
+  }
+}
+
 // As many dimensions as the kernel takes.
 void test_many_dims(const std::vector<Hyperparams>& groups) {
   std::vector<Tensors> list;
   Tensors deep = flat(6561, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {0, 0, 0}, 9, false);
   for (int64_t d = 0, stride = 2187, other = 1; d < 8; ++d, stride /= 3, other *= 3) {
-    deep.dims.push_back({3, stride, other, stride});
+    deep.dims.push_back({3, {stride, other, stride}});
   }
   list.push_back(std::move(deep));
   compare(list, groups, "eight dimensions");
@@ -603,7 +639,7 @@ void test_huge(const std::vector<Hyperparams>& groups) {
       list.push_back(std::move(small));
       list.push_back(flat(100, dtype, dtype, dtype, {0, 0, 0}, 9, false));
       std::vector<TensorEntry> entries = entries_of(list, groups, false, 0);
-      const StridedDim dim = {numel, 1, 1, 1};
+      const StridedDim dim = {numel, {1, 1, 1}};
       const StridedLayout layout = {&dim, 1};
       entries[0].param = memory[0];
       entries[0].grad = memory[1];
@@ -644,7 +680,7 @@ void test_huge(const std::vector<Hyperparams>& groups) {
 
   // Strides beyond 2^31: three rows, 2^31 + 7 elements apart.
   const int64_t apart = (int64_t{1} << 31) + 7;
-  const StridedDim dims[] = {{3, apart, apart, apart}, {50, 2, 1, 3}};
+  const StridedDim dims[] = {{3, {apart, apart, apart}}, {50, {2, 1, 3}}};
   const StridedLayout layout = {dims, 2};
   char* memory[3];
   const auto bytes = static_cast<size_t>((2 * apart + 200) * 4);
@@ -659,11 +695,8 @@ void test_huge(const std::vector<Hyperparams>& groups) {
       Tensors& each = list[static_cast<size_t>(row)];
       Array* const arrays[] = {&each.param, &each.grad, &each.buffer};
       for (int k = 0; k < 3; ++k) {
-        const int64_t stride = k == 0   ? dims[1].param_stride
-                               : k == 1 ? dims[1].grad_stride
-                                        : dims[1].buffer_stride;
         for (int64_t i = 0; i < 50; ++i) {
-          char* const element = memory[k] + (row * apart + i * stride) * 4;
+          char* const element = memory[k] + (row * apart + i * dims[1].strides[k]) * 4;
           char* const twin = arrays[k]->twin.data() + i * 4;
           if (in) std::memcpy(element, twin, 4);
           same = same && std::memcmp(element, twin, 4) == 0;
@@ -721,6 +754,7 @@ int main() {
   test_sizes(groups);
   test_alignment(groups);
   test_mixes(groups);
+  test_layouts(groups);
   test_many_dims(groups);
   test_long_lists(groups);
   test_many_groups();

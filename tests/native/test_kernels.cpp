@@ -129,9 +129,12 @@ struct Case {
       const double p = param.get(at), b = buffer.get(at);
       const bool same = std::memcmp(&p, &expected_param[i], 8) == 0 &&
                         std::memcmp(&b, &expected_buffer[i], 8) == 0;
-      expect(same, name + ", element " + std::to_string(i) + " of " +
-                       std::to_string(param.offsets.size()));
-      if (!same) return;
+      if (same) {
+        ++checks;
+        continue;
+      }
+      return expect(false, name + ", element " + std::to_string(i) + " of " +
+                               std::to_string(param.offsets.size()));
     }
   }
 };
@@ -179,7 +182,7 @@ Case flat_case(int64_t numel, Dtype p, Dtype g, Dtype b, int64_t unaligned, uint
 Case strided_case(int64_t rows, int64_t columns, Dtype p, Dtype g, Dtype b, uint32_t group,
                   bool first) {
   Case made;
-  made.dims = {{rows, 3 * columns, 1, columns}, {columns, 3, rows, 1}};
+  made.dims = {{rows, {3 * columns, 1, columns}}, {columns, {3, rows, 1}}};
   std::vector<int64_t> po, go, bo;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
@@ -191,6 +194,27 @@ Case strided_case(int64_t rows, int64_t columns, Dtype p, Dtype g, Dtype b, uint
   made.param = make_array(p, po, 1);
   made.grad = make_array(g, go, 0);
   made.buffer = make_array(b, bo, 0);
+  made.group = group;
+  made.is_first_step = first;
+  return made;
+}
+
+Case permuted_case(const Orders& orders, Dtype p, Dtype g, Dtype b, uint32_t group, bool first) {
+  Case made;
+  made.dims = orders.dims();
+  std::vector<int64_t> offsets[] = {{0}, {0}, {0}};
+  for (const StridedDim& dim : made.dims) {
+    for (int t = 0; t < kNumOperands; ++t) {
+      std::vector<int64_t> longer;
+      for (const int64_t offset : offsets[t]) {
+        for (int64_t i = 0; i < dim.size; ++i) longer.push_back(offset + i * dim.strides[t]);
+      }
+      offsets[t] = std::move(longer);
+    }
+  }
+  made.param = make_array(p, offsets[kParam], 1);
+  made.grad = make_array(g, offsets[kGrad], 0);
+  made.buffer = make_array(b, offsets[kBuffer], 3);
   made.group = group;
   made.is_first_step = first;
   return made;
@@ -279,6 +303,24 @@ void test_instruction_set(const std::string& isa) {
         }
         run_and_check(cases, groups, has_fma, one_thread, isa + " mixed");
       }
+    }
+  }
+
+  // Every layout, as a whole and in parts.
+  for (const Dtype dtype : dtypes) {
+    const Dtype other = dtype == Dtype::kFloat32 ? Dtype::kBFloat16 : Dtype::kFloat32;
+    for (const bool divided : {false, true}) {
+      std::vector<Case> cases;
+      uint32_t k = 0;
+      for (const Orders& orders : all_orders()) {
+        const auto group = static_cast<uint32_t>(++k % groups.size());
+        cases.push_back(
+            permuted_case(orders, dtype, divided ? other : dtype, dtype, group, k % 7 == 0));
+      }
+      const Runner in_parts = [&](const TensorTable& table) {
+        run_divided(loops_of(isa).step, table);
+      };
+      run_and_check(cases, groups, has_fma, divided ? in_parts : one_thread, isa + " layouts");
     }
   }
 
@@ -422,6 +464,8 @@ void test_moves(const std::string& isa) {
         cases.push_back(strided_case(5, 67, p, p, b, group, false));
         cases.push_back(strided_case(300, 1, p, p, b, group, false));
         cases.push_back(strided_case(1, 3, p, p, b, group, false));
+        cases.push_back(permuted_case({{9, 16, 5}, {2, 1, 0}, {1, 2, 0}}, p, p, b, group, false));
+        cases.push_back(permuted_case({{33, 65}, {1, 0}, {0, 1}, 2}, p, p, b, group, false));
       }
       const std::string name = isa + " moves, dtypes " + std::to_string(static_cast<int>(p)) + " " +
                                std::to_string(static_cast<int>(b));
