@@ -188,6 +188,13 @@ class Model:
             if memory not in self.coefficients:
                 self.coefficients.append(memory)
 
+    def end_present(self) -> None:
+        """After what used them; gradients that are absent keep their coefficients, whatever scaler they are from."""
+        for _, memory in self._present():
+            memory.end()
+        self.coefficients = [memory for memory in self.coefficients if memory.waits]
+        self.outlive_scaler()
+
     def end_coefficients(self) -> None:
         for memory in self.coefficients:
             memory.end()
@@ -298,7 +305,7 @@ class Model:
         self.rounding_step += trains
         if trains and norm is not None:
             self.grad_norm = norm
-        self.end_coefficients()
+        self.end_present()
         self.follow()
 
     def _updated(
@@ -347,6 +354,9 @@ class Model:
             tolerance = 0.07 if formats["momentum_buffer"] in EIGHT_BITS else 0.01  # what was stored moves on
         has_master = "param_remainder" in entry or "master_param" in entry
         found = exact(param, entry) if has_master else param
+        is_8_bit = "momentum_scale" in formats or "momentum_scale" in weight.formats
+        if is_8_bit and any(t is not None and not bool(t.isfinite().all()) for t in (buffer, weight.buffer)):
+            return  # nothing is promised for a block whose scale is not finite
         assert_near(found, value, found.dtype, tolerance, "parameter", weight.value)
         if buffer is not None:
             tolerance = tolerance if is_plain else 0.01

@@ -275,8 +275,7 @@ class ExactTraining(RuleBasedStateMachine):
         for (weight, factor), grad in zip(factors.items(), grads, strict=True):
             wanted = grad * factor * clip_coefficient(norm, max_norm)
             assert_near(weight.param.grad, wanted, grad.dtype, self.norm_tolerance, "gradient")
-            weight.memory = Memory()
-        self.model.end_coefficients()
+        self.model.end_present()
 
     @property
     def can_unscale(self):
@@ -414,8 +413,10 @@ class ExactTraining(RuleBasedStateMachine):
         before.assert_unchanged()
         assert all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(kept, groups(), strict=True))
 
-    @rule(way=st.sampled_from([copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))]), subset=SOME)
+    @rule(way=st.sampled_from([copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))]), subset=SOME)
     def copied(self, way, subset):
+        if not self.can_pickle:
+            way = copy.deepcopy
         with self.only_looks():
             copied = way(self.opt)
         self.opt = copied
@@ -423,6 +424,11 @@ class ExactTraining(RuleBasedStateMachine):
         self.away = {}
         self.model.check_nothing_moved()
         self.new_gradients(subset, 1.0)
+
+    @property
+    def can_pickle(self):
+        """torch 2.13 has no plain pickle of fp8 tensors."""
+        return all(torch.float8_e4m3fn not in weight.formats.values() for weight in self.model.weights.values())
 
     def state_dict(self):
         """What it must be, and the live state as before; None where it must raise."""
@@ -442,7 +448,7 @@ class ExactTraining(RuleBasedStateMachine):
         if state_dict is None or into == "nothing":
             self.model.check_nothing_moved()
             return
-        if pickled:
+        if pickled and self.can_pickle:
             state_dict = pickle.loads(pickle.dumps(state_dict))
         if into == "fresh":
             self.begin_anew()
@@ -490,7 +496,7 @@ class ExactTraining(RuleBasedStateMachine):
         storage = tensor.untyped_storage()
         kept, size = storage.clone(), storage.nbytes()
         storage.resize_(0)
-        self.fails({"param": r"^param_groups|parameter", "grad": "gradient of"}.get(what, what) + ".* bytes")
+        self.fails({"param": r"param_groups\[", "grad": "gradient of"}.get(what, what) + ".* bytes")
         storage.resize_(size)
         storage.copy_(kept)
         self.model.check_nothing_moved()
@@ -537,10 +543,6 @@ class ExactTraining(RuleBasedStateMachine):
         for param, entry in self.opt.state.items():
             state[param] = dict(entry) if param in plain and entries else entry
         self.opt.state = state
-
-    def teardown(self):
-        if hasattr(self, "model"):
-            self.step()
 
 
 class LowPrecisionTraining(ExactTraining):
