@@ -21,42 +21,47 @@ class StepPlan:
         After those have been treated, call :meth:`run`, or :meth:`discard` on an error.
         """
 
-    def step_on_device(
+    def step_with(
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
-        all_for_torch: bool,
-        found_inf: Tensor | None,
-        grad_scale: Tensor | None,
-        grad_factor: Tensor | None,
-        average: tuple[Tensor, Tensor] | None,
-        ema_decay: float,
-        ema_warmup: bool,
+        inv_grad_scale: float = 1.0,
+        all_for_torch: bool = False,
+        average_weight: float | None = None,
+        grads: dict[Tensor, Tensor] | None = None,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        grad_factor: Tensor | None = None,
+        average: tuple[Tensor, Tensor] | None = None,
+        ema_decay: float = 0.0,
+        ema_warmup: bool = False,
     ) -> Any:
-        """As :meth:`step`, without waiting for numbers that are on a CUDA device.
+        """As :meth:`step`, with averages at ``state[p]["ema"]`` and stand-ins for gradients.
 
-        found_inf and grad_scale are a GradScaler's; grad_factor (float64, in place of grad_scale) is what to multiply
-        the gradients with; average (float64 too) holds the averages' weight and the count of their updates, and the
-        step counts itself there and works out the weight. When anything but a CUDA kernel would have to know them,
-        nothing is written and NotImplemented is returned: read them, and call step() without them.
+        average_weight is that of the new parameter in its average; 0 makes missing averages and updates none. The
+        tensors are numbers on a CUDA device that nobody waits for: found_inf and grad_scale are a GradScaler's;
+        grad_factor (float64, in place of grad_scale) is what to multiply the gradients with; average (float64 too)
+        holds the averages' weight and the count of their updates; the step counts itself there and works out the weight.
+        When anything but a CUDA kernel would have to know them, nothing is written and NotImplemented is returned.
         """
+
+    def begin_torch_step(self) -> None:
+        """The first writes of a prepared step: new and converted state, and averages that start with it."""
 
     def run(self) -> None: ...
     def discard(self) -> None: ...
-    def convert(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
-        """Bring momentum buffers into the formulation that their group names; raises where that is not exact."""
+    def pending_changes(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], moved_only: bool = False
+    ) -> tuple[list[tuple[Tensor, str, Tensor | None]], list[int]]:
+        """What the next step makes of the state before it updates: (parameter, key, tensor; None: the key goes).
 
-    def set_average_weight(self, weight: float) -> None:
-        """Keep averages at ``state[p]["ema"]``, with this weight of the new parameter in the next step; 0: none."""
+        And the groups whose buffers are then in their group's formulation. With moved_only: only the buffers of
+        parameters from another group, written as their group's "buffer_formulation" says. Raises where there is no
+        exact conversion; changes nothing.
+        """
 
     rounding_step: int
     """How many steps there have been: random numbers depend on it."""
-
-    def begin_torch_step(self) -> None:
-        """What a prepared step does before torch's path: conversions, and averages that start with it."""
-
-    def adopt_formulations(self, param_groups: list[dict[str, Any]]) -> None:
-        """Take the buffers to be in the formulation that their group names now."""
 
     def unstarted_buffers(self) -> list[Tensor]:
         """CUDA buffers in the state whose tensor has yet to have its first step: it overflowed. Waits for the GPU."""
@@ -84,8 +89,26 @@ class GradNorm:
     def compute_of(self, grads: list[Tensor], norm_type: float) -> tuple[float, torch.dtype] | None:
         """The same for a list of gradients."""
 
-    def compare(self, param_groups: list[dict[str, Any]]) -> str:
-        """What has become of those gradients: ``"same"``, ``"replaced"`` (all of them) or ``"changed"``."""
+    num_grads: int
+    has_float16: bool
+    device: int
+    """Of the gradients that were read last; the device is an index, or -1 for the CPU."""
+
+    def remember(self, param_groups: list[dict[str, Any]], indices: list[int] | None = None, shift: int = 0) -> int:
+        """Remember the gradients that are there now, each with the index of its coefficient (without indices 0).
+
+        Absent ones that were remembered before keep theirs, moved up by `shift`; returns how many they are.
+        """
+
+    def forget(self, param_groups: list[dict[str, Any]]) -> int:
+        """Forget the gradients that are there now; returns how many others are remembered."""
+
+    def match(self, param_groups: list[dict[str, Any]]) -> list[tuple[int, int, int]] | None:
+        """None when the gradients are those that were remembered, untouched, with coefficient 0.
+
+        Else for each gradient (group, index in group, coefficient); -1: its memory was not remembered, -2 - index: it
+        was written since.
+        """
 
 class ListStep:
     """A step over lists of tensors, for a compiled graph. Made, it has checked everything and written nothing."""
@@ -124,6 +147,15 @@ def quantize(value: Tensor, dtype: torch.dtype, param: Tensor) -> tuple[Tensor, 
 
 def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
     """The values in fp32, in the same layout."""
+
+def inverse_scale(scale: float) -> float:
+    """1 / scale, rounded to fp32 as GradScaler.unscale_ rounds it."""
+
+def check_memory(tensor: Tensor, name: str) -> None:
+    """Raises RuntimeError, with the name, where a strided tensor's storage was freed or is too small for it."""
+
+def set_elements_per_thread(count: int) -> None:
+    """A parallel region has at least so many elements for each of its threads (default: 262,144)."""
 
 def is_capturing(device: int) -> bool:
     """True while a CUDA graph is being captured on the device's current stream."""

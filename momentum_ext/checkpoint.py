@@ -29,10 +29,11 @@ def without_defaults(group: dict[str, Any]) -> None:
     """Drop our options where they say what torch.optim.SGD would do; a momentum_dtype becomes its name."""
     check_options(group)
     for name, default in OWN_DEFAULTS.items():
-        if name != "rounding_seed" and group.get(name, default) == default:
+        if group.get(name, default) == default:
             group.pop(name, None)
-    if "stochastic_rounding" not in group:  # the seed says nothing without it
+    if "stochastic_rounding" not in group:  # seed and step say nothing without it
         group.pop("rounding_seed", None)
+        group.pop(ROUNDING_STEP, None)
 
 
 # ---- out ------------------------------------------------------------------------------------------------------------

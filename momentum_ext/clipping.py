@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,7 @@ class GradFactor:
         if not only_checks and self._norms.has_float16:
             raise ValueError("Attempting to unscale FP16 gradients.")
         norm, dtype = computed
+        new: float | Tensor
         if norm is None:
             scale = None if only_checks else inv_scale
             new, found_inf = self._norms.conclude(self._on_device(factor), scale, None, None)
@@ -159,7 +161,7 @@ class GradFactor:
             return self._clip_by_torch(param_groups, factor, grads, max_norm, norm_type, error_if_nonfinite, 1.0)
         norm, new = self._clipped(computed, factor, max_norm, norm_type, error_if_nonfinite, 1.0)
         self._remember(param_groups, grads, new, norm, unscales=False)
-        return norm
+        return norm if grads is None else norm.to(_real_dtype(param_groups))
 
     def in_step(
         self, param_groups: list[dict[str, Any]], max_norm: float | None, inv_grad_scale: float
@@ -175,7 +177,7 @@ class GradFactor:
         if computed is None:
             return 1.0, None, self._clip_by_torch(param_groups, factor, grads, max_norm, 2.0, False, inv_grad_scale)
         norm, new = self._clipped(computed, factor, max_norm, 2.0, False, inv_grad_scale)
-        return new, grads, norm
+        return new, grads, norm if grads is None else norm.to(_real_dtype(param_groups))
 
     def in_step_on_device(
         self, param_groups: list[dict[str, Any]], max_norm: float | None, grad_scale: Tensor | None
@@ -295,6 +297,12 @@ def _with_grad(param_groups: list[dict[str, Any]]) -> list[Any]:
     """Parameters that have a gradient, each once."""
     params = {id(param): param for group in param_groups for param in group["params"]}
     return [param for param in params.values() if param.grad is not None]
+
+
+def _real_dtype(param_groups: list[dict[str, Any]]) -> torch.dtype:
+    """The dtype in which torch returns the norm of these gradients."""
+    dtypes: list[torch.dtype] = [param.grad.dtype.to_real() for param in _with_grad(param_groups)]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _all_grads(param_groups: list[dict[str, Any]], grads: StandIns) -> list[Tensor]:

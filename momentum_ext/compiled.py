@@ -23,7 +23,7 @@ from momentum_ext import operators  # noqa: F401  # registers them
 from momentum_ext.averaging import AVERAGE, UpdateCount
 
 if TYPE_CHECKING:
-    from momentum_ext.optimizer import FusedMomentum
+    from momentum_ext.fused import FusedOptimizer
 
 __all__ = ["Traced", "clip_grad_norm_", "step", "zero_grad"]
 
@@ -53,7 +53,7 @@ class Traced:
         self.grad_norm: Tensor | None = None
 
 
-def step(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def step(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """FusedMomentum.step() in a graph; the eager one, between two graphs, where that cannot be."""
     reason = _why_not(optimizer, args, kwargs)
     if reason is not None:
@@ -62,7 +62,7 @@ def step(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @torch.no_grad()
-def _step(optimizer: FusedMomentum) -> None:
+def _step(optimizer: FusedOptimizer) -> None:
     if optimizer.max_grad_norm is not None:
         optimizer._traced.grad_norm = _clip(optimizer, optimizer.max_grad_norm, 2.0, False)
     params: list[Tensor] = []
@@ -142,7 +142,7 @@ def _step(optimizer: FusedMomentum) -> None:
     _clear_factor(optimizer)
 
 
-def zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
+def zero_grad(optimizer: FusedOptimizer, set_to_none: bool) -> None:
     """FusedMomentum.zero_grad() in a graph, where this torch can."""
     if not _GRAPHS_ZERO_GRAD:
         _eager_zero_grad(optimizer, set_to_none)
@@ -157,7 +157,7 @@ def zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
                     param.grad.zero_()
 
 
-def clip_grad_norm_(optimizer: FusedMomentum, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def clip_grad_norm_(optimizer: FusedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     """FusedMomentum.clip_grad_norm_() in a graph: the factor stays a tensor, for a step that comes in any graph."""
     if optimizer._grad_factor.is_active and optimizer._grad_factor.traced is None:
         return _eager_clip(optimizer, max_norm, norm_type, error_if_nonfinite)  # type: ignore[no-any-return]
@@ -165,7 +165,7 @@ def clip_grad_norm_(optimizer: FusedMomentum, max_norm: float, norm_type: float,
 
 
 @torch.no_grad()
-def _clip(optimizer: FusedMomentum, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def _clip(optimizer: FusedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     factor = optimizer._grad_factor
     grads = [
         param.grad
@@ -180,19 +180,19 @@ def _clip(optimizer: FusedMomentum, max_norm: float, norm_type: float, error_if_
     return norm  # type: ignore[no-any-return]
 
 
-def _clear_factor(optimizer: FusedMomentum) -> None:
+def _clear_factor(optimizer: FusedOptimizer) -> None:
     factor = optimizer._grad_factor
     if factor.is_active:
         factor.traced = factor._known = _NO_FACTOR
         factor._coefficients, factor.is_active = [], False
 
 
-def _find(optimizer: FusedMomentum, param: Tensor, key: str) -> Tensor | None:
+def _find(optimizer: FusedOptimizer, param: Tensor, key: str) -> Tensor | None:
     state = optimizer.state.get(param)
     return None if state is None else state.get(key)
 
 
-def _keep(optimizer: FusedMomentum, param: Tensor, key: str, tensor: Tensor) -> None:
+def _keep(optimizer: FusedOptimizer, param: Tensor, key: str, tensor: Tensor) -> None:
     state = optimizer.state.get(param)
     if state is None:
         optimizer.state[param] = {key: tensor}
@@ -226,7 +226,7 @@ _REASONS = {
 }
 
 
-def _why_not(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _why_not(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """A key of _REASONS where no graph can be made of the step."""
     groups = optimizer.__dict__["param_groups"]
     if args or kwargs:
@@ -264,15 +264,16 @@ def _why_not(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, 
     return None
 
 
-def _has_other_state(optimizer: FusedMomentum) -> bool:
+def _has_other_state(optimizer: FusedOptimizer) -> bool:
     """State in another format than a group without options has, which the next eager step converts."""
-    for group in optimizer.__dict__["param_groups"]:
-        for param in group["params"]:
-            buffer = _find(optimizer, param, "momentum_buffer")
-            if buffer is not None and buffer.dtype != param.dtype:
-                return True
-            if any(_find(optimizer, param, key) is not None for key in _EAGER_STATE):
-                return True
+    params = [param for group in optimizer.__dict__["param_groups"] for param in group["params"]]
+    grads = [param.grad for param in params]  # looked at before the state: see above
+    for param, _ in zip(params, grads, strict=True):
+        buffer = _find(optimizer, param, "momentum_buffer")
+        if buffer is not None and buffer.dtype != param.dtype:
+            return True
+        if any(_find(optimizer, param, key) is not None for key in _EAGER_STATE):
+            return True
     return False
 
 
@@ -292,24 +293,24 @@ def _outside(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     return outside
 
 
-def _run_eager_step(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from momentum_ext.optimizer import FusedMomentum
+def _run_eager_step(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from momentum_ext.fused import FusedOptimizer
 
-    return FusedMomentum.step(optimizer, *args, **kwargs)
+    return FusedOptimizer.step(optimizer, *args, **kwargs)
 
 
-def _run_eager_clip(optimizer: FusedMomentum, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def _run_eager_clip(optimizer: FusedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     return optimizer._grad_factor.clip(optimizer.param_groups, max_norm, norm_type, error_if_nonfinite)
 
 
 def _eager_step_because(reason: str) -> Callable[..., Any]:
-    def eager_step(optimizer: FusedMomentum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def eager_step(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _run_eager_step(optimizer, args, kwargs)
 
     return _outside(eager_step, reason)
 
 
-def _run_eager_zero_grad(optimizer: FusedMomentum, set_to_none: bool) -> None:
+def _run_eager_zero_grad(optimizer: FusedOptimizer, set_to_none: bool) -> None:
     optimizer.zero_grad(set_to_none)
 
 

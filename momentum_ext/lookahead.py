@@ -35,7 +35,7 @@ def iterates(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> It
     for g, group in enumerate(param_groups):
         distance = _distance(group)
         for i, param in enumerate(group["params"] if distance != 0 else ()):
-            entry = state[param] if param in state else {}
+            entry = state.get(param, {})
             if entry.get(BUFFER) is not None and param not in moves:
                 name = f"param_groups[{g}]['params'][{i}]"
                 _C.check_memory(param, name)
@@ -86,11 +86,12 @@ def _distance(group: dict[str, Any]) -> float:
 
 
 def _move(batch: list[_Move], back: bool) -> None:
-    _C.move_lookahead(*([move[k] for move in batch] for k in range(4)), back)
+    params, buffers, lookaheads, distances = map(list, zip(*batch, strict=True)) if batch else ([], [], [], [])
+    _C.move_lookahead(params, buffers, lookaheads, distances, back)
 
 
 def _batches(moves: list[_Move]) -> list[list[_Move]]:
-    """All in one pass, or one after the other: where parameters share memory, and where torch may refuse one of them."""
+    """All in one pass; one after the other where parameters share memory, and where torch may refuse one of them."""
     params, buffers = [move[0] for move in moves], [move[1] for move in moves]
     plain = all(type(param.data) is Tensor and param.layout == torch.strided for param in params) and all(
         buffer.layout == torch.strided and buffer.is_floating_point() for buffer in buffers

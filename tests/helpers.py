@@ -17,15 +17,6 @@ from momentum_ext import FusedMomentum
 
 DATA_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# What a group has besides torch's own keys, with the defaults.
-OWN_KEYS = {"formulation": "torch", "decoupled_weight_decay": False}
-
-
-def without_own_keys(group: dict[str, Any]) -> dict[str, Any]:
-    """A group or defaults as torch.optim.SGD has them, keys in order; ours must be there, with their defaults."""
-    assert {key: group.get(key, "missing") for key in OWN_KEYS} == OWN_KEYS
-    return {key: value for key, value in group.items() if key not in OWN_KEYS}
-
 
 def matching_isas() -> list[str]:
     """The instruction sets whose arithmetic is this process's torch's: those with fma, unless torch runs without it."""

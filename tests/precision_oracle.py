@@ -279,16 +279,45 @@ def with_buffer(
     return out
 
 
-def oracle_convert(state: dict[str, Tensor], param: Tensor, options: Options) -> dict[str, Tensor]:
-    """The state after an edit of the options: rounded to nearest into what they ask for."""
-    order = order_of(param)
-    dtype = options.momentum_dtype or param.dtype
-    buffer = state.get("momentum_buffer")
-    if buffer is not None and buffer.dtype is not dtype:
-        state = with_buffer(state, buffer_values(state, order), dtype, param)
-    if not options.master_weights:
-        state = {key: value for key, value in state.items() if key not in ("param_remainder", "master_param")}
-    return state
+def dtype_of_buffer(param: Tensor, options: Options) -> torch.dtype:
+    """fp32 beside a master, else the parameter's own, unless the options say another."""
+    has_master = options.master_weights and param.dtype in (torch.bfloat16, torch.float16)
+    return options.momentum_dtype or (torch.float32 if has_master else param.dtype)
+
+
+def oracle_convert(
+    state: dict[str, Tensor], param: Tensor, options: Options, formulation: str | None = None
+) -> dict[str, Tensor]:
+    """What a step with these options starts from: without momentum the buffer stays as it is.
+
+    A buffer in another dtype, or in another `formulation` than theirs, is computed in fp32 and rounded once.
+    """
+    wanted = {torch.bfloat16: "param_remainder", torch.float16: "master_param"} if options.master_weights else {}
+    unwanted = {"param_remainder", "master_param"} - {wanted.get(param.dtype)}
+    state = {key: value for key, value in state.items() if key not in unwanted}
+    buffer, dtype = state.get("momentum_buffer"), dtype_of_buffer(param, options)
+    if options.momentum == 0 or buffer is None:
+        return state
+    if param.dtype in wanted and wanted[param.dtype] not in state:
+        like = torch.empty_like(param, memory_format=torch.preserve_format)
+        master = (
+            torch.zeros_like(like, dtype=torch.int16) if param.dtype is torch.bfloat16 else like.float().copy_(param)
+        )
+        state[wanted[param.dtype]] = master
+    converts = formulation not in (None, options.formulation)
+    if buffer.dtype is dtype and not converts:
+        return state
+    lr = F32(options.lr)
+    if converts and buffer.dtype is dtype and dtype in EIGHT_BIT:  # the blocks stay
+        scale = state["momentum_scale"].numpy()
+        return {
+            **state,
+            "momentum_scale": torch.from_numpy(scale / lr if options.formulation == "torch" else scale * lr),
+        }
+    values = buffer_values(state, order_of(param))
+    if converts:
+        values = values / lr if options.formulation == "torch" else values * lr
+    return with_buffer(state, values, dtype, param)
 
 
 def step_values(p: np.ndarray, g: np.ndarray, b: np.ndarray | None, o: Options) -> tuple[np.ndarray, np.ndarray | None]:
@@ -316,7 +345,7 @@ def oracle_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(the parameter, its state) after a step, as new tensors. `grad` may have another dtype and layout."""
     order = order_of(param)
-    numel, is_new = param.numel(), "momentum_buffer" not in state
+    numel = param.numel()
     with np.errstate(all="ignore"):
         truth, buffer = step_values(
             truth_of(param, state, options, order),
@@ -326,8 +355,7 @@ def oracle_step(
         )
         out = dict(state)
         if options.momentum != 0:
-            found = param.dtype if is_new else state["momentum_buffer"].dtype
-            dtype = options.momentum_dtype or found
+            dtype = dtype_of_buffer(param, options)
             random = exchanged(random_16(numel, options)) if options.stochastic_rounding else None
             out = with_buffer(out, buffer, dtype, param, None if dtype is torch.float32 else random)
         random = None
@@ -345,6 +373,14 @@ def oracle_step(
 
 
 def options_of(group: dict, **where: object) -> Options:
-    """Those of an optimizer's parameter group, whose hyperparameters are numbers."""
+    """Those of an optimizer's parameter group, whose hyperparameters are numbers and whose dtypes may be names."""
     known = {key: group[key] for key in Options.__dataclass_fields__ if key in group}
+    if isinstance(known.get("momentum_dtype"), str):
+        known["momentum_dtype"] = getattr(torch, known["momentum_dtype"])
     return replace(Options(**known), **where)
+
+
+def as_live(entry: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's tensors in the dtypes that a parameter's state has."""
+    stored = {("param_remainder", torch.bfloat16): torch.int16, ("momentum_buffer", torch.uint8): torch.float8_e4m3fn}
+    return {key: value.view(stored.get((key, value.dtype), value.dtype)) for key, value in entry.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from helpers import assert_same, clone_exact
-from precision_oracle import options_of, oracle_convert, oracle_step
+from precision_oracle import Options, as_live, options_of, oracle_convert, oracle_step
 from torch import Tensor
 
 from momentum_ext import _C, FusedMomentum
@@ -61,24 +61,12 @@ def mode_name(mode: dict[str, Any]) -> str:
     return "-".join(parts)
 
 
-def state_names(param: Tensor, group: dict[str, Any]) -> set[str]:
-    """What a parameter's state has once it has had a step."""
-    names = {"momentum_buffer"} if group["momentum"] else set()
-    if names and group.get("momentum_dtype") in (INT8, FP8):
-        names.add("momentum_scale")
-    if group.get("master_weights") and param.dtype in HALVES:
-        names.add("param_remainder" if param.dtype is BF16 else "master_param")
-    return names
-
-
 class Entry:
     """What one parameter must hold."""
 
     def __init__(self, param: Tensor) -> None:
         self.param = clone_exact(param)
         self.state: dict[str, Tensor] = {}
-        self.edited = False
-        """The options were edited since its last step: its state is converted in the next one."""
 
 
 class Twin:
@@ -92,6 +80,8 @@ class Twin:
         self.opt = FusedMomentum(self.params, **{"lr": 0.1, **options})
         self.entries = [Entry(p) for p in params]
         self.taken = 0
+        self.formulations = [group.get("formulation", "torch") for group in self.opt.param_groups]
+        """In which the groups' buffers are written."""
 
     def random_like(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Non-zero values of several sizes, contiguous."""
@@ -104,14 +94,22 @@ class Twin:
             param.grad = self.random_like(param, dtype)
 
     def edit(self, **options: Any) -> None:
-        """Edits the groups; the next step converts the state of the tensors it updates."""
-        entries = iter(self.entries)
         for group in self.opt.param_groups:
-            before = {key: group.get(key) or None for key in ("momentum_dtype", "master_weights")}
             group.update(options)
-            converts = any((group.get(key) or None) != value for key, value in before.items())
-            for _ in group["params"]:
-                next(entries).edited |= converts
+
+    def positions(self) -> Iterator[tuple[int, Tensor, Entry, Options]]:
+        """(group, parameter, entry, options) of each parameter."""
+        pairs = [(g, param) for g, group in enumerate(self.opt.param_groups) for param in group["params"]]
+        for index, ((g, param), entry) in enumerate(zip(pairs, self.entries, strict=True)):
+            group, fma = self.opt.param_groups[g], _C.isa() != "baseline"
+            yield g, param, entry, options_of(group, step=self.taken, tensor=index, fma=fma)
+
+    def converted(self) -> list[dict[str, Tensor]]:
+        """What the next step starts from."""
+        return [
+            oracle_convert(entry.state, entry.param, options, self.formulations[g])
+            for g, _, entry, options in self.positions()
+        ]
 
     def step(self, times: int = 1, dtype: torch.dtype | None = None) -> None:
         for _ in range(times):
@@ -120,37 +118,63 @@ class Twin:
 
     def step_as_is(self) -> None:
         """A step with the gradients that are there, and a comparison."""
-        positions = [(group, param) for group in self.opt.param_groups for param in group["params"]]
-        fma = _C.isa() != "baseline"
-        for index, ((group, param), entry) in enumerate(zip(positions, self.entries, strict=True)):
-            if param.grad is None:
-                continue
-            options = options_of(group, step=self.taken, tensor=index, fma=fma)
-            if entry.edited:
-                entry.state, entry.edited = oracle_convert(entry.state, entry.param, options), False
-            entry.param, entry.state = oracle_step(entry.param, param.grad, entry.state, options)
+        for (g, param, entry, options), state in zip(self.positions(), self.converted(), strict=True):
+            if param.grad is not None:
+                entry.param, entry.state = oracle_step(entry.param, param.grad, state, options)
+            elif options.momentum != 0 and options.formulation != self.formulations[g]:
+                entry.state = state  # all buffers of a group are in one formulation
         grads = [None if param.grad is None else clone_exact(param.grad) for param in self.params]
         self.opt.step()
-        self.taken += 1
+        self._note_formulations()
+        self.taken += any(group["lr"] != 0 for group in self.opt.param_groups)
         self.check()
         for param, grad in zip(self.params, grads, strict=True):
             if grad is not None:
                 assert_same(param.grad, grad, "gradient")
 
+    def _note_formulations(self) -> None:
+        for g, group in enumerate(self.opt.param_groups):
+            if group["momentum"] != 0:
+                self.formulations[g] = group.get("formulation", "torch")
+
+    def load(self, state_dict: dict[str, Any], opt: FusedMomentum | None = None) -> None:
+        """Its own state dict comes back, to this optimizer or to `opt`, which has the same options."""
+        for entry, state in zip(self.entries, self.converted(), strict=True):
+            entry.state = state
+        self._note_formulations()
+        opt = opt or self.opt
+        opt.load_state_dict(state_dict)
+        self.move_to(opt)
+
+    def move_to(self, opt: FusedMomentum) -> None:
+        """Goes on with a copy of the optimizer."""
+        self.opt = opt
+        self.params = [param for group in opt.param_groups for param in group["params"]]
+        for param in self.params:
+            param.grad_dtype = None
+        self.check()
+
     def check(self) -> None:
-        positions = [(group, param) for group in self.opt.param_groups for param in group["params"]]
-        for index, ((group, param), entry) in enumerate(zip(positions, self.entries, strict=True)):
+        """What is held is what the last step has left, whatever was edited since."""
+        for index, (_, param, entry, _) in enumerate(self.positions()):
             assert_same(param, entry.param, f"params[{index}]")
-            if not entry.state or entry.edited:
-                continue
-            state = self.opt.state[param]
-            found = {name for name in STATE if name in state}
-            assert found == state_names(param, group), f"state of params[{index}]: {sorted(found)}"
-            for name in found:
-                what = f"{name} of params[{index}], step {self.taken}"
-                if param.numel():
-                    assert state[name].stride() == entry.state[name].stride(), what
-                assert_bits(state[name], entry.state[name], what)
+            assert_state(self.opt.state.get(param, {}), entry.state, f"params[{index}], step {self.taken}")
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """It has what the next step starts from, in dtypes that travel."""
+        found = state_dict["state"]
+        for index, wanted in enumerate(self.converted()):
+            entry = found.get(index, {})
+            assert not {value.dtype for value in entry.values()} & {torch.int16, FP8}
+            assert_state(as_live(entry), wanted, f"state_dict()'s {index}")
+
+
+def assert_state(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+    assert {name for name in STATE if name in found} == set(wanted), f"state of {what}: {sorted(found)}"
+    for name, value in wanted.items():
+        if value.numel():
+            assert found[name].stride() == value.stride(), f"{name} of {what}"
+        assert_bits(found[name], value, f"{name} of {what}")
 
 
 def assert_bits(found: Tensor, expected: Tensor, what: str) -> None:

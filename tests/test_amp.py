@@ -1,29 +1,45 @@
 """Mixed-precision training: the scale and the overflow check are read in the step; gradients are never written."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from helpers import Oracle, Pair, Snapshot, assert_same, clone_exact
 
+import momentum_ext
 from momentum_ext import FusedMomentum
 
 HYPER = {"lr": 0.05, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}
 SCALES = [1.0, 3.0, 65536.0, 1000.1, 2.0**-10, 1e20]
 
 
+# The scaler, and what `fused` is: who unscales, and whether step() is called after an overflow.
+WAYS = {
+    "torchs-unscales": (torch.amp.GradScaler, None),
+    "step-unscales": (torch.amp.GradScaler, True),
+    "ours": (momentum_ext.GradScaler, None),
+    "ours-fused": (momentum_ext.GradScaler, True),
+}
+
+
 class Trainings:
     """The same small network twice, each with its optimizer and its GradScaler on the CPU."""
 
-    def __init__(self, init_scale=1024.0, count=1, hyper=HYPER, **scaler):
+    def __init__(self, init_scale=1024.0, count=1, way="torchs-unscales", **scaler):
         torch.manual_seed(0)
         self.models, self.opts, self.scalers = [], [], []
+        scaler_kind, fused = WAYS[way]
         for kind in (FusedMomentum, torch.optim.SGD):
+            is_ours = kind is FusedMomentum
             model = torch.nn.Sequential(torch.nn.Linear(19, 70), torch.nn.Tanh(), torch.nn.Linear(70, 3))
             self.models.append(model)
             parts = [list(model.parameters())] if count == 1 else [list(m.parameters()) for m in (model[0], model[2])]
-            self.opts.append([kind(part, **hyper, foreach=False) for part in parts])
-            self.scalers.append(torch.amp.GradScaler("cpu", init_scale=init_scale, **scaler))
+            extra = {"fused": fused} if is_ours else {"foreach": False}
+            self.opts.append([kind(part, **HYPER, **extra) for part in parts])
+            used = scaler_kind if is_ours else torch.amp.GradScaler
+            self.scalers.append(used("cpu", init_scale=init_scale, **scaler))
         self.models[1].load_state_dict(self.models[0].state_dict())
 
     def iterate(self, procedure, overflow=False):
@@ -95,29 +111,34 @@ def penalized(model, opts, scaler, loss):
 
 
 PROCEDURES = {"plain": plain, "clipped": clipped, "accumulated": accumulated, "penalized": penalized}
+# torch's clipping beside our scaler would write to gradients that are still scaled: its docstring names the method
+EACH_WAY = pytest.mark.parametrize(
+    "way, procedure", [(way, name) for way in WAYS for name in PROCEDURES if name != "clipped" or "ours" not in way]
+)
 
 
-@pytest.mark.parametrize("init_scale", SCALES[:4])
+@pytest.mark.parametrize("init_scale", [3.0, 1000.1])
 @pytest.mark.parametrize("count", [1, 2], ids=["one-optimizer", "two-optimizers"])
-@pytest.mark.parametrize("procedure", PROCEDURES)
-def test_grad_scaler(procedure, count, init_scale):
-    trainings = Trainings(init_scale, count, growth_interval=3)
+@EACH_WAY
+def test_grad_scaler(way, procedure, count, init_scale):
+    trainings = Trainings(init_scale, count, way, growth_interval=3)
     for _ in range(8):
         trainings.iterate(PROCEDURES[procedure])
 
 
-@pytest.mark.parametrize("procedure", ["plain", "clipped", "accumulated"])
 @pytest.mark.parametrize("at", [{0}, {0, 1, 2}, {4}, {0, 5}], ids=str)
-def test_overflow(procedure, at):
-    trainings = Trainings(1024.0, growth_interval=100)
+@EACH_WAY
+def test_overflow(way, procedure, at):
+    trainings = Trainings(1024.0, 1, way, growth_interval=100)
     for step in range(8):
         trainings.iterate(PROCEDURES[procedure], overflow=step in at)
         assert not step or max(at) == step or trainings.opts[0][0].state or at >= set(range(step + 1))
     assert trainings.scalers[0].get_scale() == 1024.0 * 0.5 ** len(at)
 
 
-def test_overflow_on_step_1_leaves_no_trace():
-    trainings = Trainings(1024.0)
+@pytest.mark.parametrize("way", WAYS)
+def test_overflow_on_step_1_leaves_no_trace(way):
+    trainings = Trainings(1024.0, 1, way)
     (mine,) = trainings.opts[0]
     before = Snapshot(mine, "grads")
     trainings.iterate(plain, overflow=True)
@@ -133,11 +154,13 @@ def test_disabled_scaler():
         trainings.iterate(plain)
 
 
-def test_the_scalers_attributes_are_gone_after_its_step():
-    trainings = Trainings(1024.0)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_scalers_attributes_are_gone_after_its_step(way):
+    trainings = Trainings(1024.0, 1, way)
     (mine,) = trainings.opts[0]
+    before = set(vars(mine))
     trainings.iterate(plain)
-    assert not hasattr(mine, "grad_scale") and not hasattr(mine, "found_inf")
+    assert set(vars(mine)) == before
     for params in zip(*(m.parameters() for m in trainings.models), strict=True):
         grad = torch.randn(params[0].shape)
         for param in params:
@@ -153,9 +176,10 @@ def test_no_warning_and_no_deprecated_argument(recwarn):
     assert not [str(w.message) for w in recwarn if issubclass(w.category, (FutureWarning, DeprecationWarning))]
 
 
-def test_own_scale_times_the_scalers():
+@pytest.mark.parametrize("way", ["step-unscales", "ours", "ours-fused"])
+def test_own_scale_times_the_scalers(way):
     """A grad_scale that the user has set is multiplied with the scaler's, as torch documents it."""
-    trainings = Trainings(1024.0)
+    trainings = Trainings(1024.0, 1, way)
     for model, opts, scaler in zip(trainings.models, trainings.opts, trainings.scalers, strict=True):
         torch.manual_seed(1)
         (opt,), data = opts, torch.randn(8, 19)
@@ -184,6 +208,72 @@ def test_autocast_bf16():
 
     for _ in range(5):
         trainings.iterate(procedure)
+
+
+# ------------------------------------------------------------------------------------ what trainers do with a scaler
+
+
+def test_what_lies_between_unscale_and_step_sees_what_sgd_shows():
+    """Hooks, and clipping by torch's function, under torch's scaler; and an overflow does not call step()."""
+    trainings = Trainings(1000.1)
+    seen, calls = ([], []), ([], [])
+    for k, (opt,) in enumerate(trainings.opts):
+        opt.register_step_pre_hook(
+            lambda opt, *_, k=k: seen[k].append([p.grad.clone() for p in opt.param_groups[0]["params"]])
+        )
+        step = opt.step  # as accelerate's schedulers watch for it
+        opt.step = lambda *args, k=k, step=step: (calls[k].append(1), step(*args))[1]
+    for overflow in (True, False, False, True, False):
+        trainings.iterate(clipped, overflow)
+    assert len(calls[0]) == len(calls[1]) == len(seen[0]) == 3
+    for mine, theirs in zip(*seen, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert_same(a, b)
+
+
+def test_our_scaler_calls_step_after_an_overflow_too():
+    trainings = Trainings(1024.0, 1, "ours")
+    (opt,) = trainings.opts[0]
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append(1))
+    for overflow in (True, False):
+        trainings.iterate(plain, overflow)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_step_supports_amp_scaling_where_torchs_does(fused, copied):
+    """And a copy behaves as what it was copied from."""
+    opts = [kind([torch.nn.Parameter(torch.ones(3))], lr=0.1, fused=fused) for kind in (FusedMomentum, torch.optim.SGD)]
+    assert hasattr(copied(opts[0]), "_step_supports_amp_scaling") == hasattr(opts[1], "_step_supports_amp_scaling")
+    momentum_ext.GradScaler("cpu", enabled=False).step(opts[0])
+    assert hasattr(opts[0], "_step_supports_amp_scaling") == (fused is True)
+
+
+DEFAULTS = {
+    "float64": (torch.set_default_dtype, torch.float64, torch.float32),
+    "float16": (torch.set_default_dtype, torch.float16, torch.float32),
+    "meta": (torch.set_default_device, "meta", None),
+}
+
+
+@pytest.mark.parametrize("way", ["ours", "ours-fused"])
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_default_dtype_and_device_have_no_effect(default, way):
+    set_default, changed, usual = DEFAULTS[default]
+    trainings = Trainings(1000.1, 1, way)
+
+    def procedure(model, opts, scaler, loss):
+        value = loss()
+        set_default(changed)
+        try:
+            plain(model, opts, scaler, lambda: value)
+        finally:
+            set_default(usual)
+
+    for overflow in (True, False, False):
+        trainings.iterate(procedure, overflow)
 
 
 # ---------------------------------------------------------------------------------- the attributes, set by hand

@@ -173,7 +173,7 @@ def test_swapped_in_and_out():
         for refused in (pair.opt.step, pair.opt.state_dict, lambda: pickle.dumps(pair.opt)):
             with pytest.raises(RuntimeError, match="ema_weights"):
                 refused()
-        with pytest.raises(RuntimeError, match="active"), pair.opt.ema_weights():
+        with pytest.raises(RuntimeError, match="ema_weights"), pair.opt.ema_weights():
             pass
         raise KeyError("comes back on an error too")
     for param, value in zip(pair.mine, values, strict=True):
@@ -368,15 +368,65 @@ def test_groups_that_come_and_go_do_not_restart_the_averages(edit):
     assert all(group["ema_step"] == 5 for group in opt.state_dict()["param_groups"])
 
 
-def test_what_moves_parameters_is_refused_while_swapped():
+def copied_attributes(opt):
+    """An object of the same class with the optimizer's attributes."""
+    wrapper = object.__new__(type(opt))
+    wrapper.__dict__.update(opt.__dict__)
+    return wrapper
+
+
+def subclassed(opt):
+    """As Lightning's and Fabric's wrappers: its attributes, and its step()."""
+
+    class Wrapper:
+        def __init__(self):
+            self.__dict__ = {key: value for key, value in opt.__dict__.items() if key != "step"}
+            self.__class__ = type("Wrapped", (Wrapper, type(opt)), {})
+
+        def step(self, closure=None):
+            return opt.step(closure)
+
+    return Wrapper()
+
+
+class Forwards:
+    """As accelerate's."""
+
+    def __init__(self, opt):
+        self.opt = opt
+
+    def __getattr__(self, name):
+        return getattr(self.opt, name)
+
+
+@pytest.mark.parametrize("context", ["ema_weights", "iterate_weights"])
+@pytest.mark.parametrize("wrap", [copied_attributes, subclassed, Forwards], ids=lambda wrap: wrap.__name__)
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_a_step_inside_is_refused_by_every_wrapper(context, wrap, when):
+    """Whoever enters, and whenever the wrapper was made; and before a closure can write gradients."""
     param = torch.nn.Parameter(torch.randn(9))
     opt = FusedMomentum([param], lr=0.1, momentum=0.9, nesterov=True, ema_decay=0.9)
     param.grad = torch.randn(9)
     opt.step()
-    with opt.ema_weights():
-        for refused in (opt.train, opt.eval, lambda: opt.step(lambda: pytest.fail("the closure must not run"))):
-            with pytest.raises(RuntimeError, match="ema_weights"):
-                refused()
+    state, wrapper = opt.state_dict(), wrap(opt)
+    for holder in (opt, wrapper):
+        with getattr(holder, context)():
+            others = (opt, wrapper) if when == "before" else (wrap(opt),)
+            before = param.detach().clone()
+            for each in others:
+                for refused in (
+                    lambda each=each: each.step(lambda: pytest.fail("the closure must not run")),
+                    each.state_dict,
+                    lambda each=each: each.load_state_dict(state),
+                    lambda each=each: each.ema_weights().__enter__(),
+                    lambda each=each: each.iterate_weights().__enter__(),
+                    lambda: copy.deepcopy(opt),
+                    lambda: pickle.dumps(opt),
+                ):
+                    with pytest.raises(RuntimeError, match=rf"leave {context}\(\) first"):
+                        refused()
+            assert_same(param, before)
+        wrapper.step()
 
 
 def test_no_groups():

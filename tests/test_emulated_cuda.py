@@ -301,7 +301,7 @@ def test_unstarted_buffers_do_not_leave():
     twins = Twins(SHAPES, [0], **OPTIONS)
     scaler_step(twins, True)
     assert len(twins.optimizer.state) == len(SHAPES)
-    assert twins.optimizer.state_dict()["state"] == {}
+    assert not any(twins.optimizer.state_dict()["state"].values())
     assert len(twins.optimizer.state) == 0
     scaler_step(twins, False)
     twins.check()
@@ -827,7 +827,7 @@ def test_unstarted_scales_do_not_leave():
     twins = LowPrecisionTwins(torch.bfloat16, {"momentum_dtype": torch.int8})
     twins.scaler_step(True)
     assert all("momentum_scale" in twins.optimizer.state[p] for p in twins.ours)
-    assert twins.optimizer.state_dict()["state"] == {}
+    assert not any(twins.optimizer.state_dict()["state"].values())
     twins.scaler_step(False)
     twins.oracle.step()
     twins.check()

@@ -247,7 +247,7 @@ def test_parameter_data_of_another_dtype(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_module_to_another_dtype(dtype):
-    """module.to() changes the data of parameters and gradients under the optimizer; its buffers stay as they are."""
+    """module.to() changes the data of parameters and gradients; the next step converts the buffers as loading would."""
     models, opts = [], []
     for kind in (FusedMomentum, Oracle):
         torch.manual_seed(0)
@@ -256,14 +256,14 @@ def test_module_to_another_dtype(dtype):
     pair = Pair([torch.zeros(1)])
     pair.mine, pair.theirs = opts
     pair.step(3)
-    for model in models:
-        model.to(dtype)
-    pair.step_as_is()
-    pair.step(3)
-    assert pair.params[0][0].dtype is dtype
-    for model in models:
-        model.to(torch.float32)
-    pair.step(3)
+    for to in (dtype, torch.float32):
+        for model in models:
+            model.to(to)
+        for state in pair.theirs.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].to(to)
+        pair.step_as_is()
+        pair.step(3)
+        assert {pair.mine.state[p]["momentum_buffer"].dtype for p, _ in pair.params} == {to}
 
 
 def test_module_to_another_memory_format():
@@ -579,7 +579,7 @@ def test_buffer_data_of_another_dtype():
     pair.step(3)
     for opt, param in each(pair, 1):
         buffer = opt.state[param]["momentum_buffer"]
-        buffer.data = buffer.data.double()
+        buffer.data = buffer.data.double() if opt is pair.mine else buffer.data.double().float()
     pair.step(3)
 
 

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same, clone_params
-from precision_oracle import buffer_values, order_of
+from helpers import Snapshot, assert_same, clone_params
+from precision_oracle import Options, buffer_values, oracle_convert, order_of
 from precision_twin import BF16, FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
 
 from momentum_ext import FusedMomentum
@@ -72,12 +72,8 @@ WAYS = {
 
 def go_on(twin, state, mode, **options):
     """The twin's optimizer and parameters replaced by new ones that load the state."""
-    twin.params = clone_params(twin.params)
-    for param in twin.params:
-        param.grad_dtype = None
-    twin.opt = FusedMomentum(twin.params, lr=99.0, **{**options_of_mode(mode), **options})
-    twin.opt.load_state_dict(state)
-    twin.check()
+    params = clone_params(twin.params)
+    twin.load(state, FusedMomentum(params, lr=99.0, **{**options_of_mode(mode), **options}))
 
 
 @MODES
@@ -94,15 +90,12 @@ def test_resume_from_a_state_dict(mode, way, tmp_path):
 def test_resume_from_a_copy_of_the_optimizer(mode, way):
     needs_pickle(way, mode)
     twin = twin_in_training(mode)
-    both = (twin.params, twin.opt)
     copies = {
         "deepcopy": copy.deepcopy,
         "pickle": lambda value: pickle.loads(pickle.dumps(value)),
         "torch.save": lambda value: through_file(value, weights_only=False),
     }
-    twin.params, twin.opt = copies[way](both)
-    for param in twin.params:
-        param.grad_dtype = None
+    twin.move_to(copies[way](twin.opt))
     twin.step(3)
 
 
@@ -126,10 +119,7 @@ def test_distributed_checkpoints_own_functions(mode, tmp_path):
     state = {"o": get_optimizer_state_dict(model, fresh)}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     set_optimizer_state_dict(model, fresh, state["o"])
-    for param in twin.params:
-        param.grad_dtype = None
-    twin.opt = fresh
-    twin.check()
+    twin.move_to(fresh)
     twin.step(2)
 
 
@@ -174,7 +164,9 @@ def test_from_torchs_sgd_and_back(mode, formulation):
     assert torch_again.param_groups[0]["lr"] == 0.1 and torch_again.param_groups[0]["momentum"] == 0.9
     for index, param in enumerate(held):
         assert set(state["state"][index]) == {"momentum_buffer"}
-        wide = torch.from_numpy(buffer_values(mine.state[param], order_of(param)))
+        options = Options(momentum_dtype=mode["momentum_dtype"], master_weights=mode.get("master_weights", False))
+        converted = oracle_convert(mine.state[param], param, options, formulation)
+        wide = torch.from_numpy(buffer_values(converted, order_of(param)))
         exported = state["state"][index]["momentum_buffer"]
         assert exported.dtype not in (INT8, FP8)
         assert_same(exported.float(), wide, "exported buffer")
@@ -191,22 +183,9 @@ def test_options_stay_those_of_the_optimizer_that_loads(target, source):
     """The checkpoint of another mode is converted to this one's, as an edit of the options would."""
     saved = {**target, "momentum_dtype": source, "master_weights": not target.get("master_weights", False)}
     twin = twin_in_training(saved)
-    state = through_file(twin.opt.state_dict())
-    found_states = [dict(entry.state) for entry in twin.entries]
-    twin.edit(momentum_dtype=target["momentum_dtype"], master_weights=target.get("master_weights", False))
-    wanted = target["momentum_dtype"]
-    if wanted is None and source not in (INT8, FP8):  # as torch casts it, but fp32 stays beside 16-bit parameters
-        for entry, found in zip(twin.entries, found_states, strict=True):
-            buffer, dtype = found["momentum_buffer"], entry.param.dtype
-            entry.edited = False
-            stays = buffer.dtype is FP32 and dtype in (BF16, FP16)
-            entry.state = {"momentum_buffer": buffer if stays else buffer.to(dtype)}
-    twin.params = clone_params(twin.params)
-    for param in twin.params:
-        param.grad_dtype = None
-    twin.opt = FusedMomentum(twin.params, lr=99.0, rounding_seed=77, **options_of_mode(target))
-    twin.opt.load_state_dict(state)
-    assert twin.opt.param_groups[0]["momentum_dtype"] is wanted
+    go_on(twin, through_file(twin.opt.state_dict()), target, rounding_seed=77)
+    found = twin.opt.param_groups[0].get("momentum_dtype")
+    assert found == (target["momentum_dtype"] and dtype_name(target["momentum_dtype"]))
     twin.step(2)
 
 
@@ -221,3 +200,47 @@ def test_the_checkpoints_tensors_are_not_written():
         for index, entry in kept["state"].items():
             for name in entry:
                 assert_same(state["state"][index][name].view(torch.uint8), entry[name].view(torch.uint8), name)
+
+
+def without(key):
+    return lambda group, entry: (entry if key in entry else group).pop(key)
+
+
+def cut(key):
+    return lambda group, entry: entry.update({key: entry[key][1:].clone()})
+
+
+@pytest.mark.parametrize(
+    "dtype, options, damage, name",
+    [
+        (FP32, {"momentum_dtype": INT8}, without("momentum_scale"), "momentum_scale"),
+        (BF16, {"momentum_dtype": FP8}, without("momentum_scale"), "momentum_scale"),
+        (FP32, {}, cut("momentum_buffer"), "momentum_buffer"),
+        (FP32, {"momentum_dtype": INT8}, cut("momentum_buffer"), "momentum_buffer"),
+        (BF16, {"momentum_dtype": FP8}, cut("momentum_buffer"), "momentum_buffer"),
+        (BF16, {"master_weights": True}, cut("param_remainder"), "param_remainder"),
+        (FP16, {"master_weights": True}, cut("master_param"), "master_param"),
+        (FP32, {"ema_decay": 0.9}, cut("ema"), "ema"),
+        (FP32, {"ema_decay": 0.9}, without("ema_step"), "ema_step"),
+    ],
+)
+@pytest.mark.parametrize("loads_into", ["same options", "none", "no momentum"])
+def test_incomplete_state_is_refused(dtype, options, damage, name, loads_into):
+    """By name, whatever the optimizer that loads it wants; it then is as it was."""
+    opts = []
+    for kept in (options, options if loads_into == "same options" else {}):
+        params = [torch.nn.Parameter(torch.randn(300, 2).to(dtype)) for _ in range(2)]
+        opts.append(FusedMomentum(params, lr=0.1, momentum=0.9, **kept))
+        for param in params:
+            param.grad = torch.randn(300, 2).to(dtype)
+        opts[-1].step()
+    state = copy.deepcopy(opts[0].state_dict())
+    damage(state["param_groups"][0], state["state"][1])
+    state["param_groups"][0]["momentum"] *= loads_into != "no momentum"
+    if name == "ema_step":
+        state["state"][0].pop("ema")
+    before = Snapshot(opts[1])
+    place = r"param_groups\[0\]\['params'\]\[1\]"
+    with pytest.raises(ValueError, match=f'{place}.*"{name}"'):
+        opts[1].load_state_dict(state)
+    before.assert_unchanged()

@@ -82,7 +82,7 @@ def test_masters_know_nothing_of_autograd(dtype):
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, BF16, FP16, INT8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16, FP16])
 def test_what_a_plain_optimizer_loads(dtype, stored):
-    """Buffers as torch would have them, but for fp32 beside 16-bit parameters."""
+    """Buffers as they were saved, then in the parameters' dtype, as torch would have them."""
     source = torch.nn.Parameter(torch.randn(300).to(torch.float32 if stored is INT8 else stored))
     saved = optimizer_of(source, **({"momentum_dtype": INT8} if stored is INT8 else {}))
     give_grad(source, 1)
@@ -90,11 +90,11 @@ def test_what_a_plain_optimizer_loads(dtype, stored):
     param = torch.nn.Parameter(torch.randn(300).to(dtype))
     optimizer = optimizer_of(param)
     optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
-    stays = stored is torch.float32 and dtype in (BF16, FP16)
-    assert optimizer.state[param]["momentum_buffer"].dtype is (stored if stays else dtype)
-    assert optimizer.state[param].keys() == {"momentum_buffer"}
+    assert optimizer.state[param]["momentum_buffer"].dtype is stored
     give_grad(param, 2)
     optimizer.step()
+    assert optimizer.state[param]["momentum_buffer"].dtype is dtype
+    assert optimizer.state[param].keys() == {"momentum_buffer"}
 
 
 def test_a_scale_of_another_size_is_refused():

@@ -29,7 +29,18 @@ def refused(opt, *words, error=(ValueError, TypeError, RuntimeError)):
 
 @pytest.mark.parametrize(
     "wrong",
-    [torch.int32, torch.float64, torch.complex64, torch.uint8, torch.float8_e5m2, "bf16", "int8", 8, True],
+    [
+        torch.int32,
+        torch.float64,
+        torch.complex64,
+        torch.uint8,
+        torch.float8_e5m2,
+        "bf16",
+        "torch.int8",
+        "float64",
+        8,
+        True,
+    ],
     ids=str,
 )
 def test_momentum_dtypes_that_there_are_none_of(wrong):
@@ -88,6 +99,35 @@ def test_masters_of_another_form(name, dtype, what):
     refused(opt, "param_groups[0]['params'][1]", name)
 
 
+@pytest.mark.parametrize("left", [0, 0.5], ids=["freed", "shrunk"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "dtype, options, name",
+    [
+        (FP32, {}, "momentum_buffer"),
+        (FP32, {"momentum_dtype": INT8}, "momentum_buffer"),
+        (FP32, {"momentum_dtype": INT8}, "momentum_scale"),
+        (BF16, {"momentum_dtype": FP8, "master_weights": True}, "momentum_scale"),
+        (BF16, {"master_weights": True}, "momentum_buffer"),
+        (BF16, {"master_weights": True}, "param_remainder"),
+        (FP16, {"master_weights": True}, "master_param"),
+        (FP16, {"momentum_dtype": BF16, "ema_decay": 0.9}, "ema"),
+    ],
+)
+@pytest.mark.parametrize("edit", [{}, {"momentum_dtype": FP16}], ids=["", "converts"])
+def test_memory_that_is_not_there(dtype, options, name, sparse, left, edit):
+    opt, params = training(sizes=((300, 2), (300, 2)), dtype=dtype, **options)
+    opt.param_groups[0].update(edit)
+    storage = opt.state[params[1]][name].untyped_storage()
+    storage.resize_(int(storage.nbytes() * left))
+    for param in params:
+        grad = torch.randn(param.shape).to(dtype)
+        param.grad = grad.to_sparse(1) if sparse else grad
+    refused(
+        opt, f"{name} of param_groups[0]['params'][1]: its storage has {storage.nbytes()} bytes", error=RuntimeError
+    )
+
+
 def test_wrong_gradients_are_found_before_anything_is_written():
     for mode in FEW:
         options = {key: value for key, value in mode.items() if key != "dtype"}
@@ -143,11 +183,13 @@ def test_sparse_gradients_from_the_first_step_on(dtype, momentum_dtype, master):
 
 
 @pytest.mark.parametrize("mode", FEW, ids=mode_name)
-@pytest.mark.parametrize("scaler_type", [torch.amp.GradScaler, GradScaler], ids=["torch", "ours"])
-def test_overflow_leaves_all_states_alone(mode, scaler_type):
+@pytest.mark.parametrize(
+    "fused, scaler_type", [(True, torch.amp.GradScaler), (False, GradScaler)], ids=["torch", "ours"]
+)
+def test_overflow_leaves_all_states_alone(mode, fused, scaler_type):
     """Nothing changes in a step that overflowed, and it does not count: the next one has the oracle's bits."""
     options = {key: value for key, value in mode.items() if key != "dtype"}
-    twin = Twin([torch.randn(size).to(mode["dtype"]) for size in (300, 9)], momentum=0.9, **options)
+    twin = Twin([torch.randn(size).to(mode["dtype"]) for size in (300, 9)], momentum=0.9, fused=fused, **options)
     scaler = scaler_type("cpu", init_scale=4.0, growth_interval=1000)
     scaler.scale(torch.ones(()))
     for first in (True, False):
@@ -165,7 +207,7 @@ def test_loss_scale_is_divided_out():
     for mode in FEW:
         options = {key: value for key, value in mode.items() if key != "dtype"}
         plain, scaled = (
-            Twin([torch.linspace(-1, 1, 300).to(mode["dtype"])], momentum=0.9, **options) for _ in range(2)
+            Twin([torch.linspace(-1, 1, 300).to(mode["dtype"])], momentum=0.9, fused=True, **options) for _ in range(2)
         )
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         scaler.scale(torch.ones(()))

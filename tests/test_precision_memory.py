@@ -46,8 +46,8 @@ def test_8_bits_take_at_most_1_02_bytes_an_element():
 
 def test_split_takes_four_bytes_a_weight():
     param = torch.nn.Parameter(torch.randn(1000, dtype=BF16))
-    opt = FusedMomentum([param], lr=0.1, momentum=0.9, master_weights=True)
-    summary = opt.memory_summary()
+    summary = FusedMomentum([param], lr=0.1, momentum=0.9, master_weights=True).memory_summary()
+    assert summary["momentum_buffer"] == 4000
     assert summary["params"] + summary["param_remainder"] == 4000
 
 

@@ -18,12 +18,13 @@ SHAPES = [(), (0,), (1,), (7,), (9,), (255,), (257,), (1030,), (5, 9), (3, 4, 6)
 DTYPE = st.sampled_from([FP32, BF16, FP16])
 CHOICES = {
     "lr": [0.1, 0.01, 0.3, 0.0],
-    "momentum": [0.9, 0.5, 1.0],
+    "momentum": [0.9, 0.5, 1.0, 0.0],
     "dampening": [0.0, 0.3],
     "weight_decay": [0.0, 0.01, 0.2],
     "nesterov": [False, True],
     "maximize": [False, True],
     "decoupled_weight_decay": [False, True],
+    "formulation": ["torch", "classical"],
 }
 PRECISION = st.fixed_dictionaries(
     {
@@ -51,7 +52,6 @@ class Training(RuleBasedStateMachine):
         self.precision = precision
         self.twin = Twin(params, seed=seed, momentum=0.9, **precision)
         self.twin.step()
-        self.is_counted = precision["stochastic_rounding"]
 
     @rule(dtype=DTYPE, layout=st.sampled_from(LAYOUTS), missing=st.integers(0, 15), factor=FACTOR)
     def step(self, dtype, layout, missing, factor):
@@ -63,7 +63,7 @@ class Training(RuleBasedStateMachine):
             else:
                 grad = grad * factor
             present = not missing >> index & 1 or missing == 15
-            param.grad = in_layout(grad, layout) if present or self.twin.entries[index].edited else None
+            param.grad = in_layout(grad, layout) if present else None
         if any(param.grad is not None for param in self.twin.params):
             self.twin.step_as_is()
 
@@ -71,36 +71,33 @@ class Training(RuleBasedStateMachine):
     def edit(self, edit):
         group = self.twin.opt.param_groups[0]
         wanted = {edit[0]: edit[1]}
-        if (wanted.get("dampening") and group["nesterov"]) or (wanted.get("nesterov") and group["dampening"]):
+        after = {"formulation": "torch", **group, **wanted}
+        is_torchs = after["formulation"] == "torch" and not after["nesterov"]
+        if after["dampening"] and not is_torchs:
             return
+        if after["lr"] == 0 and after["formulation"] != self.twin.formulations[0]:
+            return  # there is no conversion at that lr
         self.twin.edit(**wanted)
 
-    @rule(precision=PRECISION, dtype=DTYPE)
-    def edit_precision(self, precision, dtype):
+    @rule(precision=PRECISION)
+    def edit_precision(self, precision):
         self.precision = precision
         self.twin.edit(**precision)
-        self.twin.step(dtype=dtype)
 
     @rule(way=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
     def copied(self, way):
         twin = self.twin
-        if way == "pickle" and self.precision["momentum_dtype"] is FP8 and not plain_pickle_takes_fp8():
+        dtypes = {value.dtype for entry in twin.entries for value in entry.state.values()}
+        if way == "pickle" and FP8 in dtypes and not plain_pickle_takes_fp8():
             way = "deepcopy"
         if way == "state_dict":
             state = copy.deepcopy(twin.opt.state_dict())
-            twin.params = clone_params(twin.params)
-            twin.opt = FusedMomentum(twin.params, lr=99.0, **self.precision)
-            twin.opt.load_state_dict(state)
+            twin.check_state_dict(state)
+            options = {"formulation": twin.opt.param_groups[0].get("formulation", "torch"), **self.precision}
+            twin.load(state, FusedMomentum(clone_params(twin.params), lr=99.0, **options))
+            twin.taken *= self.precision["stochastic_rounding"]  # a checkpoint has the count where it is used
         else:
-            both = (twin.params, twin.opt)
-            twin.params, twin.opt = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
-        for param in twin.params:
-            param.grad_dtype = None
-        # A checkpoint has the number of steps from when stochastic rounding was first on; else counting starts anew.
-        self.is_counted |= self.precision["stochastic_rounding"]
-        if way == "state_dict":
-            twin.taken *= self.is_counted
-        twin.check()
+            twin.move_to(copy.deepcopy(twin.opt) if way == "deepcopy" else pickle.loads(pickle.dumps(twin.opt)))
 
     @rule(isa=st.sampled_from(_C.isas()), threads=st.integers(1, 3))
     def machine(self, isa, threads):

@@ -32,7 +32,10 @@ class Two:
         self.split = [torch.nn.Parameter(p.clone()) for p in start]
         self.wide = [torch.nn.Parameter(p.float()) for p in start]
         self.opt = FusedMomentum(self.split, lr=0.03, master_weights=True, **options)
-        self.reference = FusedMomentum(self.wide, lr=0.03, **{**options, "master_weights": False})
+        if {"formulation", "momentum_dtype"} & options.keys():
+            self.reference = FusedMomentum(self.wide, lr=0.03, **options)
+        else:
+            self.reference = torch.optim.SGD(self.wide, lr=0.03, **options, foreach=False)
         self.data = torch.Generator().manual_seed(4)
 
     @staticmethod
@@ -50,22 +53,20 @@ class Two:
             for p, q in zip(params, used, strict=True):
                 grad = q.grad.to(grad_dtype)
                 p.grad_dtype = None
-                p.grad = grad
+                p.grad = grad if params is self.split else grad.float()  # torch's buffer is made of its first gradient
         self.opt.step()
         self.reference.step()
-        for (
-            p,
-            q,
-        ) in zip(self.split, self.wide, strict=True):
+        for p, q in zip(self.split, self.wide, strict=True):
             assert_same(truth(self.opt, p), q.detach(), "truth")
             assert_same(p.detach(), cast(q.detach()), "the cast for forward")
 
 
 @pytest.mark.parametrize("hyper", HYPERS, ids=lambda hyper: hyper.get("formulation", "torch") + f"-{len(hyper)}")
-@pytest.mark.parametrize("momentum_dtype", [FP32, BF16, INT8], ids=dtype_name)
+@pytest.mark.parametrize("precision", [{}, {"momentum_dtype": BF16}, {"momentum_dtype": INT8}], ids=str)
 @pytest.mark.parametrize("grad_dtype", [BF16, FP32], ids=dtype_name)
-def test_split_run_is_an_fp32_run(hyper, momentum_dtype, grad_dtype):
-    two = Two(**hyper, momentum_dtype=momentum_dtype)
+def test_split_run_is_an_fp32_run(hyper, precision, grad_dtype):
+    """By default torch's own run, momentum and all."""
+    two = Two(**hyper, **precision)
     for _ in range(20):
         two.step(grad_dtype)
 
@@ -114,14 +115,15 @@ def test_fp16_master_believes_who_writes_the_parameter():
 def test_fp16_master_is_an_fp32_run():
     start = torch.randn(2049).to(FP16)
     param, wide = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
-    mine = FusedMomentum([param], lr=1e-3, momentum=0.9, master_weights=True, momentum_dtype=FP32)
-    reference = FusedMomentum([wide], lr=1e-3, momentum=0.9)
+    mine = FusedMomentum([param], lr=1e-3, momentum=0.9, master_weights=True)
+    reference = torch.optim.SGD([wide], lr=1e-3, momentum=0.9, foreach=False)
     for _ in range(50):
         param.grad = torch.randn(2049).to(FP16)
         wide.grad = param.grad.float()
         mine.step()
         reference.step()
         assert_same(mine.state[param]["master_param"], wide.detach())
+        assert_same(mine.state[param]["momentum_buffer"], reference.state[wide]["momentum_buffer"])
         assert_same(param.detach(), wide.detach().to(FP16))
 
 

@@ -105,6 +105,7 @@ def test_several_groups_each_with_its_own_mode():
         {**group, **{key: mode.get(key, False) for key in keys}, "params": [param]}
         for mode, param in zip(FEW, group["params"], strict=True)
     ]
+    twin.formulations *= len(FEW)
     twin.step(4)
 
 

@@ -136,8 +136,11 @@ bool lies_like(const at::Tensor& average, const at::Tensor& param) {
 }
 
 void check_memory(const at::Tensor& tensor, const std::string& name) {
+  constexpr c10::DispatchKeySet kWrappers(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
   const bool has_memory = tensor.layout() == at::kStrided && (tensor.is_cpu() || tensor.is_cuda()) &&
-                          !tensor.key_set().has(c10::DispatchKey::Python) && !tensor.is_nested();
+                          !tensor.key_set().has_any(kWrappers) && !tensor.is_nested();
   if (!has_memory || tensor.numel() == 0) return;
   const int64_t itemsize = static_cast<int64_t>(tensor.element_size());
   const int64_t needed =

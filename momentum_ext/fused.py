@@ -1,0 +1,304 @@
+"""How an optimizer of ours steps: hooks, closure, a GradScaler's numbers, clipping and averages, and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+
+from momentum_ext import _C, compiled
+from momentum_ext.averaging import average_weight, swapped
+from momentum_ext.clipping import StandIns
+from momentum_ext.memory import MemorySummary, summarize
+from momentum_ext.state import StatefulOptimizer
+
+__all__ = ["FusedOptimizer"]
+
+
+class FusedOptimizer(StatefulOptimizer):
+    """The steps of FusedMomentum, apart from torch's own path."""
+
+    def _check_torch_step(self, positions: list[tuple[int, int]]) -> None:
+        """Let torch raise what it would raise for these tensors, while nothing is written."""
+        raise NotImplementedError
+
+    def _torch_step(self, positions: list[tuple[int, int]], inv_grad_scale: float, grads: StandIns) -> None:
+        """Torch's own update of the tensors at these (group, index in group)."""
+        raise NotImplementedError
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, *args: Any, **kwargs: Any) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Under ``torch.compile`` the step becomes the operator ``torch.ops.momentum_ext.step``, with the eager step's
+        bits. lr and weight_decay as tensors may change in value without a new graph; Python numbers that change make a
+        new one, and so does the second step, which finds momentum buffers, as with torch's optimizers. Closures, step
+        hooks, GradScaler's attributes, ``differentiable=True``, an edited formulation and a parameter that is listed
+        twice are left to the eager step between two graphs; with ``fullgraph=True`` torch's error says which it was.
+
+        While ``torch.profiler`` is active, each step has a range ``FusedMomentum.step: N bytes``: N bytes must move, to
+        read parameter, gradient and momentum buffer (which a tensor's first step does not read), write parameter and
+        buffer, and read and write the average. It counts what the kernels update, not what is left to torch.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: naming the tensor or the hyperparameter; nothing has been written.
+        """
+        if is_dynamo_compiling():
+            return compiled.step(self, args, kwargs)  # type: ignore[no-any-return]
+        # torch wraps a step in hooks and a profiler range at 20 us a call; here it is wrapped when there is someone to
+        # notice. A subclass that overrides step() has been wrapped by torch, and its hooks must not run twice.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _C.has_record_function_callbacks()
+        ) and not self._is_wrapped_by_torch():
+            run = _observed_step
+        else:
+            run = FusedOptimizer._step
+        try:
+            return run(self, *args, **kwargs)
+        except BaseException:  # torch.amp.GradScaler would multiply what it finds here into its next scale
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch's word for "already wrapped"
+
+    def _is_wrapped_by_torch(self) -> bool:
+        """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
+        inner = getattr(type(self).step, "__wrapped__", None)
+        return inner is not None and not getattr(inner, "hooked", False)
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+        if self._held_weights.context is not None:  # before the closure writes gradients
+            self._held_weights.check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        attributes = self.__dict__
+        if (
+            self.max_grad_norm is None
+            and self.ema_decay is None
+            and not self._grad_factor.is_active
+            and "found_inf" not in attributes
+            and "grad_scale" not in attributes
+        ):
+            for_torch = self._plan.step(self.param_groups, self.state, 1.0, self.defaults["differentiable"])
+            if for_torch is not None:
+                self._step_by_torch(for_torch, 1.0, None)
+        else:
+            self._step_and_more(attributes.get("found_inf"), attributes.get("grad_scale"))
+        return loss
+
+    def _step_and_more(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """The step with what a GradScaler hands over, clipping and averages."""
+        # A step with lr 0 makes state, and is otherwise no step: see the class.
+        trains = any(_is_nonzero(group["lr"]) for group in self.param_groups)
+        done, norm = False, None
+        if found_inf is not grad_scale and _is_on_device(found_inf) and _is_on_device(grad_scale):
+            done, norm = self._step_on_device(found_inf, grad_scale, trains)
+        if not done:
+            if found_inf is not None and float(found_inf) != 0:
+                self._grad_factor.clear()
+                return
+            inv_grad_scale = 1.0 if grad_scale is None else _C.inverse_scale(float(grad_scale))
+            factor, grads, norm = self._grad_factor.in_step(self.param_groups, self.max_grad_norm, inv_grad_scale)
+            if inv_grad_scale != 1.0 or not self._launch(None, None, factor, grads, trains):
+                self._step_on_host(inv_grad_scale * float(factor), grads, trains)
+        if trains and self.max_grad_norm is not None:
+            self.grad_norm = norm
+        if self._grad_factor.is_active:
+            self._grad_factor.end_step(self.param_groups)
+        if trains and self.ema_decay is not None:
+            self._ema_count.add()
+
+    def _step_on_host(self, inv_grad_scale: float, grads: StandIns | None, trains: bool) -> None:
+        weight = None
+        if self.ema_decay is not None:
+            if self._ema_count.is_on_device:
+                self._ema_count.bring_back()
+            weight = average_weight(self.ema_decay, self.ema_warmup, int(self._ema_count)) if trains else 0.0
+        for_torch = self._plan.step_with(
+            self.param_groups, self.state, inv_grad_scale, self.defaults["differentiable"], weight, grads
+        )
+        if for_torch is not None:
+            self._step_by_torch(for_torch, inv_grad_scale, grads)
+
+    def _step_on_device(
+        self, found_inf: Tensor | None, grad_scale: Tensor | None, trains: bool
+    ) -> tuple[bool, Tensor | None]:
+        """A step whose numbers the host never learns; False, and nothing has been written, where it must."""
+        in_step = self._grad_factor.in_step_on_device(self.param_groups, self.max_grad_norm, grad_scale)
+        if in_step is None:
+            return False, None
+        factor, grads, norm = in_step
+        if isinstance(factor, Tensor):
+            grad_scale = None  # it is in the factor
+        return self._launch(found_inf, grad_scale, factor, grads, trains), norm
+
+    def _launch(
+        self,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+        factor: float | Tensor,
+        grads: StandIns | None,
+        trains: bool,
+    ) -> bool:
+        """The step, where all numbers that only a device knows stay there; False where the host must know them."""
+        average = None
+        weight: float | None = None
+        if self.ema_decay is not None:
+            left_out_by_device = found_inf is not None
+            if trains:
+                average = self._ema_count.on_device(self._first_device(), left_out_by_device or self.ema_warmup)
+                if average is None and left_out_by_device:
+                    return False
+            weight = 1.0 if average else average_weight(self.ema_decay, self.ema_warmup, int(self._ema_count))
+            weight = weight if trains else 0.0
+        on_device = factor if isinstance(factor, Tensor) else None
+        if on_device is None and factor != 1.0:
+            return False
+        if found_inf is None and grad_scale is None and on_device is None and average is None:
+            return False
+        done = self._plan.step_with(
+            self.param_groups,
+            self.state,
+            1.0,
+            self.defaults["differentiable"],
+            weight,
+            grads,
+            found_inf,
+            grad_scale,
+            on_device,
+            average,
+            self.ema_decay or 0.0,
+            self.ema_warmup,
+        )
+        return done is not NotImplemented
+
+    def _step_by_torch(self, positions: list[tuple[int, int]], inv_grad_scale: float, grads: StandIns | None) -> None:
+        """The second half of a prepared step: what only torch can update, and then the rest."""
+        try:
+            self._check_torch_step(positions)
+            self._plan.begin_torch_step()
+            self._torch_step(positions, inv_grad_scale, grads or {})
+        except BaseException:
+            self._plan.discard()
+            raise
+        self._plan.run()
+
+    def _first_device(self) -> torch.device:
+        params = (param for group in self.param_groups for param in group["params"])
+        return next((param.device for param in params if isinstance(param, Tensor)), torch.device("cpu"))
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within the context, parameters are their averages; needs ``ema_decay``.
+
+        Parameters and averages change places in memory, without a copy of the model, and come back bit for bit. A
+        parameter that has never had a gradient is its own average. :meth:`step` and :meth:`state_dict` raise inside.
+
+        Example::
+
+            with optimizer.ema_weights():
+                evaluate(model)
+        """
+        if self.ema_decay is None:
+            raise RuntimeError("ema_weights() needs an optimizer that was made with ema_decay")
+        with self._held_weights.hold("ema_weights"), swapped(self.state):
+            yield
+
+    def memory_summary(self) -> MemorySummary:
+        """Bytes of parameters, gradients and state by kind, with today's options; prints as a table.
+
+        Counts what a step with all gradients will have allocated, so it is the same before the first step and after.
+        """
+        return summarize(self.param_groups, self.state, self.ema_decay is not None)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As :meth:`torch.optim.Optimizer.zero_grad`; what was to clip the gradients goes with them."""
+        if is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+            return
+        self._grad_factor.clear()
+        super().zero_grad(set_to_none)
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """Clip the norm of all gradients together, in the next :meth:`step`.
+
+        Takes the place of ``torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)``. The norm is computed now,
+        in one pass that only reads; the step multiplies with the coefficient while it reads the gradients anyway, so
+        ``param.grad`` keeps its values. Norms 1, 2 and inf of gradients that are all on the CPU, or all dense on one
+        CUDA device, are computed in double, with the same bits on every run; for all else torch's own functions are
+        called, which write to the gradients. On a CUDA device nothing waits: norm and coefficient stay there, and both
+        can be captured into a graph, max_norm as the number that it is then.
+
+        The coefficient belongs to the memory of these gradients, as if it had been written there. Called again, it
+        clips what the first call has left. A gradient that is replaced before the step by one in other memory is not
+        clipped, the others are; what is written to them through ``p.grad.data`` goes unseen. :meth:`zero_grad`, the
+        step that uses it and a step that a ``momentum_ext.GradScaler`` leaves out end it; a step that raises does not.
+        Gradients that are written to before the step (another backward) make it raise: clip last. After an overflow,
+        whose norm is not finite, they are simply not clipped.
+
+        Args:
+            max_norm: what the norm shall not exceed.
+            norm_type: the p of the p-norm, may be ``inf``.
+            foreach: accepted as torch's function does; has no effect.
+            error_if_nonfinite: raise if the norm is inf or NaN, instead of multiplying with what comes out; waits for
+                a CUDA device.
+
+        Returns:
+            The norm before clipping, a tensor of no dimension in the gradients' dtype, on their device.
+
+        Raises:
+            RuntimeError: for a norm that is not finite, if asked for; for a gradient that was written to after the
+                last clipping, with its place in ``param_groups``.
+        """
+        if is_dynamo_compiling():
+            return compiled.clip_grad_norm_(self, max_norm, norm_type, error_if_nonfinite)
+        return self._grad_factor.clip(self.param_groups, float(max_norm), float(norm_type), error_if_nonfinite)
+
+
+def _is_on_device(value: Tensor | None) -> bool:
+    """True where the CUDA kernels can read a GradScaler's value by themselves, or where there is none."""
+    return value is None or (
+        isinstance(value, Tensor) and value.is_cuda and value.dtype == torch.float32 and value.numel() == 1
+    )
+
+
+def _is_nonzero(lr: Any) -> bool:
+    """False for an lr of 0, without waiting for a device."""
+    return lr.is_cuda or bool(lr != 0) if isinstance(lr, Tensor) else lr != 0
+
+
+# torch's wrapper: a profiler range, the hooks, and the mark that its Python tracer looks for.
+_observed_step = Optimizer.profile_hook_step(FusedOptimizer._step)

@@ -1,0 +1,208 @@
+"""What an optimizer of ours keeps: keys of groups, checkpoints, copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from momentum_ext import _C, compiled
+from momentum_ext.averaging import COUNT, HeldWeights, UpdateCount
+from momentum_ext.checkpoint import (
+    OWN_DEFAULTS,
+    changed,
+    check_complete,
+    keep_dtypes,
+    unpack,
+    with_changes,
+    without_defaults,
+)
+from momentum_ext.clipping import GradFactor
+from momentum_ext.formulation import check_group
+from momentum_ext.lookahead import restore_lookahead
+from momentum_ext.precision import BUFFER, ROUNDING_STEP, SCALE
+
+__all__ = ["StatefulOptimizer"]
+
+
+class StatefulOptimizer(Optimizer):
+    """The state of FusedMomentum, apart from how it steps."""
+
+    # Set by the optimizer's constructor, before torch's adds the groups.
+    max_grad_norm: float | None
+    ema_decay: float | None
+    ema_warmup: bool
+    _own_defaults: dict[str, Any]
+    _plan: _C.StepPlan
+    _held_weights: HeldWeights
+    _grad_factor: GradFactor
+    _step_supports_amp_scaling: bool
+
+    def _start(self) -> None:
+        """What is not part of the state."""
+        self._plan = _C.StepPlan()
+        counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
+        self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])
+        self._traced = compiled.Traced(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
+        # These outlive a loaded state: wrappers share the one, the gradients of the other are as they were.
+        self.__dict__.setdefault("_held_weights", HeldWeights())
+        self.__dict__.setdefault("_grad_factor", GradFactor())
+        if self.defaults.get("fused"):  # torch sets it when the optimizer is made, and a copy forgets it
+            self._step_supports_amp_scaling = True
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """What ``max_grad_norm`` has found in the last step: the norm of all gradients before clipping."""
+        return self._traced.grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, norm: Tensor | None) -> None:
+        self._traced.grad_norm = norm
+
+    @property
+    def _ema_count(self) -> UpdateCount:
+        return self._traced.ema_count
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: also for a formulation that the group's other hyperparameters do not go with, and for a
+                momentum_dtype that is not supported.
+        """
+        num_groups = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, value in self._own_defaults.items():
+            group.setdefault(name, value)
+        try:
+            check_group(group)
+            without_defaults(group)
+        except (TypeError, ValueError):
+            del self.param_groups[num_groups:]
+            raise
+        self._add_own_keys(group)
+
+    def _add_own_keys(self, group: dict[str, Any]) -> None:
+        """Keys beside the options that are used: what flattens a checkpoint reads its keys from the live groups."""
+        if "formulation" in group:
+            group.setdefault("buffer_formulation", group["formulation"])
+        if group.get("stochastic_rounding", False):
+            group.setdefault(ROUNDING_STEP, 0)
+        if self.ema_decay is not None:
+            group.setdefault(COUNT, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`torch.optim.Optimizer.state_dict`, with the state that the next step would start from.
+
+        What was edited in ``param_groups`` and is to be converted is converted here, in a copy. Tensors leave in dtypes
+        that every backend moves: an int16 remainder as bfloat16, an fp8 buffer as uint8, both with the same bits.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.
+        """
+        self._held_weights.check()
+        self._update_counts()
+        handle = self.register_state_dict_post_hook(_finish_state_dict, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _finish_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        changes, converted = self._plan.pending_changes(self.param_groups, self.state)
+        names: dict[int, Any] = {}
+        for g, (group, packed) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+            names.update(zip(map(id, group["params"]), packed["params"], strict=True))
+            without_defaults(packed)
+            if "stochastic_rounding" not in packed:
+                packed.pop(ROUNDING_STEP, None)
+            if g in converted:
+                packed.pop("buffer_formulation", None)
+                if "formulation" in packed:
+                    packed["buffer_formulation"] = packed["formulation"]
+            elif "formulation" in packed:  # what an older checkpoint does not say is that they are the same
+                packed.setdefault("buffer_formulation", "torch")
+        return with_changes(state_dict, changes + self._unstarted(), names)
+
+    def _unstarted(self) -> list[tuple[Tensor, str, None]]:
+        """Momentum that was never computed, because its first step overflowed on the GPU."""
+        buffers = {id(buffer) for buffer in self._plan.unstarted_buffers()}
+        if not buffers:
+            return []
+        params = [param for param, entry in self.state.items() if id(entry.get(BUFFER)) in buffers]
+        return [(param, key, None) for param in params for key in (BUFFER, SCALE)]
+
+    def _update_counts(self) -> None:
+        """What counts outside of the groups goes into them."""
+        count = int(self._ema_count)
+        for group in self.param_groups:
+            if self.ema_decay is not None or count:
+                group[COUNT] = count  # in every group: any of them may go
+            if group.get("stochastic_rounding", False):
+                group[ROUNDING_STEP] = self._plan.rounding_step
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` of this class or of torch.optim.SGD has returned.
+
+        The options of this optimizer stay: formulation, momentum_dtype, master_weights, stochastic_rounding and its
+        seed. State keeps the dtype and the formulation that it was saved in, and the next step converts it where that
+        is exact, at the loaded learning rate. ``decoupled_weight_decay`` is loaded where it was saved. What 0.1.0 had
+        saved after ``eval()`` is moved back to the look-ahead point: load the model first.
+
+        Raises:
+            ValueError: for state that is not whole, by its name, and for a formulation that cannot be converted; the
+                optimizer is then as it was.
+        """
+        self._held_weights.check()
+        before = dict(self.__dict__)
+        old_groups = self.param_groups
+        keep_dtypes(self, lambda: super(StatefulOptimizer, self).load_state_dict(state_dict))
+        try:
+            check_complete(self.param_groups, self.state)
+            for group, old in zip(self.param_groups, old_groups, strict=True):
+                stored = group.pop("buffer_formulation", group.get("formulation", "torch"))
+                decoupled = group.get("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
+                for name in OWN_DEFAULTS:
+                    group.pop(name, None)
+                    if name in old:
+                        group[name] = old[name]
+                group["decoupled_weight_decay"] = decoupled
+                without_defaults(group)
+                if stored != "torch" or "formulation" in group:
+                    group["buffer_formulation"] = stored
+                self._add_own_keys(group)
+            self._plan.pending_changes(self.param_groups, self.state)  # raises what the next step would
+            restore_lookahead(self.param_groups, self.state)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._held_weights.check()
+        self._update_counts()
+        state = super().__getstate__()
+        moved, _ = self._plan.pending_changes(self.param_groups, self.state, moved_only=True)
+        if changes := moved + self._unstarted():
+            state["state"] = changed(state["state"], changes, {id(param): param for param in self.state})
+        return {
+            **state,
+            "max_grad_norm": self.max_grad_norm,
+            "ema_decay": self.ema_decay,
+            "ema_warmup": self.ema_warmup,
+            "_steps_taken": self._plan.rounding_step,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        unpack(state["state"])
+        super().__setstate__(state)
+        self._own_defaults = {name: self.defaults[name] for name in OWN_DEFAULTS if name in self.defaults}
+        for name, default in (("max_grad_norm", None), ("ema_decay", None), ("ema_warmup", False)):
+            self.__dict__.setdefault(name, default)
+        self._start()
+
+
+def _finish_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    assert isinstance(optimizer, StatefulOptimizer)
+    return optimizer._finish_state_dict(state_dict)
