@@ -159,6 +159,13 @@ class Model:
         self.weights = dict(zip(self.params, weights, strict=True))
         for param, weight in self.weights.items():
             weight.param, weight.memory = param, None
+            group, _ = self.stored_as(weight)
+            if self.was_moved(weight):
+                entry = copied.state[param]
+                wanted = self.converted(group, weight, copies=True)
+                assert_near(decoded(entry), wanted, weight.formats["momentum_buffer"], 2e-6, "copied buffer")
+                weight.buffer = decoded(entry)
+            weight.formulation = self.stored_as(weight)[1]
         self.coefficients, self.grad_norm = [], None
 
     # ---- clipping
@@ -237,23 +244,40 @@ class Model:
             wanted = group.get("formulation", "torch")
             for param in group["params"] if group["momentum"] != 0 else ():
                 weight = self.weights[param]
-                if weight.buffer is None or self.formulation_of(weight) == wanted:
-                    continue
-                if "ema" in (wanted, self.formulation_of(weight)):
-                    raise Raises(ValueError, "no exact conversion of the momentum buffers")
-                if float(group["lr"]) == 0:
-                    raise Raises(ValueError, "converted at the current lr, which is 0")
+                self._check_conversion(group, weight, wanted)
+
+    def _check_conversion(self, group: dict[str, Any], weight: Weight, wanted: str) -> None:
+        if weight.buffer is None or self.formulation_of(weight) == wanted:
+            return
+        if "ema" in (wanted, self.formulation_of(weight)):
+            raise Raises(ValueError, "no exact conversion of the momentum buffers")
+        if float(group["lr"]) == 0:
+            raise Raises(ValueError, "converted at the current lr, which is 0")
+
+    def stored_as(self, weight: Weight) -> tuple[dict[str, Any], str]:
+        """The parameter's group, and what it says of its buffers."""
+        groups = zip(self.opt.param_groups, self.buffer_formulations, strict=True)
+        return next(pair for pair in groups if any(weight.param is p for p in pair[0]["params"]))
 
     def formulation_of(self, weight: Weight) -> str:
-        if weight.formulation is not None:
-            return weight.formulation
-        groups = zip(self.opt.param_groups, self.buffer_formulations, strict=True)
-        return next(each for group, each in groups if any(weight.param is p for p in group["params"]))
+        return weight.formulation or self.stored_as(weight)[1]
 
-    def converted(self, group: dict[str, Any], weight: Weight) -> Tensor | None:
-        """The buffer in its group's formulation."""
+    def was_moved(self, weight: Weight) -> bool:
+        """Into a group that says something else of its buffers: what can only say that converts it in a copy."""
+        return weight.buffer is not None and self.formulation_of(weight) != self.stored_as(weight)[1]
+
+    def check_moved(self, all_groups: bool) -> None:
+        for weight in map(self.weights.get, self.params):
+            group, stored = self.stored_as(weight)
+            if self.was_moved(weight) and (all_groups or group["momentum"] == 0):
+                self._check_conversion(group, weight, stored)
+
+    def converted(self, group: dict[str, Any], weight: Weight, copies: bool = False) -> Tensor | None:
+        """The buffer in its group's formulation; with momentum 0, or in a copy, in the one that the group says it has."""
         buffer, wanted = weight.buffer, group.get("formulation", "torch")
-        if buffer is None or group["momentum"] == 0 or self.formulation_of(weight) == wanted:
+        if copies or group["momentum"] == 0:
+            wanted = self.stored_as(weight)[1]
+        if buffer is None or self.formulation_of(weight) == wanted:
             return buffer
         wide = buffer.float() if buffer.dtype in HALVES else buffer
         return wide * float(group["lr"]) if wanted == "classical" else wide / float(group["lr"])
@@ -312,7 +336,7 @@ class Model:
         self, group: dict[str, Any], weight: Weight, factor: float | None
     ) -> tuple[Tensor, Tensor | None, dict[str, torch.dtype]]:
         """Value, buffer and formats after a step; without a gradient only what is converted changes."""
-        buffer = self.converted(group, weight)
+        buffer = self.converted(group, weight) if group["momentum"] != 0 else weight.buffer
         if factor is None:
             return weight.value, buffer, weight.formats if buffer is weight.buffer else self.wanted_formats(group, weight)
         wide = weight.value.dtype
@@ -439,7 +463,7 @@ class Model:
         loaded = state_dict["param_groups"]
         self.buffer_formulations = [packed.get("buffer_formulation", "torch") for packed in loaded]
         for weight in self.weights.values():
-            weight.formulation = None
+            weight.formulation = self.stored_as(weight)[1]
         self.ema_count = max((packed.get("ema_step", 0) for packed in loaded), default=0)
         self.rounding_step = max((packed.get("rounding_step", 0) for packed in loaded), default=0)
         self.grad_norm = None

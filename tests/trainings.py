@@ -306,7 +306,8 @@ class ExactTraining(RuleBasedStateMachine):
         if between == "replace":
             self.new_gradients(subset, 1.0)
         elif between == "refused step":
-            self.refuse_inside(self.opt.iterate_weights)
+            if self.opt.ema_decay is not None:
+                self.refuse_inside(self.opt.ema_weights)
         elif between != "nothing":
             self.touch_gradients(subset=subset, how=between)
         if not any(p.grad is not None for p in self.params):
@@ -358,6 +359,12 @@ class ExactTraining(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match="needs an optimizer that was made with ema_decay"), self.opt.ema_weights():
                 pass
             return
+        try:
+            self.model.check_moved(all_groups=what == "iterate_weights")
+        except Raises as error:
+            if what == "iterate_weights":
+                self.refused(self.opt.iterate_weights().__enter__, error)
+                return
         if what == "iterate_weights":
             wanted = [self.iterate(group, param) for group in self.opt.param_groups for param in group["params"]]
         else:
@@ -380,7 +387,8 @@ class ExactTraining(RuleBasedStateMachine):
         before = Snapshot(self.opt, "versions")
         with context():
             for param, values in zip(self.params, wanted, strict=bool(wanted)):
-                bits = param.dtype in (FP32, FP64) and (values.dtype is param.dtype)
+                was_moved = self.model.was_moved(self.model.weights[param])
+                bits = param.dtype in (FP32, FP64) and values.dtype is param.dtype and not was_moved
                 assert_near(param.detach(), values, param.dtype, 0.0 if bits else 1e-6, "parameter inside")
             inside = Snapshot(self.opt)
             for action in (
@@ -417,6 +425,11 @@ class ExactTraining(RuleBasedStateMachine):
     def copied(self, way, subset):
         if not self.can_pickle:
             way = copy.deepcopy
+        try:
+            self.model.check_moved(all_groups=True)
+        except Raises as error:
+            self.refused(lambda: way(self.opt), error)
+            return
         with self.only_looks():
             copied = way(self.opt)
         self.opt = copied
@@ -434,6 +447,7 @@ class ExactTraining(RuleBasedStateMachine):
         """What it must be, and the live state as before; None where it must raise."""
         try:
             self.model.check_conversions()
+            self.model.check_moved(all_groups=False)
         except Raises as error:
             self.refused(self.opt.state_dict, error)
             return None
