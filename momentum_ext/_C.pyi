@@ -41,7 +41,7 @@ class StepPlan:
         average_weight is that of the new parameter in its average; 0 makes missing averages and updates none. The
         tensors are numbers on a CUDA device that nobody waits for: found_inf and grad_scale are a GradScaler's;
         grad_factor (float64, in place of grad_scale) is what to multiply the gradients with; average (float64 too)
-        holds the averages' weight and the count of their updates; the step counts itself there and works out the weight.
+        holds the averages' weight and the count of their updates: the step counts itself there.
         When anything but a CUDA kernel would have to know them, nothing is written and NotImplemented is returned.
         """
 
@@ -97,7 +97,8 @@ class GradNorm:
     def remember(self, param_groups: list[dict[str, Any]], indices: list[int] | None = None, shift: int = 0) -> int:
         """Remember the gradients that are there now, each with the index of its coefficient (without indices 0).
 
-        Absent ones that were remembered before keep theirs, moved up by `shift`; returns how many they are.
+        Absent ones that were remembered before keep theirs, moved up by `shift` (0: they are forgotten); returns how
+        many they are.
         """
 
     def forget(self, param_groups: list[dict[str, Any]]) -> int:

@@ -106,6 +106,7 @@ class GradFactor:
         """After a step that has used what waited for its gradients; absent ones keep theirs."""
         if self._is_same or not self._coefficients or not self._norms.forget(param_groups):
             self.clear()
+        self.outlive_scaler()
 
     def clear(self) -> None:
         """Nothing waits any more."""
@@ -115,7 +116,7 @@ class GradFactor:
         self.is_active = False
 
     def outlive_scaler(self) -> None:
-        """After GradScaler.update() without a step: what waits belongs to these very values."""
+        """After a step, or GradScaler.update() without one: what still waits belongs to these very values."""
         for coefficient in self._coefficients:
             coefficient.is_over = True
 
@@ -246,7 +247,7 @@ class GradFactor:
         unscales = unscales or any(each.unscales for each in before)
         if grads is None:
             self._coefficients = [_Coefficient(factor, norm, unscales)]
-            absent = self._norms.remember(param_groups, None, 1)
+            absent = self._norms.remember(param_groups, None, 1 if before else 0)
         else:
             codes = [max(code, -1) for _, _, code in self._norms.match(param_groups) or []]
             kinds = sorted(set(codes))
@@ -277,7 +278,7 @@ class GradFactor:
                         param.grad.mul_(factor)
                     elif param in grads:
                         param.grad.copy_(grads[param])
-        self.clear()
+        self.end_step(param_groups)  # what they had is written into them
         norm = torch.nn.utils.get_total_norm([param.grad for param in params], norm_type, error_if_nonfinite)
         norm = norm * inv_grad_scale
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)

@@ -94,7 +94,7 @@ size_t GradNorm::remember(const py::list& param_groups,
     ++n;
     return true;
   });
-  records_.add_others(std::move(before), shift);
+  if (shift != 0) records_.add_others(std::move(before), shift);
   return records_.size() - n;
 }
 
@@ -186,8 +186,7 @@ void GradNorm::start_collecting() {
 
 bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
   start_collecting();
-  return read_params(param_groups) &&
-         for_each_grad([&](const at::Tensor& grad, size_t k) {
+  return read_params(param_groups) && for_each_grad([&](const at::Tensor& grad, size_t k) {
            const auto name = [&] {
              return "gradient of param_groups[" + std::to_string(places_[k].group) +
                     "]['params'][" + std::to_string(places_[k].index) + "]";

@@ -43,7 +43,7 @@ class GradNorm {
 
   // Remembers the gradients that are there now, each with the index of its coefficient; without
   // indices it is 0 for all. Those remembered before that are absent keep their coefficients, whose
-  // indices move up by `shift`. Returns how many these are.
+  // indices move up by `shift`; with 0 they are forgotten. Returns how many these are.
   size_t remember(const py::list& param_groups, const std::optional<std::vector<int64_t>>& indices,
                   int64_t shift);
 

@@ -20,9 +20,8 @@ Place place_of(const c10::TensorImpl& grad) {
   if (!grad.has_storage()) return {nullptr, 0, 0};
   const auto itemsize = static_cast<int64_t>(grad.itemsize());
   const int64_t begin = grad.storage_offset() * itemsize;
-  const int64_t bytes = grad.is_contiguous()
-                            ? grad.numel() * itemsize
-                            : num_bytes(grad.sizes(), grad.strides(), itemsize);
+  const int64_t bytes = grad.is_contiguous() ? grad.numel() * itemsize
+                                             : num_bytes(grad.sizes(), grad.strides(), itemsize);
   return {grad.unsafe_storage().unsafeGetStorageImpl(), begin, begin + bytes};
 }
 

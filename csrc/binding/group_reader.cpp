@@ -164,10 +164,10 @@ Storage read_storage(PyObject* group, size_t index) {
         {"int8", at::kChar},     {"float8_e4m3fn", at::kFloat8_e4m3fn},
     };
     for (const auto& [name, type] : kDtypes) {  // checkpoints have names, an edit may have either
-      const bool is_it = THPDtype_Check(dtype)
-                             ? reinterpret_cast<THPDtype*>(dtype)->scalar_type == type
-                             : PyUnicode_Check(dtype) &&
-                                   PyUnicode_CompareWithASCIIString(dtype, name) == 0;
+      const bool is_it =
+          THPDtype_Check(dtype)
+              ? reinterpret_cast<THPDtype*>(dtype)->scalar_type == type
+              : PyUnicode_Check(dtype) && PyUnicode_CompareWithASCIIString(dtype, name) == 0;
       if (is_it) storage.momentum_dtype = type;
     }
     if (!storage.momentum_dtype.has_value()) {

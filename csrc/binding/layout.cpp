@@ -118,7 +118,8 @@ std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Te
 }
 
 bool operators_are_watched() {
-  constexpr c10::DispatchKeySet kWatchers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+  constexpr c10::DispatchKeySet kWatchers({c10::DispatchKey::Python,
+                                           c10::DispatchKey::Functionalize,
                                            c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
   return c10::impl::tls_local_dispatch_key_set().included_.has_any(kWatchers);
 }
@@ -139,12 +140,12 @@ void check_memory(const at::Tensor& tensor, const std::string& name) {
   constexpr c10::DispatchKeySet kWrappers(
       {c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
        c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
-  const bool has_memory = tensor.layout() == at::kStrided && (tensor.is_cpu() || tensor.is_cuda()) &&
+  const bool has_memory = tensor.layout() == at::kStrided &&
+                          (tensor.is_cpu() || tensor.is_cuda()) &&
                           !tensor.key_set().has_any(kWrappers) && !tensor.is_nested();
   if (!has_memory || tensor.numel() == 0) return;
   const int64_t itemsize = static_cast<int64_t>(tensor.element_size());
-  const int64_t needed =
-      num_bytes(shape_of(tensor), itemsize) + tensor.storage_offset() * itemsize;
+  const int64_t needed = num_bytes(shape_of(tensor), itemsize) + tensor.storage_offset() * itemsize;
   const auto found = static_cast<int64_t>(tensor.storage().nbytes());
   if (found >= needed && tensor.storage().data() != nullptr) return;
   throw std::runtime_error(name + ": its storage has " + std::to_string(found) +

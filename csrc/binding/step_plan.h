@@ -62,8 +62,9 @@ class StepPlan {
 
   // What the next step would make of the state before it updates: a list of (parameter, key, tensor
   // or None for a key that goes), and the indices of the groups whose buffers are then written in
-  // their group's formulation. A parameter that came from another group, whose buffer is not written
-  // as "buffer_formulation" says, is among them; with `moved_only` these are all. Changes nothing.
+  // their group's formulation. A parameter that came from another group, whose buffer is not
+  // written as "buffer_formulation" says, is among them; with `moved_only` these are all. Changes
+  // nothing.
   py::tuple pending_changes(const py::list& param_groups, const py::dict& state, bool moved_only);
 
   // How many steps there have been: random numbers depend on it.
@@ -152,7 +153,8 @@ class StepPlan {
     int16_t device = kCpu;
   };
 
-  // The state of a slot in its group's formulation and format, and what must be put into it for that.
+  // The state of a slot in its group's formulation and format, and what must be put into it for
+  // that.
   struct PlannedState {
     at::Tensor master;
     at::Tensor scale;

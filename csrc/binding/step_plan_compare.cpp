@@ -140,8 +140,8 @@ void StepPlan::rebuild(PyObject* state) {
   formulation_of_ = std::move(away);
 }
 
-// A quick look at all slots: are they as the plan says? One pass, because a tensor's fields lie in a
-// dozen cache lines: what is ready gets its version bumped at once (restore_versions() takes it
+// A quick look at all slots: are they as the plan says? One pass, because a tensor's fields lie in
+// a dozen cache lines: what is ready gets its version bumped at once (restore_versions() takes it
 // back) and its place among the elements.
 void StepPlan::check_slots() {
   careful_.clear();

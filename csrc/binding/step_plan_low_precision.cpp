@@ -20,8 +20,7 @@ bool rounds_at_random(const TensorEntry& entry, const Hyperparams& h) {
 }  // namespace
 
 // After examine(): what the kernels read, and what the next step compares.
-void StepPlan::attach_low_precision(size_t i, const at::Tensor& param,
-                                    const PlannedState& state) {
+void StepPlan::attach_low_precision(size_t i, const at::Tensor& param, const PlannedState& state) {
   const bool is_random = hyperparams_[slots_[i].group].stochastic_rounding;
   if (!state.master.defined() && !state.scale.defined() && !is_random) return;
   Slot& slot = slots_[i];

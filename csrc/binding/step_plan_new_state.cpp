@@ -1,7 +1,7 @@
 // What a step puts into the optimizer's state, and takes back when it fails.
-#include "step_plan.h"
-
 #include <torch/csrc/autograd/python_variable.h>
+
+#include "step_plan.h"
 
 namespace momentum_ext::binding {
 

@@ -14,9 +14,10 @@
 namespace momentum_ext::cpu {
 namespace {
 
-// A thread that sleeps, or whose core is busy, is worth waiting for only where it saves more than the
-// waiting may cost: from this many elements for each thread on, 5 MB of an fp32 step. (torch's own
-// threshold, 32768, is for a tensor; its steps over lists of small tensors enter no region either.)
+// A thread that sleeps, or whose core is busy, is worth waiting for only where it saves more than
+// the waiting may cost: from this many elements for each thread on, 5 MB of an fp32 step. (torch's
+// own threshold, 32768, is for a tensor; its steps over lists of small tensors enter no region
+// either.)
 std::atomic<int64_t> elements_per_thread{1 << 18};
 
 struct Implementation {
