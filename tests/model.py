@@ -178,6 +178,8 @@ class Model:
         out = {}
         for weight, memory in self._present():
             out[weight] = memory.factor
+            if weight.param.numel() == 0:
+                continue  # there is nothing to be wrong
             if not memory.waits:
                 if any(each.unscales and not each.is_over for each in self.coefficients):
                     raise Raises(RuntimeError, "replaced after unscale_")
@@ -234,12 +236,15 @@ class Model:
 
     # ---- the step
 
-    def check_conversions(self) -> None:
-        """What can't be converted, or is no step: the error."""
+    def check_options(self) -> None:
         for group in self.opt.param_groups:
             wanted = group.get("formulation", "torch")
             if wanted != "torch" and group["dampening"] != 0:
                 raise Raises(ValueError, f"formulation '{wanted}' has no dampening")
+
+    def check_conversions(self) -> None:
+        """What can't be converted, or is no step: the error."""
+        self.check_options()
         for group in self.opt.param_groups:
             wanted = group.get("formulation", "torch")
             for param in group["params"] if group["momentum"] != 0 else ():
@@ -267,6 +272,8 @@ class Model:
         return weight.buffer is not None and self.formulation_of(weight) != self.stored_as(weight)[1]
 
     def check_moved(self, all_groups: bool) -> None:
+        """What a copy, or with momentum 0 a checkpoint, can't say of moved parameters: the error."""
+        self.check_options()
         for weight in map(self.weights.get, self.params):
             group, stored = self.stored_as(weight)
             if self.was_moved(weight) and (all_groups or group["momentum"] == 0):
@@ -345,8 +352,9 @@ class Model:
             formats["ema"] = weight.param.dtype
         grad = weight.param.grad.detach().to(wide)
         grad = grad if factor == 1.0 else grad * factor
+        keeps_master = {"param_remainder", "master_param"} & formats.keys()
         value, new = reference.update(
-            weight.value,
+            weight.value if keeps_master else weight.param.detach().to(wide),  # a master that was taken back is forgotten
             grad,
             None if buffer is None else buffer.to(wide),
             **{key: group[key] for key in ("momentum", "dampening", "nesterov", "maximize")},
@@ -419,6 +427,10 @@ class Model:
         if self.grad_norm is not None:
             assert_near(self.opt.grad_norm, torch.tensor(self.grad_norm), self.opt.grad_norm.dtype, 1e-6, "grad_norm")
 
+    @property
+    def has_averages(self) -> bool:
+        return any(weight.average is not None for weight in self.weights.values())
+
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keys, dtypes and values of what the next step would start from."""
         names = {}
@@ -433,9 +445,10 @@ class Model:
                 wanted.add("rounding_step")
                 assert packed["rounding_step"] == self.rounding_step
                 wanted |= {"rounding_seed"} & set(group)
-            if self.opt.ema_decay is not None or self.ema_count:
+            if self.opt.ema_decay is not None or self.ema_count or self.has_averages:
                 wanted.add("ema_step")
                 assert packed["ema_step"] == self.ema_count
+            wanted |= {"ema_step"} & set(packed)  # stays when averages are given up
             assert set(packed) == wanted, f"group {g} has {set(packed) ^ wanted} too many or too few"
             assert all(type(value) in (int, float, bool, str, list, type(None), Tensor) for value in packed.values())
             for param in group["params"]:
