@@ -293,7 +293,9 @@ class Model:
         """The state of a parameter that was updated."""
         param = weight.param
         has_master = group.get("master_weights", False) and param.dtype in HALVES
-        out = {key: dtype for key, dtype in weight.formats.items() if key in ("momentum_buffer", "momentum_scale", "ema")}
+        out = {
+            key: dtype for key, dtype in weight.formats.items() if key in ("momentum_buffer", "momentum_scale", "ema")
+        }
         if group["momentum"] != 0:
             dtype = dtype_of(group.get("momentum_dtype")) or (FP32 if has_master else param.dtype)
             out.pop("momentum_scale", None)
@@ -345,7 +347,11 @@ class Model:
         """Value, buffer and formats after a step; without a gradient only what is converted changes."""
         buffer = self.converted(group, weight) if group["momentum"] != 0 else weight.buffer
         if factor is None:
-            return weight.value, buffer, weight.formats if buffer is weight.buffer else self.wanted_formats(group, weight)
+            return (
+                weight.value,
+                buffer,
+                weight.formats if buffer is weight.buffer else self.wanted_formats(group, weight),
+            )
         wide = weight.value.dtype
         formats = self.wanted_formats(group, weight)
         if self.opt.ema_decay is not None:
@@ -354,7 +360,9 @@ class Model:
         grad = grad if factor == 1.0 else grad * factor
         keeps_master = {"param_remainder", "master_param"} & formats.keys()
         value, new = reference.update(
-            weight.value if keeps_master else weight.param.detach().to(wide),  # a master that was taken back is forgotten
+            weight.value
+            if keeps_master
+            else weight.param.detach().to(wide),  # a master that was taken back is forgotten
             grad,
             None if buffer is None else buffer.to(wide),
             **{key: group[key] for key in ("momentum", "dampening", "nesterov", "maximize")},
@@ -420,7 +428,10 @@ class Model:
             entry = self.opt.state.get(param, {})
             assert_same(exact(param, entry), weight.value, "parameter")
             assert {key: tensor.dtype for key, tensor in entry.items()} == weight.formats
-            for found, wanted, what in ((decoded(entry), weight.buffer, "buffer"), (entry.get("ema"), weight.average, "ema")):
+            for found, wanted, what in (
+                (decoded(entry), weight.buffer, "buffer"),
+                (entry.get("ema"), weight.average, "ema"),
+            ):
                 assert (found is None) == (wanted is None), what
                 if wanted is not None:
                     assert_same(found, wanted, what)
@@ -436,7 +447,9 @@ class Model:
         names = {}
         for g, (group, packed) in enumerate(zip(self.opt.param_groups, state_dict["param_groups"], strict=True)):
             names |= dict(zip(group["params"], packed["params"], strict=True))
-            wanted = set(TORCH_KEYS) | {key for key, default in OWN_DEFAULTS.items() if group.get(key, default) != default}
+            wanted = set(TORCH_KEYS) | {
+                key for key, default in OWN_DEFAULTS.items() if group.get(key, default) != default
+            }
             written = group.get("formulation", "torch") if group["momentum"] != 0 else self.buffer_formulations[g]
             assert packed.get("buffer_formulation", "torch") == written
             if written != "torch" or "formulation" in wanted:  # "torch" need not be said

@@ -71,7 +71,11 @@ LOOKS = {
     "memory_summary": FusedMomentum.memory_summary,
     "deepcopy": copy.deepcopy,
     "pickle": pickle.dumps,
-    "plain step": lambda opt: (opt.param_groups[0].update(momentum=0), opt.step(), opt.param_groups[0].update(momentum=0.9)),
+    "plain step": lambda opt: (
+        opt.param_groups[0].update(momentum=0),
+        opt.step(),
+        opt.param_groups[0].update(momentum=0.9),
+    ),
 }
 
 
