@@ -280,7 +280,7 @@ class Model:
                 self._check_conversion(group, weight, stored)
 
     def converted(self, group: dict[str, Any], weight: Weight, copies: bool = False) -> Tensor | None:
-        """The buffer in its group's formulation; with momentum 0, or in a copy, in the one that the group says it has."""
+        """The buffer in its group's formulation; with momentum 0, or in a copy, in the one that the group has noted."""
         buffer, wanted = weight.buffer, group.get("formulation", "torch")
         if copies or group["momentum"] == 0:
             wanted = self.stored_as(weight)[1]

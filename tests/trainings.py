@@ -1,7 +1,7 @@
 """Random trainings with every option at once, each step of them compared with tests/model.py.
 
-Between any two actions there may be any other: edits of options with momentum 0 and not, steps that are refused or fail,
-copies, pickles, reloads, gradients that come, go, are replaced or written, clips, scalers, averages, iterates.
+Between any two actions there may be any other: edits of options with momentum 0 and not, steps that are refused or
+fail, copies, pickles, reloads, gradients that come, go, are replaced or written, clips, scalers, averages, iterates.
 """
 
 import contextlib
@@ -32,7 +32,10 @@ CHOICES = {
     "stochastic_rounding": [False, True],
 }
 COUNTS = ("ema_step", "rounding_step")
-LOW = [None, None, "float32", "bfloat16", torch.float16, "int8", torch.float8_e4m3fn]
+LOW_CHOICES = {
+    **CHOICES,
+    "momentum_dtype": [None, None, "float32", "bfloat16", torch.float16, "int8", torch.float8_e4m3fn],
+}
 ATTRIBUTES = {"max_grad_norm": [None, None, 0.5, 100.0], "ema_decay": [None, 0.5, 0.75], "ema_warmup": [False, True]}
 INDEX = st.integers(0, 99)  # taken modulo whatever there is
 SOME = st.one_of(st.just(0xFFFF), st.integers(1, 0xFFFF))  # bit i: parameter i takes part
@@ -75,7 +78,7 @@ def raises(*_, **__):
 class ExactTraining(RuleBasedStateMachine):
     """In fp64 or in fp32: to the bit, where no factor has its own rounding."""
 
-    dtypes = [(FP64,), (FP32,)]  # one of these for a sequence, its dtypes by turns
+    dtypes = ((FP64,), (FP32,))  # one of these for a sequence, its dtypes by turns
     choices = CHOICES
 
     # ---- what a training is made of
@@ -560,7 +563,7 @@ class ExactTraining(RuleBasedStateMachine):
     def step_with_full_state(self, entries):
         """A dict that takes nothing: the step that needs to put something there is undone."""
         state = self.opt.state
-        plain = {param: entry for param, entry in state.items()}
+        plain = dict(state.items())
         if entries:
             state.update({param: Refuses(entry) for param, entry in state.items()})
         else:
@@ -578,5 +581,5 @@ class ExactTraining(RuleBasedStateMachine):
 class LowPrecisionTraining(ExactTraining):
     """Plain and low-precision state in every dtype: what each step stores, in which dtype, how nearly."""
 
-    dtypes = [(BF16,), (BF16, FP32), (FP16, FP32), (FP16, BF16, FP32), (FP64, FP32)]
-    choices = {**CHOICES, "momentum_dtype": LOW}
+    dtypes = ((BF16,), (BF16, FP32), (FP16, FP32), (FP16, BF16, FP32), (FP64, FP32))
+    choices = LOW_CHOICES
