@@ -151,33 +151,6 @@ def test_a_formulation_is_changed():
         check(ours, cpus, params, on_cpu)
 
 
-@FORMULATIONS
-def test_a_captured_step_of_a_formulation_replays_with_another_lr(options):
-    params, lr = make_params(), torch.tensor(0.1, device="cuda")
-    on_cpu = clones(params, "cpu")
-    ours, cpus = FusedMomentum(params, **{**options, "lr": lr}), FusedMomentum(on_cpu, **options)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        set_grads(params, 0)
-        ours.step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ours.step()
-    set_grads(on_cpu, 0)
-    cpus.param_groups[0]["lr"] = lr.item()
-    cpus.step()
-    for step, value in enumerate([0.1, 0.05, 0.5]):
-        lr.fill_(value)
-        cpus.param_groups[0]["lr"] = lr.item()
-        set_grads(params, step)
-        set_grads(on_cpu, step)
-        graph.replay()
-        cpus.step()
-    check(ours, cpus, params, on_cpu)
-
-
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_gradients(grad_dtype):
     results = []

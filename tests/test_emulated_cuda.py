@@ -734,18 +734,19 @@ def test_formulations_are_the_cpus(dtype, low_precision, options):
 
 @emulated
 @FORMULATIONS
-def test_formulations_with_numbers_on_the_device(options):
+def test_formulations_with_numbers_that_the_host_reads(options):
+    """Their coefficients are computed from several numbers, on the host."""
     twins = LowPrecisionTwins(torch.float32, options)
     group, other = twins.optimizer.param_groups[0], twins.oracle.param_groups[0]
-    values = {name: torch.tensor(other[name], dtype=torch.float64) for name in ("lr", "momentum", "weight_decay")}
+    values = {name: torch.tensor(other[name], dtype=torch.float64) for name in ("lr", "weight_decay")}
     group.update({name: cuda(value) for name, value in values.items()})
     launches()
     for _ in range(3):
         other.update({name: value.item() for name, value in values.items()})
         twins.step()
+        assert launches() == ([(0, 4096)], 2)
         values["lr"].mul_(0.5)
-        values["momentum"].mul_(0.9)
-    assert launches() == ([(0, 4096)] * 3, 0)
+        values["weight_decay"].mul_(3)
 
 
 @emulated
@@ -761,16 +762,6 @@ def test_formulations_when_the_first_steps_overflow(options):
             before = []
             twins.oracle.step()
             twins.check()
-
-
-@emulated
-def test_a_formulation_is_changed():
-    twins = LowPrecisionTwins(torch.float32, {"dampening": 0.0})
-    for formulation in ("torch", "classical", "torch"):
-        for optimizer in (twins.optimizer, twins.oracle):
-            optimizer.param_groups[0]["formulation"] = formulation
-        twins.step()
-        twins.step()
 
 
 @emulated
@@ -933,7 +924,10 @@ def test_a_build_without_kernels_says_so_once(monkeypatch):
     torchs_error = (AssertionError, RuntimeError)
     twins = Twins([(5,)], [0], differentiable=True, lr=0.1)  # takes torch's path, which has no CUDA here
     twins.set_grads()
-    with pytest.warns(UserWarning, match="built without CUDA kernels.*FORCE_CUDA=1"), pytest.raises(torchs_error):
+    with (
+        pytest.warns(UserWarning, match="built without CUDA kernels.*FORCE_CUDA=1"),
+        pytest.raises(torchs_error, match="leaf Variable"),
+    ):
         twins.optimizer.step()
-    with pytest.raises(torchs_error, match="CUDA"):  # no second warning, which would be an error
+    with pytest.raises(torchs_error, match="leaf Variable"):  # no second warning, which would be an error
         twins.optimizer.step()

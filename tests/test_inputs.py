@@ -3,6 +3,7 @@
 import copy
 import fractions
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ CALLS += [
 
 
 # torch 2.6 takes an lr of shape (1,) and fails at the step; newer ones take it as the number that it holds.
-SHAPED_LR_FAILS = not hasattr(torch.optim.optimizer, "_to_scalar")
+SHAPED_LR_FAILS = not hasattr(sys.modules["torch.optim.optimizer"], "_to_scalar")
 
 
 def outcome(kind, params, **hyper):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import Oracle, Pair, Snapshot, assert_same, clone_exact
 
+import momentum_ext
 from momentum_ext import FusedMomentum
 
 HYPER = {"lr": 0.1, "momentum": 0.9}
@@ -90,7 +91,7 @@ def test_fused_typeerror_when_a_gradient_appears_at_a_later_step(dampening):
 def test_fused_leaves_an_uninitialised_buffer_after_an_overflow_on_step_1(by):
     """And the next step read it: NaN from finite gradients."""
     pair = Pair([torch.randn(100), torch.randn(5)], **HYPER, dampening=0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler = momentum_ext.GradScaler("cpu", init_scale=2.0)
     pair.new_grads()
     pair.params[0][0].grad[7] = torch.inf
     before = Snapshot(pair.mine)

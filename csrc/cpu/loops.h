@@ -1,4 +1,6 @@
 // All loops of an instruction set, in the order in which they build on each other.
+#include "transpose.h"
+//
 #include "tiles.h"
 //
 #include "slots.h"
