@@ -86,7 +86,8 @@ def assert_near(
     values = torch.cat([each.double().reshape(-1).abs() for each in (wanted, before) if each is not None])
     largest = float(values.nan_to_num(0.0, 0.0).max()) if values.numel() else 0.0
     if dtype in EIGHT_BITS:
-        bound = largest / 127 if dtype is torch.int8 else wanted.abs() / 8 + largest * 2.0**-9
+        stored = wanted.abs() if before is None else wanted.abs() + before.double().abs()
+        bound = largest * (1 / 127 + tolerance) if dtype is torch.int8 else stored / 8 + largest * 2.0**-8
     else:
         bound = wanted.abs() * (ROUNDING[dtype] + tolerance) + largest * tolerance + (1e-7 if dtype is FP16 else 1e-37)
     bad = ((found - wanted).abs() > bound) & ~odd & found.isfinite()
@@ -190,7 +191,7 @@ class Model:
         return out
 
     def _remember(self, factors: dict[Weight, float], norm: float | None, unscales: bool) -> None:
-        unscales = unscales or any(each.unscales for each in self.coefficients)
+        unscales = unscales or any(each.unscales and not each.is_over for each in self.coefficients)
         for weight, memory in self._present():
             memory.end()
             memory.waits, memory.factor, memory.norm, memory.unscales = True, factors[weight], norm, unscales
