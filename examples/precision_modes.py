@@ -57,13 +57,13 @@ MODES: tuple[Mode, ...] = (
     Mode("bf16 SR", BF16, SR),
     Mode("bf16 SR, int8 momentum", BF16, {"momentum_dtype": INT8, **SR}),
     Mode("bf16 split, fp32 momentum", BF16, {"momentum_dtype": FP32, **MASTER}),
-    Mode("bf16 split", BF16, MASTER),
-    Mode("bf16 split, bf16 momentum SR", BF16, {**MASTER, **SR}),
+    Mode("bf16 split", BF16, {"momentum_dtype": BF16, **MASTER}),
+    Mode("bf16 split, bf16 momentum SR", BF16, {"momentum_dtype": BF16, **MASTER, **SR}),
     Mode("bf16 split, int8 momentum SR", BF16, {"momentum_dtype": INT8, **MASTER, **SR}),
     Mode("fp16, torch", FP16, None),
     Mode("fp16", FP16),
     Mode("fp16 SR", FP16, SR),
-    Mode("fp16 master", FP16, MASTER),
+    Mode("fp16 master", FP16, {"momentum_dtype": FP16, **MASTER}),
 )
 """SR: stochastic rounding. split, master: master_weights. Where no momentum is named, it has the parameters' dtype."""
 

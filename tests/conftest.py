@@ -56,6 +56,7 @@ def pytest_collection_modifyitems(config, items):
 def clean_process():
     threads, isa = torch.get_num_threads(), _C.isa()
     torch.manual_seed(0)
+    _C.set_elements_per_thread(1 << 15)  # small tensors are divided among threads, too
     yield
     torch.set_num_threads(threads)
     _C.set_isa(isa)
