@@ -158,6 +158,8 @@ class Oracle(torch.optim.SGD):
     def _update(self, param: Tensor, group: dict[str, Any], inverse: Tensor | None) -> None:
         state = self.state[param] if group["momentum"] != 0 else {}
         buffer = state.get("momentum_buffer")
+        if buffer is not None and buffer.dtype is not param.dtype:  # the parameter was converted: its buffer follows
+            buffer = torch.empty_like(param, memory_format=torch.preserve_format).copy_(buffer)
         tensors = [t for t in (param, param.grad, buffer) if t is not None]
         opmath = torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
         wide_param = param.detach().to(opmath)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from sequences import NEW, SEQUENCES, run_sequences
+from trainings import ExactTraining, LowPrecisionTraining
 
 from momentum_ext import _C
 
@@ -427,6 +428,13 @@ def test_sequences_of_user_actions(sequences, kind):
     kind.sequences = 0
     run_sequences(kind, sequences // 4, STEPS, sequences == NEW)
     assert kind.sequences >= sequences // 4
+
+
+@pytest.mark.parametrize("kind", [ExactTraining, LowPrecisionTraining])
+@SEQUENCES
+def test_sequences_with_every_option(sequences, kind):
+    """Half of them each; at least as many new ones in a soak as are asked for."""
+    run_sequences(kind, sequences // 2, 12, sequences == NEW)
 
 
 # ---------------------------------------------------------------------------------------------- any strided view at all
