@@ -127,6 +127,18 @@ def bring_back(side):
     side.params[2].grad = kept
 
 
+def while_gone(act, index=2):
+    """A gradient that is not there for a while keeps what it had."""
+
+    def action(side):
+        kept = side.params[index].grad
+        side.params[index].grad = None
+        act(side)
+        side.params[index].grad = kept
+
+    return action
+
+
 def write_whole(side):
     for param in side.params:
         param.grad.zero_()
@@ -144,6 +156,9 @@ LIVES = {
     "swapped": then(swap),
     "cleared": then(take_away),
     "gone-and-back": then(bring_back),
+    "gone-during-a-second-clip": then(while_gone(lambda side: side.clip(0.3))),
+    "gone-during-a-step": then(while_gone(Side.step), lambda side: side.new_grads(0, 1, 3)),
+    "the-last-gone-during-a-step": then(while_gone(Side.step, 3), lambda side: side.new_grads(0, 1, 2)),
     "replaced": then(lambda side: side.new_grads(1)),
     "replaced-and-viewed": then(lambda side: side.each_grad(torch.detach), lambda side: side.new_grads(0, 2)),
     "all-replaced": then(Side.new_grads),
@@ -182,6 +197,7 @@ BUCKETS = {
     "viewed-again": then(Side.view_bucket),
     "viewed-again-then-clipped": then(Side.view_bucket, lambda side: side.clip(0.3)),
     "one-replaced": then(lambda side: side.new_grads(1)),
+    "one-came-later": while_gone(Side.clip),  # beside the others in memory
 }
 
 
@@ -229,6 +245,7 @@ WRITES = {
     "zeroed": lambda side: side.params[2].grad.zero_(),
     "a-view-of-it": lambda side: side.params[2].grad.view(-1)[:2].add_(1),
     "viewed-then-written": lambda side: (side.each_grad(torch.detach), side.params[2].grad.add_(1)),
+    "data-then-written": lambda side: (side.each_grad(lambda g: g.data), side.params[2].grad.add_(1)),
     "after-a-second-clip": lambda side: (side.clip(0.3), side.params[2].grad.add_(1)),
     "beside-a-replaced-one": lambda side: (side.new_grads(0), side.params[2].grad.add_(1)),
     "after-a-step-that-raised": lambda side: (side.fail(), side.params[2].grad.add_(1)),
@@ -345,6 +362,21 @@ def test_after_a_step_that_another_ranks_overflow_leaves_out():
             side.opt.step()
             del side.opt.found_inf
         write_whole(side)
+
+    compare(action)
+
+
+@pytest.mark.parametrize("index", [2, 3])
+def test_a_gradient_goes_between_unscaling_and_clipping(index):
+    """The norm that unscale_() has found is that of other gradients."""
+
+    def action(side):
+        kind = momentum_ext.GradScaler if side.is_ours else torch.amp.GradScaler
+        scaler = kind("cpu", init_scale=4.0)
+        scaler.scale(torch.ones(()))
+        scaler.unscale_(side.opt)
+        side.params[index].grad = None
+        side.clip()
 
     compare(action)
 

@@ -356,6 +356,7 @@ def test_a_step_that_raised_is_not_scaled_twice_later(kind):
     mine[0].grad = torch.full((33,), 64.0)
     with pytest.raises(ZeroDivisionError, match="division by zero"):
         scaler.step(opt)
+    assert not {"grad_scale", "found_inf"} & vars(opt).keys()
     hook.remove()
     opt.zero_grad()
     scaler.update()

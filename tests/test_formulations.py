@@ -916,6 +916,35 @@ def test_from_classical_into_torch():
         torch.testing.assert_close(p, q, **CLOSE)
 
 
+@pytest.mark.parametrize(("formulation", "nesterov"), [("classical", False), ("classical", True), ("ema", False)])
+def test_torch_goes_on_from_torch_state_dict(formulation, nesterov):
+    source = in_training(formulation, nesterov=nesterov)
+    params = clone_params(source.param_groups[0]["params"])
+    sgd = torch.optim.SGD(params, lr=99.0, foreach=False)
+    sgd.load_state_dict(copy.deepcopy(source.torch_state_dict()))
+    for _ in range(3):
+        grads = [nonzero(p) for p in params]
+        for each in (source, sgd):
+            step(each, grads=grads)
+    for p, q in zip(source.param_groups[0]["params"], params, strict=True):
+        torch.testing.assert_close(p, q, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("formulation", "hyper", "edit", "match"),
+    [
+        ("torch", {"decoupled_weight_decay": True, "weight_decay": 0.1}, {}, r"param_groups\[0\] has decoupled"),
+        ("ema", {"nesterov": True}, {}, r"param_groups\[0\] is Nesterov in the ema"),
+        ("classical", {}, {"lr": 0.0}, "divided by the lr, which is 0"),
+    ],
+)
+def test_what_torch_state_dict_refuses(formulation, hyper, edit, match):
+    opt = in_training(formulation, **hyper)
+    opt.param_groups[0].update(edit)
+    with pytest.raises(ValueError, match=match):
+        opt.torch_state_dict()
+
+
 @FORMULATION
 def test_a_checkpoint_of_the_same_formulation_goes_on_to_the_bit(formulation):
     source = in_training(formulation, nesterov=True)

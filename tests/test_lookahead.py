@@ -303,6 +303,7 @@ SHARING = {
     "one tensor": lambda w: [w, w],
     "overlapping": lambda w: [w[:-5], w[7:]],
     "the other way round": lambda w: [w[7:], w[:-5]],
+    "one element": lambda w: [w[:200_000], w[199_999:]],
     "interleaved": lambda w: [w[::2], w[1::2]],
     "three": lambda w: [w[: w.numel() // 2], w, w[w.numel() // 3 :]],
     "a subclass": lambda w: [w.as_subclass(Own), w[1:]],
@@ -543,6 +544,20 @@ def test_memory_that_is_not_there(context, what, options, size):
     (params[1] if what == "param" else opt.state[params[1]][what]).untyped_storage().resize_(size)
     match = rf"{'ema of' if what == 'ema' else what}.*1.*freed or resized"
     assert_refused(opt, context, match, params[0], *opt.state[params[0]].values())
+
+
+@pytest.mark.parametrize(
+    "context, what", [("iterate_weights", "param"), ("ema_weights", "param"), ("ema_weights", "ema")]
+)
+def test_memory_that_goes_inside(context, what):
+    """Looked at again on the way back; the context is left all the same."""
+    opt, params = in_training([torch.randn(n) for n in (33, 300)], ema_decay=0.5)
+    storage = (params[1] if what == "param" else opt.state[params[1]][what]).untyped_storage()
+    with pytest.raises(RuntimeError, match=r"1.*freed or resized"), getattr(opt, context)():
+        storage.resize_(storage.nbytes() - 4)
+    storage.resize_(storage.nbytes() + 4)
+    with getattr(opt, context)():
+        pass
 
 
 def freed():

@@ -172,6 +172,10 @@ def test_sparse_gradients_from_the_first_step_on(dtype, momentum_dtype, master):
             return
         for opt in opts:
             opt.step()
+        first, second = (
+            {key: value.dtype for key, value in opt.state[p].items()} for opt, p in zip(opts, params, strict=True)
+        )
+        assert first == second
     coarsest = 0.05 if momentum_dtype in (INT8, FP8) else 0.0
     tolerance = 2 * torch.finfo(dtype).eps
     found, wanted = (p.detach().float() for p in params)
