@@ -101,6 +101,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("discard", &StepPlan::discard)
       .def("pending_changes", &StepPlan::pending_changes, py::arg("param_groups"), py::arg("state"),
            py::arg("moved_only") = false)
+      .def("adopt", &StepPlan::adopt, py::arg("param_groups"))
+      .def("has_moved", &StepPlan::has_moved, py::arg("param_groups"))
       .def_property("rounding_step", &StepPlan::rounding_step, &StepPlan::set_rounding_step)
       .def("unstarted_buffers", &StepPlan::unstarted_buffers);
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;

@@ -60,6 +60,12 @@ class StepPlan:
         exact conversion; changes nothing.
         """
 
+    def adopt(self, param_groups: list[dict[str, Any]]) -> None:
+        """Take all buffers to be written as their groups' "buffer_formulation" says."""
+
+    def has_moved(self, param_groups: list[dict[str, Any]]) -> bool:
+        """True where a parameter has come from another group and its buffer is not written as its group says."""
+
     rounding_step: int
     """How many steps there have been: random numbers depend on it."""
 

@@ -39,11 +39,11 @@ def without_defaults(group: dict[str, Any]) -> None:
 # ---- out ------------------------------------------------------------------------------------------------------------
 
 
-def changed(state: dict[Any, Any], changes: list[Any], names: dict[int, Any]) -> dict[Any, Any]:
+def changed(state: Any, changes: list[Any], names: dict[int, Any]) -> Any:
     """A copy of the state with these changes, as :func:`with_changes` takes them."""
-    state = {name: dict(entry) if isinstance(entry, dict) else entry for name, entry in state.items()}
+    state = state.copy()
     for param, key, tensor in changes:
-        entry = state[names[id(param)]]
+        entry = state[names[id(param)]] = dict(state[names[id(param)]])
         if tensor is None:
             entry.pop(key, None)
         else:
@@ -57,10 +57,14 @@ def with_changes(state_dict: dict[str, Any], changes: list[Any], names: dict[int
     `changes` are (parameter, key, tensor or None), `names` the state dict's keys of the parameters, by id.
     """
     state = changed(state_dict["state"], changes, names)
-    for entry in state.values():
-        for key in _OWN_STATE if isinstance(entry, dict) else ():
-            if isinstance(entry.get(key), Tensor) and entry[key].dtype in _LEAVES_AS:
-                entry[key] = _view(entry[key], _LEAVES_AS[entry[key].dtype])
+    for name, entry in state.items():
+        views = {
+            key: _view(entry[key], _LEAVES_AS[entry[key].dtype])
+            for key in (_OWN_STATE if isinstance(entry, dict) else ())
+            if isinstance(entry.get(key), Tensor) and entry[key].dtype in _LEAVES_AS
+        }
+        if views:
+            state[name] = {**entry, **views}
     return {**state_dict, "state": state}
 
 

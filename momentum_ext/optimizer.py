@@ -203,8 +203,7 @@ class FusedMomentum(FusedOptimizer, SGD):
                 evaluate(model)
         """
         with self._held_weights.hold("iterate_weights"):
-            moved, _ = self._plan.pending_changes(self.param_groups, self.state, moved_only=True)
-            state = changed(self.state, moved, {id(param): param for param in self.state})
+            state = changed(self.state, self._moved(), {id(param): param for param in self.state})
             with iterates(self.param_groups, state):
                 yield
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from momentum_ext import _C, compiled
-from momentum_ext.averaging import COUNT, HeldWeights, UpdateCount
+from momentum_ext.averaging import AVERAGE, COUNT, HeldWeights, UpdateCount
 from momentum_ext.checkpoint import (
     OWN_DEFAULTS,
     changed,
@@ -42,6 +42,7 @@ class StatefulOptimizer(Optimizer):
     def _start(self) -> None:
         """What is not part of the state."""
         self._plan = _C.StepPlan()
+        self._plan.adopt(self.param_groups)
         counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
         self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])
         self._traced = compiled.Traced(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
@@ -113,9 +114,12 @@ class StatefulOptimizer(Optimizer):
     def _finish_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         changes, converted = self._plan.pending_changes(self.param_groups, self.state)
         names: dict[int, Any] = {}
+        has_averages = any(AVERAGE in entry for entry in self.state.values())
         for g, (group, packed) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
             names.update(zip(map(id, group["params"]), packed["params"], strict=True))
             without_defaults(packed)
+            if self.ema_decay is None and not has_averages:
+                packed.pop(COUNT, None)
             if "stochastic_rounding" not in packed:
                 packed.pop(ROUNDING_STEP, None)
             if g in converted:
@@ -126,7 +130,13 @@ class StatefulOptimizer(Optimizer):
                 packed.setdefault("buffer_formulation", "torch")
         return with_changes(state_dict, changes + self._unstarted(), names)
 
-    def _unstarted(self) -> list[tuple[Tensor, str, None]]:
+    def _moved(self) -> list[tuple[Tensor, str, Tensor | None]]:
+        """Buffers of parameters that came from another group, as their group says that they are written."""
+        if not self._plan.has_moved(self.param_groups):
+            return []
+        return self._plan.pending_changes(self.param_groups, self.state, moved_only=True)[0]
+
+    def _unstarted(self) -> list[tuple[Tensor, str, Tensor | None]]:
         """Momentum that was never computed, because its first step overflowed on the GPU."""
         buffers = {id(buffer) for buffer in self._plan.unstarted_buffers()}
         if not buffers:
@@ -183,9 +193,9 @@ class StatefulOptimizer(Optimizer):
         self._held_weights.check()
         self._update_counts()
         state = super().__getstate__()
-        moved, _ = self._plan.pending_changes(self.param_groups, self.state, moved_only=True)
-        if changes := moved + self._unstarted():
-            state["state"] = changed(state["state"], changes, {id(param): param for param in self.state})
+        state["state"] = changed(
+            state["state"], self._moved() + self._unstarted(), {id(param): param for param in self.state}
+        )
         return {
             **state,
             "max_grad_norm": self.max_grad_norm,

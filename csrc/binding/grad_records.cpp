@@ -110,8 +110,9 @@ int64_t GradRecords::find(const c10::TensorImpl& grad) {
   const auto [first, last] = by_storage().equal_range(place.storage);
   for (auto each = first; each != last; ++each) {
     const Record& record = records_[each->second];
-    if (place.begin >= record.end || record.begin >= place.end) continue;
-    if (is_at(record, place) && !was_written(record, grad)) return record.coefficient;
+    const bool is_whole = is_at(record, place);
+    if (!is_whole && (place.begin >= record.end || record.begin >= place.end)) continue;
+    if (is_whole && !was_written(record, grad)) return record.coefficient;
     found = -2 - record.coefficient;
   }
   return found;

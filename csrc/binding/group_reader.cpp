@@ -210,6 +210,10 @@ void GroupReader::note_converted(PyObject* group) {
   if (PyDict_SetItem(group, key, name.ptr()) != 0) throw py::error_already_set();
 }
 
+Formulation read_buffer_formulation(PyObject* group, size_t index) {
+  return read_formulation(group, index, kBufferFormulation);
+}
+
 double read_lr(PyObject* group, size_t index) {
   const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(get(group, index, kLr)));
   if (!number) throw py::error_already_set();
@@ -262,7 +266,7 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
     return found.value_or(1.0);
   };
   formulation_ = read_formulation(group, index, kFormulation);
-  buffer_formulation_ = read_formulation(group, index, kBufferFormulation);
+  buffer_formulation_ = read_buffer_formulation(group, index);
   const bool decoupled = find_bool(group, kDecoupledWeightDecay);
   Hyperparams h;
   // The kernels read torch's numbers by themselves; others are made of several, on the host.

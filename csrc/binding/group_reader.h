@@ -14,6 +14,9 @@ namespace momentum_ext::binding {
 
 namespace py = pybind11;
 
+// How the buffers of a group's tensors are written.
+Formulation read_buffer_formulation(PyObject* group, size_t index);
+
 // A group's lr, of whatever kind it is.
 double read_lr(PyObject* group, size_t index);
 

@@ -67,6 +67,13 @@ class StepPlan {
   // nothing.
   py::tuple pending_changes(const py::list& param_groups, const py::dict& state, bool moved_only);
 
+  // Takes all buffers to be written as their groups say.
+  void adopt(const py::list& param_groups);
+
+  // True where a parameter has come from another group and its buffer is not written as its group
+  // says.
+  bool has_moved(const py::list& param_groups) const;
+
   // How many steps there have been: random numbers depend on it.
   uint32_t rounding_step() const { return rounding_step_; }
   void set_rounding_step(uint32_t count) { rounding_step_ = count; }

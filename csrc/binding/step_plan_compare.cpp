@@ -48,15 +48,11 @@ PyObject* StepPlan::parse_group(size_t g) {
   }
   GroupReader& reader = readers_[g];
   const Storage storage = reader.storage();
-  const Formulation formulation = reader.buffer_formulation();
   PyObject* const params = reader.parse(group, g, hyperparams_[g]);
-  // What the group wants of its tensors, or says of them, is no longer what they were examined for.
-  for (size_t i = g + 1 < first_slot_.size() ? first_slot_[g] : slots_.size();
-       i < slots_.size() && i < first_slot_[g + 1]; ++i) {
+  // What the group wants of its tensors is no longer what they were examined for.
+  const size_t end = g + 1 < first_slot_.size() ? first_slot_[g + 1] : 0;
+  for (size_t i = g < first_slot_.size() ? first_slot_[g] : 0; i < end; ++i) {
     if (!(storage == reader.storage())) slots_[i].path = Path::kUnknown;
-    if (formulation != reader.buffer_formulation()) {
-      slots_[i].formulation = reader.buffer_formulation();
-    }
   }
   return params;
 }

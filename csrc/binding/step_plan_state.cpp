@@ -73,6 +73,28 @@ py::tuple StepPlan::pending_changes(const py::list& param_groups, const py::dict
   return py::make_tuple(changes, converted);
 }
 
+void StepPlan::adopt(const py::list& param_groups) {
+  for (size_t g = 0; g < param_groups.size(); ++g) {
+    const py::dict group = param_groups[g];
+    const Formulation formulation = read_buffer_formulation(group.ptr(), g);
+    for (const py::handle param : group["params"]) formulation_of_[param.ptr()] = formulation;
+  }
+}
+
+bool StepPlan::has_moved(const py::list& param_groups) const {
+  std::unordered_map<PyObject*, Formulation> known = formulation_of_;
+  for (size_t i = 0; i < slots_.size(); ++i) known[param_objects_[i]] = slots_[i].formulation;
+  for (size_t g = 0; g < param_groups.size(); ++g) {
+    const py::dict group = param_groups[g];
+    const Formulation stored = read_buffer_formulation(group.ptr(), g);
+    for (const py::handle param : group["params"]) {
+      const auto found = known.find(param.ptr());
+      if (found != known.end() && found->second != stored) return true;
+    }
+  }
+  return false;
+}
+
 // True for a parameter that an earlier slot has too.
 bool StepPlan::is_repeated(size_t i) const {
   return std::any_of(repeated_.begin(), repeated_.end(),
@@ -235,6 +257,7 @@ void StepPlan::plan_master(const Slot& slot, const at::Tensor& param, PlannedSta
   const at::ScalarType dtype = is_split ? at::kShort : at::kFloat;
   const at::Tensor* const found = find_state(slot, key);
   if (found == nullptr) {
+    check_memory(param, name_of(slot));
     state.master = empty_dense_like(param, dtype);
     is_split ? state.master.zero_() : state.master.copy_(param.detach());
     state.changes.emplace_back(key, state.master);
