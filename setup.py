@@ -25,7 +25,7 @@ import setuptools
 ROOT = Path(__file__).resolve().parent
 COMMAND = "pip install --no-build-isolation ."
 MIN_SETUPTOOLS = 65  # what Python 3.11 brings; also in pyproject.toml
-MIN_TORCH = (2, 6)  # the first that was tested; also in pyproject.toml
+MIN_TORCH = (2, 11)  # the first that was tested; also in pyproject.toml
 
 
 def stop(reason: str) -> NoReturn:

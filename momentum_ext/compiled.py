@@ -290,6 +290,7 @@ def _outside(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     outside = torch._disable_dynamo(function)  # type: ignore[attr-defined]
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     outside._torchdynamo_disable_msg = f"FusedMomentum: {reason}"  # type: ignore[attr-defined]
+    outside.__qualname__ = f"FusedMomentum: {reason}"  # torch 2.6 prints the function's name alone
     return outside
 
 
