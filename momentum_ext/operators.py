@@ -131,10 +131,12 @@ def _clip(
 ) -> tuple[Tensor, Tensor]:
     factor = 1.0 if grad_factor is None else float(grad_factor)
     computed = _C.GradNorm().compute_of(grads, norm_type)
-    if computed is None:
+    if computed is None or computed[0] is None:  # for torch, or on a CUDA device
         norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite)
-        computed = float(norm), norm.dtype
-    norm, coefficient = clip_by_norm(computed[0] * abs(factor), computed[1], max_norm, norm_type, error_if_nonfinite)
+        value, dtype = float(norm), norm.dtype
+    else:
+        value, dtype = computed[0], computed[1]
+    norm, coefficient = clip_by_norm(value * abs(factor), dtype, max_norm, norm_type, error_if_nonfinite)
     norm = norm.to(grads[0].device) if grads else norm
     return norm, torch.tensor(factor * coefficient, dtype=torch.float64, device="cpu")
 
