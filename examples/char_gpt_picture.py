@@ -123,8 +123,8 @@ def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
             alpha=0.35 if pale else 1, label=label(run.settings),
         )  # fmt: skip
         axes.plot(
-            *zip(*run.validation, strict=True), color=mine.color, marker="o", linestyle="none", markersize=6 if pale else 3.5,
-            markerfacecolor="white", zorder=5,
+            *zip(*run.validation, strict=True), color=mine.color, marker="o", linestyle="none",
+            markersize=6 if pale else 3.5, markerfacecolor="white", zorder=5,
         )  # fmt: skip
     axes.legend(frameon=False, fontsize=10, handlelength=4.5, loc="upper right", labelcolor=INK)
     low = min(*(smooth(run.losses).min() for run in runs), *held_out)

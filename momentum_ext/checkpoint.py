@@ -12,7 +12,7 @@ from momentum_ext import _C
 from momentum_ext.averaging import AVERAGE, COUNT
 from momentum_ext.formulation import FORMULATION_DEFAULTS
 from momentum_ext.lookahead import LOOKAHEAD
-from momentum_ext.precision import BUFFER, EIGHT_BITS, MASTER, OPTIONS, REMAINDER, ROUNDING_STEP, SCALE, check_options
+from momentum_ext.precision import BUFFER, MASTER, OPTIONS, REMAINDER, ROUNDING_STEP, SCALE, check_options
 
 __all__ = ["as_torch_state_dict", "changed", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
 
@@ -132,7 +132,8 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
             entry = state.get(param, {})
             name = f"state of param_groups[{g}]['params'][{i}]"
             buffer, scale = entry.get(BUFFER), entry.get(SCALE)
-            if isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS and not isinstance(scale, Tensor):
+            has_8_bits = isinstance(buffer, Tensor) and param.is_floating_point() and buffer.dtype.itemsize == 1
+            if has_8_bits and not isinstance(scale, Tensor):
                 raise ValueError(
                     f'{name}: its "{BUFFER}" is {buffer.dtype} and there is no "{SCALE}" beside it; delete the buffer '
                     "to start from no momentum, or load a whole checkpoint"

@@ -246,7 +246,7 @@ class GradFactor:
     ) -> None:
         """The gradients that are there now have this factor; with stand-ins, each has it besides its own."""
         before = self._coefficients
-        unscales = unscales or any(each.unscales for each in before)
+        unscales = unscales or any(each.unscales and not each.is_over for each in before)
         if grads is None:
             self._coefficients = [_Coefficient(factor, norm, unscales)]
             absent = 0 if self._is_same else self._norms.remember(param_groups, None, 1 if before else 0)

@@ -74,7 +74,7 @@ def test_orders_of_dimensions(shape, dtype, isa):
     for index, both in enumerate(pair.params):
         buffer = in_random_order(torch.randn(shape, dtype=dtype), rng)
         if index % 2 == 0:
-            for opt, param in zip(pair.optimizers, both):
+            for opt, param in zip(pair.optimizers, both, strict=True):
                 opt.state[param]["momentum_buffer"] = clone_exact(buffer)
     for step in range(2):
         for index, (param, _) in enumerate(pair.params):

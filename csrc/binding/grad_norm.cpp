@@ -153,8 +153,9 @@ bool GradNorm::read_params(const py::list& param_groups) {
     }
     return true;
   };
-  const bool readable = for_each_param([&](PyObject* param, Place) {
-    same = same && n < listed_.size() && listed_[n] == param;
+  const bool readable = for_each_param([&](PyObject* param, Place place) {
+    same =
+        same && n < listed_.size() && listed_[n].first == param && listed_[n].second == place.group;
     ++n;
   });
   if (!readable) return false;
@@ -164,7 +165,7 @@ bool GradNorm::read_params(const py::list& param_groups) {
   places_.clear();
   std::unordered_set<PyObject*> visited;
   return for_each_param([&](PyObject* param, Place place) {
-    listed_.push_back(param);
+    listed_.emplace_back(param, place.group);
     if (!visited.insert(param).second) return;
     params_.push_back(param);
     places_.push_back(place);

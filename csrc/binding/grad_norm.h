@@ -75,7 +75,7 @@ class GradNorm {
     size_t index;
   };
 
-  std::vector<PyObject*> listed_;  // as the groups list them: only compared
+  std::vector<std::pair<PyObject*, size_t>> listed_;  // with their groups, in order: only compared
   std::vector<PyObject*> params_;  // each once; followed only after they were compared
   std::vector<Place> places_;      // of each of these
   GradRecords records_;
