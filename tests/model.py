@@ -275,6 +275,7 @@ class Model:
         for weight in map(self.weights.get, self.params):
             group, stored = self.stored_as(weight)
             if self.was_moved(weight) and (all_groups or group["momentum"] == 0):
+                self.check_options()
                 self._check_conversion(group, weight, stored)
 
     def converted(self, group: dict[str, Any], weight: Weight, copies: bool = False) -> Tensor | None:
