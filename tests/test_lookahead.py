@@ -303,7 +303,7 @@ SHARING = {
     "one tensor": lambda w: [w, w],
     "overlapping": lambda w: [w[:-5], w[7:]],
     "the other way round": lambda w: [w[7:], w[:-5]],
-    "one element": lambda w: [w[:200_000], w[199_999:]],
+    "one element each": lambda w: [w[i : i + 5_001] for i in range(0, 395_000, 5_000)],
     "interleaved": lambda w: [w[::2], w[1::2]],
     "three": lambda w: [w[: w.numel() // 2], w, w[w.numel() // 3 :]],
     "a subclass": lambda w: [w.as_subclass(Own), w[1:]],
