@@ -163,7 +163,8 @@ class GradFactor:
         if computed is None:
             return self._clip_by_torch(param_groups, factor, grads, max_norm, norm_type, error_if_nonfinite, 1.0)
         norm, new = self._clipped(computed, factor, max_norm, norm_type, error_if_nonfinite, 1.0)
-        self._remember(param_groups, grads, new, norm, unscales=False)
+        exact = norm if computed[0] is None else computed[0]  # a 16-bit dtype may overflow
+        self._remember(param_groups, grads, new, exact, unscales=False)
         return norm if grads is None else norm.to(_real_dtype(param_groups))
 
     def in_step(

@@ -88,7 +88,6 @@ class ExactTraining(RuleBasedStateMachine):
         self.kinds = self.dtypes[dtypes % len(self.dtypes)]
         self.generator = torch.Generator().manual_seed(seed)
         self.away = {}  # gradients that went, with their memory
-        self.remembers = False
         groups = data.draw(st.lists(st.tuples(self.shapes, options(self.choices)), min_size=1, max_size=2))
         attributes = data.draw(options(ATTRIBUTES))
         attributes["ema_warmup"] &= attributes["ema_decay"] is not None
@@ -239,8 +238,6 @@ class ExactTraining(RuleBasedStateMachine):
     def move_parameter(self, index, to):
         groups = self.opt.param_groups
         here, there = groups[index % len(groups)], groups[to % len(groups)]
-        if self.remembers:  # TODO(B15): IndexError where the order of gradients that were ever clipped has changed
-            return
         if here["params"]:
             there["params"].append(here["params"].pop())
 
@@ -264,7 +261,6 @@ class ExactTraining(RuleBasedStateMachine):
             self.step()
 
     def clip_once(self, max_norm, norm_type=2.0, strict=False):
-        self.remembers = True
         try:
             norm = self.model.clip(max_norm, norm_type, strict)
         except Raises as error:
@@ -305,10 +301,6 @@ class ExactTraining(RuleBasedStateMachine):
     )
     def scale(self, kind, unscales, max_norm, between, updates, subset):
         """The gradients that are there count as scaled."""
-        # TODO(B14): beside the coefficient of an absent gradient, one of a scaler that is over counts on.
-        if kind is GradScaler and (self.away or between == "go"):
-            return
-        self.remembers = True
         scaler, inv_scale, found_inf = kind("cpu", init_scale=16.0), 1 / 16, False
         scaler.scale(torch.ones(()))
         is_ours, is_fused = kind is GradScaler, self.opt.defaults["fused"]
