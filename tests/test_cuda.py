@@ -616,3 +616,28 @@ def test_state_dicts_go_to_torch_and_back():
         set_grads(each, 9)
         optimizer.step()
     check(ours, loop, params, torchs)
+
+
+def test_coefficients_of_gradients_that_come_and_go():
+    """Against torch's clipping in place, with the same actions; several coefficients live at once."""
+    ours, theirs = make_params([(5,), (70,), (9,)]), make_params([(5,), (70,), (9,)])
+    optimizer, sgd = FusedMomentum(ours, lr=0.1), torch.optim.SGD(theirs, lr=0.1, foreach=False, fused=False)
+    for params in (ours, theirs):
+        set_grads(params, 1, scale=5.0)
+
+    def clip(max_norm):
+        optimizer.clip_grad_norm_(max_norm)
+        torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+
+    clip(1.0)
+    for params in (ours, theirs):
+        params[0].grad = torch.full((5,), 3.0, device="cuda")
+    clip(0.5)  # of two coefficients
+    kept = [params[2].grad for params in (ours, theirs)]
+    ours[2].grad = theirs[2].grad = None
+    clip(0.25)
+    ours[2].grad, theirs[2].grad = kept
+    optimizer.step()
+    sgd.step()
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)

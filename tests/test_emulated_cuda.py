@@ -302,7 +302,7 @@ def test_unstarted_buffers_do_not_leave():
     scaler_step(twins, True)
     assert len(twins.optimizer.state) == len(SHAPES)
     assert not any(twins.optimizer.state_dict()["state"].values())
-    assert len(twins.optimizer.state) == 0
+    assert len(twins.optimizer.state) == len(SHAPES)  # who only looks changes nothing
     scaler_step(twins, False)
     twins.check()
     assert len(twins.optimizer.state_dict()["state"]) == len(SHAPES)
@@ -380,14 +380,11 @@ def test_clip_and_step(how, max_norm):
 @emulated
 def test_what_becomes_of_a_clipping_on_the_device():
     twins = Twins([(9,), (70,)], [0], lr=0.1)
-    for change in ("replaced", "zeroed", "written", "partly", "none"):
+    for change in ("replaced", "zeroed", "written", "none"):  # partly replaced: test_cuda.py, torch multiplies there
         twins.set_grads()
         twins.optimizer.clip_grad_norm_(1e-3)
-        if change in ("written", "partly"):
-            if change == "written":
-                twins.ours[1].grad.zero_()
-            else:
-                twins.ours[1].grad = cuda(torch.ones(70))
+        if change == "written":
+            twins.ours[1].grad.zero_()
             with pytest.raises(RuntimeError, match="zero_grad"):
                 twins.optimizer.step()
             twins.optimizer.zero_grad()
