@@ -80,6 +80,7 @@ class GradFactor:
         factors = {param_groups[g]["params"][i]: self._factor_of(code, g, i) for g, i, code in found}
         if len({id(factor) if isinstance(factor, Tensor) else factor for factor in factors.values()}) <= 1:
             return next(iter(factors.values()), 1.0), None
+        _check_memory(param_groups)
         for each in self._coefficients:  # what is computed next takes a place that one of them may have
             each.factor = each.factor.clone() if isinstance(each.factor, Tensor) else each.factor
         return 1.0, {param: _multiplied(param.grad, factor) for param, factor in factors.items() if not _is_one(factor)}
@@ -276,6 +277,7 @@ class GradFactor:
         inv_grad_scale: float,
     ) -> Tensor:
         """Other norms, devices and layouts: torch's own functions, which write to the gradients."""
+        _check_memory(param_groups)
         params = _with_grad(param_groups)
         if grads is not None or not _is_one(factor):
             with torch.no_grad():
@@ -304,6 +306,14 @@ def _with_grad(param_groups: list[dict[str, Any]]) -> list[Any]:
     """Parameters that have a gradient, each once."""
     params = {id(param): param for group in param_groups for param in group["params"]}
     return [param for param in params.values() if param.grad is not None]
+
+
+def _check_memory(param_groups: list[dict[str, Any]]) -> None:
+    """Before torch's operators read gradients, which would follow a pointer to nothing."""
+    for g, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            if param.grad is not None:
+                _C.check_memory(param.grad, f"gradient of param_groups[{g}]['params'][{i}]")
 
 
 def _real_dtype(param_groups: list[dict[str, Any]]) -> torch.dtype:
