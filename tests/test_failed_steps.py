@@ -100,12 +100,31 @@ def test_gradient_that_is_another_parameter(momentum):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_gradient_that_becomes_the_buffer():
+    """Between two steps: the plan still has the same tensors."""
+    results = []
+    for kind, options in ((FusedMomentum, {}), (torch.optim.SGD, {"foreach": False, "fused": False})):
+        torch.manual_seed(0)
+        param, buffer = torch.nn.Parameter(torch.randn(33)), torch.randn(33)
+        opt = kind([param], lr=0.1, momentum=0.9, **options)
+        opt.state[param]["momentum_buffer"] = buffer
+        for grad in (torch.randn(33), torch.randn(33), buffer):
+            param.grad = grad
+            opt.step()
+        results.append([param.detach(), buffer])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_gradient_whose_storage_shrinks():
     params, opt = make(numel=300)
-    opt.step()
+    for _ in range(2):  # then the plan counts versions while it compares
+        opt.step()
     params[1].grad.untyped_storage().resize_(16)
+    tensors = [*params, *(opt.state[param]["momentum_buffer"] for param in params)]
+    versions = [tensor._version for tensor in tensors]
     with pytest.raises(RuntimeError, match=r"gradient of param_groups\[0\]\['params'\]\[1\].*16 bytes"):
         opt.step()
+    assert [tensor._version for tensor in tensors] == versions
 
 
 def test_step_inside_a_step_is_an_error():
