@@ -201,7 +201,6 @@ def extension() -> setuptools.Extension:
     return setuptools.Extension(
         "momentum_ext._C",
         sources=[
-            "csrc/bindings.cpp",
             *sources("binding/*.cpp"),
             *sources("cpu/*.cpp"),
             *(sources("cuda/*.cu") if WITH_CUDA else []),

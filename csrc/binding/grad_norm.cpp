@@ -12,6 +12,8 @@
 #include <unordered_set>
 #include <utility>
 
+#include "../cpu/backend.h"
+#include "../rules/clip.h"
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
@@ -216,7 +218,7 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
            device_.value_or(*device) == *device && !is_watched_;
   };
   if (!is_ours()) {
-    check_memory(grad, name());
+    check_memory(grad, name);
     return false;
   }
   device_ = device;
@@ -227,7 +229,7 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
   const void* const data = const_data_of(impl, size);
   const bool is_dense = grad.is_contiguous() || grad.is_non_overlapping_and_dense();
   const int64_t bytes = is_dense ? numel * size : num_bytes(shape_of(grad), size);
-  if (!lies_in_storage(impl, ByteRange(data, bytes).end)) check_memory(grad, name());
+  if (!lies_in_storage(impl, ByteRange(data, bytes).end)) check_memory(grad, name);
   TensorEntry entry{};
   entry.grad = data;
   entry.grad_dtype = *dtype;
@@ -235,7 +237,7 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
   entry.device = *device;
   if (!is_dense) {
     if (*device != kCpu) return false;
-    layouts_.push_back(common_layout(grad, grad, at::Tensor()));
+    layouts_.push_back(common_layout({grad, grad, {}, 0}));
     if (layouts_.back() != nullptr) entry.layout = &layouts_.back()->layout;
   }
   entries_.push_back(entry);
@@ -259,22 +261,12 @@ double GradNorm::sum(Norm kind, double scale) {
   return cpu::norm(kind, table(), scale, block_norms_.data(), threads);
 }
 
-namespace {
-
-// torch divides by multiplying with the reciprocal.
-template <typename opmath_t>
-double coefficient_of(double norm, double max_norm) {
-  const opmath_t inverse = 1 / (static_cast<opmath_t>(norm) + static_cast<opmath_t>(1e-6));
-  const opmath_t coefficient = inverse * static_cast<opmath_t>(max_norm);
-  return coefficient > 1 ? 1 : coefficient;  // a NaN stays
-}
-
-}  // namespace
-
 std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm) {
   // Only what is returned may overflow a 16-bit dtype.
-  const double coefficient = dtype == at::kDouble ? coefficient_of<double>(norm, max_norm)
-                                                  : coefficient_of<float>(norm, max_norm);
+  const double coefficient =
+      dtype == at::kDouble
+          ? clip_coefficient(max_norm, norm)
+          : clip_coefficient(static_cast<float>(max_norm), static_cast<float>(norm));
   const double precise = dtype == at::kDouble ? norm : static_cast<float>(norm);
   return {at::scalar_tensor(precise, at::TensorOptions().dtype(dtype)), coefficient};
 }

@@ -220,11 +220,8 @@ double read_lr(PyObject* group, size_t index) {
   return PyFloat_AS_DOUBLE(number.ptr());
 }
 
-void GroupReader::scale(double inv_grad_scale, Hyperparams& hyperparams) {
-  if (scaled_ && inv_grad_scale == inv_grad_scale_) return;
-  scaled_ = true;
-  inv_grad_scale_ = inv_grad_scale;
-  hyperparams.f64.grad_coef = maximize_ ? -inv_grad_scale : inv_grad_scale;
+void GroupReader::scale(double grad_factor, Hyperparams& hyperparams) const {
+  hyperparams.f64.grad_coef = maximize_ ? -grad_factor : grad_factor;
   round_to_float(hyperparams);
 }
 
@@ -250,7 +247,6 @@ PyObject* GroupReader::compare(PyObject* group) const noexcept {
 PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperparams) {
   PyObject* const params = get(group, index, kParams);
   immutable_ = false;
-  scaled_ = false;
   needs_torch_ = false;
   const auto number = [&](Key key, bool may_be_tensor, bool any_shape,
                           DeviceNumber* on_device = nullptr) {

@@ -30,8 +30,8 @@ class GroupReader {
   // errors.
   PyObject* parse(PyObject* group, size_t index, Hyperparams& hyperparams);
 
-  // Brings the coefficients up to date with what was parsed.
-  void scale(double inv_grad_scale, Hyperparams& hyperparams);
+  // Rounds the coefficients of what was parsed, with what gradients are multiplied with.
+  void scale(double grad_factor, Hyperparams& hyperparams) const;
 
   // True when a hyperparameter is of a kind that only torch can read, such as an lr that requires
   // grad.
@@ -66,8 +66,6 @@ class GroupReader {
   Formulation formulation_ = Formulation::kTorch;
   Formulation buffer_formulation_ = Formulation::kTorch;
   Storage storage_;
-  bool scaled_ = false;  // the coefficients are those of inv_grad_scale_
-  double inv_grad_scale_ = 1.0;
   bool maximize_ = false;
 };
 

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "device.h"
+#include "storage.h"
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
@@ -26,21 +27,28 @@ c10::DispatchKeySet keys_of_new_tensor(at::DeviceType device, bool inference_mod
 
 // Outermost first, by the parameter's strides, so that the walk goes through the parameter's memory
 // in order.
-std::vector<StridedDim> dims_in_memory_order(const at::Tensor& param, const at::Tensor& grad,
-                                             const at::Tensor& buffer) {
+std::vector<StridedDim> dims_in_memory_order(const Operands& operands) {
   // Seen as real numbers, a complex tensor has strides twice as long and one dimension of two more.
-  const int64_t reals = param.is_complex() ? 2 : 1;
+  const int64_t reals = operands.param.is_complex() ? 2 : 1;
+  const auto dim_of = [&](int64_t size, const auto& stride_of) {
+    StridedDim dim{size, {stride_of(operands.param), stride_of(operands.grad)}};
+    for (int k = 0; k < operands.num_states; ++k) {
+      const at::Tensor& state = operands.states[k];
+      if (!is_8_bit(state.scalar_type())) dim.strides[state_operand(k)] = stride_of(state);
+    }
+    return dim;
+  };
   std::vector<StridedDim> dims;
-  for (int64_t d = 0; d < param.dim(); ++d) {
-    if (param.size(d) == 1) continue;
-    dims.push_back({param.size(d),
-                    {param.stride(d) * reals, grad.stride(d) * reals,
-                     buffer.defined() ? buffer.stride(d) * reals : 0}});
+  for (int64_t d = 0; d < operands.param.dim(); ++d) {
+    if (operands.param.size(d) == 1) continue;
+    dims.push_back(dim_of(operands.param.size(d), [&](const at::Tensor& tensor) {
+      return tensor.stride(d) * reals;
+    }));
   }
   std::stable_sort(dims.begin(), dims.end(), [](const StridedDim& a, const StridedDim& b) {
     return a.strides[kParam] > b.strides[kParam];
   });
-  if (reals == 2) dims.push_back({2, {1, 1, buffer.defined() ? 1 : 0}});
+  if (reals == 2) dims.push_back(dim_of(2, [](const at::Tensor&) -> int64_t { return 1; }));
   return dims;
 }
 
@@ -48,21 +56,34 @@ std::vector<StridedDim> dims_in_memory_order(const at::Tensor& param, const at::
 std::vector<StridedDim> coalesce(const std::vector<StridedDim>& dims) {
   std::vector<StridedDim> joined;
   for (const StridedDim& inner : dims) {
-    if (!joined.empty()) {
-      StridedDim& outer = joined.back();
-      const auto runs_on = [&](Operand operand) {
-        return outer.strides[operand] == inner.size * inner.strides[operand];
-      };
-      if (runs_on(kParam) && runs_on(kGrad) && runs_on(kBuffer)) {
-        const int64_t outer_size = outer.size;
-        outer = inner;
-        outer.size *= outer_size;
-        continue;
+    const auto runs_on = [&](const StridedDim& outer) {
+      for (int operand = 0; operand < kNumOperands; ++operand) {
+        if (outer.strides[operand] != inner.size * inner.strides[operand]) return false;
       }
+      return true;
+    };
+    if (!joined.empty() && runs_on(joined.back())) {
+      StridedDim& outer = joined.back();
+      const int64_t outer_size = outer.size;
+      outer = inner;
+      outer.size *= outer_size;
+      continue;
     }
     joined.push_back(inner);
   }
   return joined;
+}
+
+// True for operands that lie as one dense array.
+bool is_flat(const std::vector<StridedDim>& dims, const Operands& operands) {
+  if (dims.empty()) return true;
+  if (dims.size() != 1) return false;
+  const int64_t* const strides = dims[0].strides;
+  bool flat = strides[kParam] == 1 && strides[kGrad] == 1;
+  for (int k = 0; k < operands.num_states; ++k) {
+    flat = flat && (strides[state_operand(k)] == 1 || is_8_bit(operands.states[k].scalar_type()));
+  }
+  return flat;
 }
 
 }  // namespace
@@ -104,17 +125,19 @@ std::optional<int16_t> kernel_device(const at::Tensor& tensor) {
   return tensor.device().index();
 }
 
-std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,
-                                           const at::Tensor& buffer) {
-  std::vector<StridedDim> dims = coalesce(dims_in_memory_order(param, grad, buffer));
-  const bool is_flat = dims.empty() || (dims.size() == 1 && dims[0].strides[kParam] == 1 &&
-                                        dims[0].strides[kGrad] == 1 &&
-                                        dims[0].strides[kBuffer] == (buffer.defined() ? 1 : 0));
-  if (is_flat) return nullptr;
+std::unique_ptr<OwnedLayout> common_layout(const Operands& operands) {
+  std::vector<StridedDim> dims = coalesce(dims_in_memory_order(operands));
+  if (is_flat(dims, operands)) return nullptr;
   auto owned = std::make_unique<OwnedLayout>();
   owned->dims = std::move(dims);
   owned->layout = StridedLayout(owned->dims.data(), static_cast<int>(owned->dims.size()));
   return owned;
+}
+
+bool are_contiguous(const Operands& operands) {
+  bool all = operands.param.is_contiguous() && operands.grad.is_contiguous();
+  for (int k = 0; k < operands.num_states; ++k) all = all && operands.states[k].is_contiguous();
+  return all;
 }
 
 bool operators_are_watched() {
@@ -136,7 +159,7 @@ bool lies_like(const at::Tensor& average, const at::Tensor& param) {
          lies_in_storage(*average.unsafeGetTensorImpl(), byte_range(average).end);
 }
 
-void check_memory(const at::Tensor& tensor, const std::string& name) {
+void check_memory(const at::Tensor& tensor, const std::function<std::string()>& name) {
   constexpr c10::DispatchKeySet kWrappers(
       {c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
        c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
@@ -148,7 +171,7 @@ void check_memory(const at::Tensor& tensor, const std::string& name) {
   const int64_t needed = num_bytes(shape_of(tensor), itemsize) + tensor.storage_offset() * itemsize;
   const auto found = static_cast<int64_t>(tensor.storage().nbytes());
   if (found >= needed && tensor.storage().data() != nullptr) return;
-  throw std::runtime_error(name + ": its storage has " + std::to_string(found) +
+  throw std::runtime_error(name() + ": its storage has " + std::to_string(found) +
                            " bytes and it needs " + std::to_string(needed) +
                            "; it was freed or resized");
 }

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -38,11 +39,21 @@ c10::DispatchKeySet plain_keys(int16_t device);
 // operators must do the work.
 bool operators_are_watched();
 
-// How to walk the three tensors (which have the same sizes) in step, in the parameter's order in
-// memory; nullptr when they share one dense layout and can be walked as flat arrays. `buffer` may
-// be undefined.
-std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Tensor& grad,
-                                           const at::Tensor& buffer);
+// A parameter with its gradient and its state, as one step updates them.
+struct Operands {
+  at::Tensor param;
+  at::Tensor grad;
+  at::Tensor states[kMaxStates];
+  int num_states = 0;  // those that are there
+};
+
+// How to walk these tensors, which have the same sizes, together, in the parameter's order in
+// memory; nullptr when they share one dense layout and can be walked as flat arrays. A state of 8
+// bits lies in the order of the walk.
+std::unique_ptr<OwnedLayout> common_layout(const Operands& operands);
+
+// True when all of them are contiguous.
+bool are_contiguous(const Operands& operands);
 
 // True when the gradient is its own parameter: each element is read before it is written.
 bool is_own_grad(const at::Tensor& param, const at::Tensor& grad);
@@ -51,7 +62,7 @@ bool is_own_grad(const at::Tensor& param, const at::Tensor& grad);
 bool lies_like(const at::Tensor& average, const at::Tensor& param);
 
 // Raises where a strided tensor's storage was freed, or is too small for it.
-void check_memory(const at::Tensor& tensor, const std::string& name);
+void check_memory(const at::Tensor& tensor, const std::function<std::string()>& name);
 
 // True when two elements of the tensor share a place in memory.
 bool overlaps_itself(const at::Tensor& tensor);

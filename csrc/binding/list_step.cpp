@@ -4,12 +4,11 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/lerp.h>
 
-#include <algorithm>
-#include <sstream>
 #include <stdexcept>
+#include <string>
 
-#include "../momentum.h"
-#include "tensor_access.h"
+#include "../cpu/backend.h"
+#include "aliasing.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -18,10 +17,11 @@ std::string name_of(const char* list, size_t i) {
   return std::string(list) + "[" + std::to_string(i) + "]";
 }
 
-std::string to_string(c10::IntArrayRef sizes) {
-  std::ostringstream stream;
-  stream << sizes;
-  return stream.str();
+std::string name_of(Operand operand, size_t i) {
+  return name_of(operand == kParam  ? "params"
+                 : operand == kGrad ? "grads"
+                                    : "momentum_buffers",
+                 i);
 }
 
 void check_length(const char* list, size_t length, size_t expected) {
@@ -30,39 +30,10 @@ void check_length(const char* list, size_t length, size_t expected) {
                            std::to_string(expected) + " parameters, got " + std::to_string(length));
 }
 
-// Of a tensor of `list` that belongs to a parameter of these sizes.
-void check_tensor(const at::Tensor& tensor, const at::Tensor& param, const std::string& name,
-                  bool is_written) {
-  if (tensor.sizes() != param.sizes()) {
-    throw std::runtime_error(name + ": expected the shape of its parameter, " +
-                             to_string(param.sizes()) + ", got " + to_string(tensor.sizes()));
-  }
-  if (tensor.device() != param.device()) {
-    throw std::runtime_error(name + ": expected the device of its parameter, " +
-                             param.device().str() + ", got " + tensor.device().str());
-  }
-  if (tensor.layout() != at::kStrided) return;
-  if (is_written && overlaps_itself(tensor)) {
-    throw std::runtime_error(name + ": several of its elements share one place in memory (shape " +
-                             to_string(tensor.sizes()) + ", strides " +
-                             to_string(tensor.strides()) +
-                             "), so it cannot be updated in place; clone() it first");
-  }
-  if (is_written && tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
-    throw std::runtime_error(name +
-                             ": an inference tensor cannot be updated outside "
-                             "torch.inference_mode(); clone() it outside inference mode first");
-  }
-  check_memory(tensor, name);
-}
-
-bool overlap(const at::Tensor& a, const at::Tensor& b) {
-  return byte_range(a).overlaps(byte_range(b));
-}
-
-void* data_of(const at::Tensor& tensor) {
-  return mutable_data_of(*tensor.unsafeGetTensorImpl(),
-                         static_cast<int64_t>(tensor.element_size()));
+void check_device(const at::Tensor& tensor, const at::Tensor& param, const std::string& name) {
+  if (tensor.device() == param.device()) return;
+  throw std::runtime_error(name + ": expected the device of its parameter, " +
+                           param.device().str() + ", got " + tensor.device().str());
 }
 
 }  // namespace
@@ -85,130 +56,91 @@ ListStep::ListStep(const py::list& groups, Lists lists, double inv_grad_scale,
     if (size < 0) throw py::error_already_set();
     for (size_t k = 0; k < static_cast<size_t>(size); ++k, ++i) {
       if (i >= count) check_length("params", count, i + 1);
-      check(i);
-      if (hyperparams_[g].has_momentum != lists_.momentum_buffers[i].has_value()) {
-        throw std::runtime_error(name_of("momentum_buffers", i) + ": expected " +
-                                 (hyperparams_[g].has_momentum
-                                      ? "a tensor, because its group has momentum"
-                                      : "none, because its group has no momentum"));
+      const std::optional<at::Tensor>& buffer = lists_.momentum_buffers[i];
+      Operands operands{lists_.params[i], lists_.grads[i], {buffer.value_or(at::Tensor())},
+                        buffer.has_value() ? 1 : 0};
+      check(i, operands);
+      if (hyperparams_[g].has_momentum != buffer.has_value()) {
+        throw std::runtime_error(name_of(state_operand(0), i) + ": expected " +
+                                 (buffer.has_value() ? "none, because its group has no momentum"
+                                                     : "a tensor, because its group has momentum"));
       }
       at::Tensor& grad = lists_.grads[i];
-      if (grad.is_neg() || grad.is_conj()) grad = grad.resolve_conj().resolve_neg();
-      if (reader.needs_torch() || !has_kernel(i) || !add(i, static_cast<uint32_t>(g))) {
+      if (grad.is_neg() || grad.is_conj()) operands.grad = grad = grad.resolve_conj().resolve_neg();
+      std::unique_ptr<OwnedLayout> layout;
+      const bool is_8_bit_buffer = buffer.has_value() && is_8_bit(buffer->scalar_type());
+      const bool is_ours = !reader.needs_torch() && !is_8_bit_buffer && has_kernel(operands);
+      if (is_ours && !are_contiguous(operands)) layout = common_layout(operands);
+      if (!is_ours || has_too_many_dims(layout.get(), *kernel_device(operands.param))) {
         for_torch_.emplace_back(g, k);
         if (lists_.averages[i].has_value()) averaged_by_torch_.push_back(i);
+        continue;
       }
+      TensorEntry entry = entry_of(operands, layout.get());
+      if (layout != nullptr) layouts_.push_back(std::move(layout));
+      entry.group = static_cast<uint32_t>(g);
+      entry.is_first_step = operands.num_states != 0 && lists_.is_first_step[i];
+      add(i, entry);
     }
   }
   check_length("params", count, i);
 }
 
-void ListStep::check(size_t i) const {
-  const at::Tensor& param = lists_.params[i];
-  check_tensor(param, param, name_of("params", i), true);
-  check_tensor(lists_.grads[i], param, name_of("grads", i), false);
-  const auto check_state = [&](const std::optional<at::Tensor>& tensor, const char* list) {
-    if (tensor.has_value()) check_tensor(*tensor, param, name_of(list, i), true);
+void ListStep::check(size_t i, const Operands& operands) const {
+  check_operands(operands, [i](Operand operand) { return name_of(operand, i); });
+  check_device(operands.grad, operands.param, name_of(kGrad, i));
+  if (operands.num_states != 0) {
+    check_device(operands.states[0], operands.param, name_of(state_operand(0), i));
+  }
+  if (!lists_.averages[i].has_value()) return;
+  const std::string name = name_of("averages", i);
+  if (lists_.averages[i]->sizes() != operands.param.sizes()) {
+    throw std::runtime_error(name + ": expected the shape of its parameter");
+  }
+  const auto name_of_average = [&](Operand operand) {
+    return operand == state_operand(0) ? name : name_of(operand, i);
   };
-  check_state(lists_.momentum_buffers[i], "momentum_buffers");
-  check_state(lists_.averages[i], "averages");
-  if (lists_.averages[i].has_value() && lists_.averages[i]->scalar_type() != param.scalar_type()) {
-    throw std::runtime_error(name_of("averages", i) + ": expected the dtype of its parameter");
+  check_operands({operands.param, operands.grad, {*lists_.averages[i]}, 1}, name_of_average);
+  check_device(*lists_.averages[i], operands.param, name);
+  if (lists_.averages[i]->scalar_type() != operands.param.scalar_type()) {
+    throw std::runtime_error(name + ": expected the dtype of its parameter");
   }
 }
 
-bool ListStep::has_kernel(size_t i) const {
-  const at::Tensor& param = lists_.params[i];
-  const at::Tensor& grad = lists_.grads[i];
-  const std::optional<at::Tensor>& buffer = lists_.momentum_buffers[i];
-  const std::optional<int16_t> device = kernel_device(param);
-  if (!device.has_value()) return false;
-  const auto fits = [&](const at::Tensor& tensor) {
-    return kernel_device(tensor) == device && kernel_dtype(tensor.scalar_type()).has_value() &&
-           (param.is_complex() ? tensor.scalar_type() == param.scalar_type()
-                               : !tensor.is_complex());
-  };
-  if (!fits(param) || !fits(grad) || (buffer.has_value() && !fits(*buffer))) return false;
-  if (overlap(param, grad) && !is_own_grad(param, grad)) return false;
-  return !buffer.has_value() || (!overlap(*buffer, grad) && !overlap(*buffer, param));
-}
-
-// False for a tensor with more strided dimensions than the CUDA kernels take.
-bool ListStep::add(size_t i, uint32_t group) {
-  const at::Tensor& param = lists_.params[i];
-  const at::Tensor& grad = lists_.grads[i];
-  const at::Tensor buffer = lists_.momentum_buffers[i].value_or(at::Tensor());
-  TensorEntry entry{};
-  entry.param = data_of(param);
-  entry.grad =
-      const_data_of(*grad.unsafeGetTensorImpl(), static_cast<int64_t>(grad.element_size()));
-  entry.numel = param.is_complex() ? 2 * param.numel() : param.numel();
-  entry.group = group;
-  entry.param_dtype = *kernel_dtype(param.scalar_type());
-  entry.grad_dtype = *kernel_dtype(grad.scalar_type());
-  if (buffer.defined()) {
-    entry.momentum_buffer = data_of(buffer);
-    entry.buffer_dtype = *kernel_dtype(buffer.scalar_type());
-    entry.is_first_step = lists_.is_first_step[i];
-  }
-  entry.device = *kernel_device(param);
-  const bool all_contiguous = param.is_contiguous() && grad.is_contiguous() &&
-                              (!buffer.defined() || buffer.is_contiguous());
-  std::unique_ptr<OwnedLayout> layout =
-      all_contiguous ? nullptr : common_layout(param, grad, buffer);
-  if (layout != nullptr) {
-    if (entry.device != kCpu && layout->layout.ndim > kMaxStridedDimsCuda) return false;
-    entry.layout = &layout->layout;
-    layouts_.push_back(std::move(layout));
-  }
+void ListStep::add(size_t i, TensorEntry entry) {
   if (entry.device != kCpu) {
     if (entry.is_first_step && is_capturing(entry.device)) {
-      throw std::runtime_error(name_of("params", i) +
+      throw std::runtime_error(name_of(kParam, i) +
                                ": it has no momentum buffer yet, and the step is being captured "
                                "into a CUDA graph; run one step before the capture");
     }
     if (entry.numel != 0) share_of(shares_, entry.device).add(entry);
   }
   if (const std::optional<at::Tensor>& average = lists_.averages[i]; average.has_value()) {
-    if (entry.device == kCpu && entry.layout == nullptr && lies_like(*average, param)) {
-      entry.average = data_of(*average);
+    if (entry.device == kCpu && entry.layout == nullptr && lies_like(*average, lists_.params[i])) {
+      entry.average = mutable_data_of(*average);
     } else {
       averaged_by_torch_.push_back(i);
     }
   }
   entries_.push_back(entry);
   updated_.push_back(i);
-  return true;
 }
 
 // True when what one tensor's update writes is another's: then the order shows.
 bool ListStep::shares_memory() const {
-  struct Written {
-    ByteRange bytes;
-    size_t owner;
-  };
-  std::vector<Written> written;
+  WrittenMemory written;
   for (const size_t i : updated_) {
-    for (const at::Tensor* tensor :
-         {&lists_.params[i], lists_.momentum_buffers[i] ? &*lists_.momentum_buffers[i] : nullptr,
-          lists_.averages[i] ? &*lists_.averages[i] : nullptr}) {
-      if (tensor != nullptr && tensor->numel() != 0) written.push_back({byte_range(*tensor), i});
+    written.add(byte_range(lists_.params[i]), i);
+    for (const auto* const list : {&lists_.momentum_buffers, &lists_.averages}) {
+      if ((*list)[i].has_value()) written.add(byte_range(*(*list)[i]), i);
     }
   }
-  std::sort(written.begin(), written.end(),
-            [](const Written& a, const Written& b) { return a.bytes.begin < b.bytes.begin; });
-  for (size_t k = 1; k < written.size(); ++k) {
-    if (written[k].bytes.begin < written[k - 1].bytes.end) return true;
-  }
+  written.close();
+  if (written.meets_itself()) return true;
   for (const size_t i : updated_) {
     if (lists_.grads[i].numel() == 0) continue;
-    const ByteRange grad = byte_range(lists_.grads[i]);
-    auto after = std::lower_bound(
-        written.begin(), written.end(), grad.end,
-        [](const Written& range, const char* address) { return range.bytes.begin < address; });
-    while (after != written.begin() && (--after)->bytes.end > grad.begin) {
-      if (after->owner != i) return true;
-    }
+    if (written.meets_another(byte_range(lists_.grads[i]), i)) return true;
   }
   return false;
 }
@@ -231,12 +163,10 @@ void ListStep::run() {
     for (TensorEntry& entry : entries_) entry.average = nullptr;
   }
   for (const size_t i : updated_) {
-    const auto bump = [](const at::Tensor& tensor) {
-      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-    };
-    bump(lists_.params[i]);
-    if (lists_.momentum_buffers[i].has_value()) bump(*lists_.momentum_buffers[i]);
-    if (lists_.averages[i].has_value()) bump(*lists_.averages[i]);
+    bump_version(lists_.params[i].unsafeGetTensorImpl());
+    for (const auto* const list : {&lists_.momentum_buffers, &lists_.averages}) {
+      if ((*list)[i].has_value()) bump_version((*list)[i]->unsafeGetTensorImpl());
+    }
   }
   const auto count = static_cast<int64_t>(entries_.size());
   FirstSteps first_steps;  // without a GradScaler the host knows them all

@@ -7,13 +7,12 @@
 
 #include <memory>
 #include <optional>
-#include <string>
+#include <utility>
 #include <vector>
 
-#include "../tensor_table.h"
 #include "device.h"
 #include "group_reader.h"
-#include "layout.h"
+#include "operands.h"
 
 namespace momentum_ext::binding {
 
@@ -40,9 +39,8 @@ class ListStep {
   void run();
 
  private:
-  void check(size_t i) const;
-  bool has_kernel(size_t i) const;
-  bool add(size_t i, uint32_t group);
+  void check(size_t i, const Operands& operands) const;
+  void add(size_t i, TensorEntry entry);
   bool shares_memory() const;
   void average_by_torch() const;
 

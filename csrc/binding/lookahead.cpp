@@ -9,9 +9,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../momentum.h"
-#include "layout.h"
-#include "tensor_access.h"
+#include "../cpu/backend.h"
+#include "operands.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -39,22 +38,6 @@ void move_by_torch(const at::Tensor& param, const at::Tensor& buffer, const at::
   param.copy_(at::where(untouched, lookahead, param.sub(buffer, distance)));
 }
 
-TensorEntry entry_of(const at::Tensor& param, const at::Tensor& buffer, const at::Tensor& lookahead,
-                     size_t group) {
-  const auto data = [](const at::Tensor& tensor) {
-    return mutable_data_of(*tensor.unsafeGetTensorImpl(), tensor.element_size());
-  };
-  TensorEntry entry{};
-  entry.param = data(param);
-  entry.grad = data(lookahead);
-  entry.momentum_buffer = data(buffer);
-  entry.numel = param.is_complex() ? 2 * param.numel() : param.numel();
-  entry.group = static_cast<uint32_t>(group);
-  entry.param_dtype = entry.grad_dtype = *kernel_dtype(param.scalar_type());
-  entry.buffer_dtype = *kernel_dtype(buffer.scalar_type());
-  return entry;
-}
-
 }  // namespace
 
 void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& buffers,
@@ -62,7 +45,7 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
                     bool back) {
   for (size_t i = 0; i < params.size(); ++i) {
     const auto check = [&](const at::Tensor& tensor, const char* name) {
-      check_memory(tensor, std::string(name) + "[" + std::to_string(i) + "]");
+      check_memory(tensor, [&] { return std::string(name) + "[" + std::to_string(i) + "]"; });
       if (tensor.device() != params[i].device()) {
         throw std::runtime_error(std::string(name) + "[" + std::to_string(i) +
                                  "]: it is on another device than its parameter; move the "
@@ -87,9 +70,12 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
       move_by_torch(params[i], buffers[i], lookaheads[i], distances[i], back);
       continue;
     }
-    TensorEntry entry = entry_of(params[i], buffers[i], lookaheads[i], groups.size());
-    layouts.push_back(common_layout(params[i], lookaheads[i], buffers[i]));
-    if (layouts.back() != nullptr) entry.layout = &layouts.back()->layout;
+    // The look-ahead point is written, in the gradient's place.
+    const Operands operands{params[i], lookaheads[i], {buffers[i]}, 1};
+    layouts.push_back(common_layout(operands));
+    TensorEntry entry = entry_of(operands, layouts.back().get());
+    entry.grad = mutable_data_of(lookaheads[i]);
+    entry.group = static_cast<uint32_t>(groups.size());
     Hyperparams h;
     h.f64.momentum = distances[i];
     round_to_float(h);

@@ -1,4 +1,5 @@
-// Reading the tensors of a parameter's state, a dict that anyone may have edited.
+// A parameter's state, opt.state[p]: the keys that are no rule's, and how its tensors are read. It is a dict that anyone
+// may have edited.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,6 +8,19 @@
 namespace momentum_ext::binding {
 
 namespace py = pybind11;
+
+// Interned, so that a key is mostly found by its address.
+struct StateKeys {
+  PyObject* buffer = PyUnicode_InternFromString("momentum_buffer");
+  PyObject* scale = PyUnicode_InternFromString("momentum_scale");
+  PyObject* average = PyUnicode_InternFromString("ema");
+  PyObject* remainder = PyUnicode_InternFromString("param_remainder");
+  PyObject* master = PyUnicode_InternFromString("master_param");
+};
+inline const StateKeys& state_keys() {
+  static const StateKeys keys;
+  return keys;
+}
 
 // The key of a loaded state need not be the interned string.
 [[gnu::noinline, gnu::cold]] inline PyObject* find_item_by_name(PyObject* dict,

@@ -9,12 +9,12 @@
 #include <optional>
 #include <string>
 
-#include "binding/grad_norm.h"
-#include "binding/list_step.h"
-#include "binding/lookahead.h"
-#include "binding/quantization.h"
-#include "binding/step_plan.h"
-#include "momentum.h"
+#include "../cpu/backend.h"
+#include "grad_norm.h"
+#include "list_step.h"
+#include "lookahead.h"
+#include "quantization.h"
+#include "prepared_step.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -53,58 +53,72 @@ void translate_torch_error(std::exception_ptr pointer) {
   }
 }
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+void run(PreparedStep& step, double grad_factor, double average_weight,
+         const OptionalTensor& found_inf, const OptionalTensor& grad_scale,
+         const OptionalTensor& device_factor,
+         const std::optional<std::pair<at::Tensor, at::Tensor>>& average, double decay,
+         bool warms_up) {
+  PreparedStep::Numbers numbers{grad_factor, average_weight, {}};
+  numbers.on_device = {found_inf.value_or(at::Tensor()), grad_scale.value_or(at::Tensor()),
+                       device_factor.value_or(at::Tensor()), {}};
+  if (average) {
+    numbers.on_device.average = {average->first, average->second, decay, warms_up};
+  }
+  step.run(numbers);
+}
+
+void define_steps(py::module_& m) {
+  py::class_<PreparedStep>(m, "PreparedStep")
+      .def("for_torch", &PreparedStep::for_torch)
+      .def("is_on_devices", &PreparedStep::is_on_devices, py::arg("average_count") = py::none())
+      .def("begin", &PreparedStep::begin)
+      .def("run", &run, py::arg("grad_factor") = 1.0, py::arg("average_weight") = 0.0,
+           py::arg("found_inf") = py::none(), py::arg("grad_scale") = py::none(),
+           py::arg("device_factor") = py::none(), py::arg("average") = py::none(),
+           py::arg("ema_decay") = 0.0, py::arg("ema_warmup") = false)
+      .def("__enter__", [](py::object step) { return step; })
+      .def("__exit__", [](PreparedStep& step, const py::args&) { step.discard(); });
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
+      .def(py::init<>())
+      .def("step", &step, py::arg("param_groups"), py::arg("state"),
+           py::arg("all_by_torch") = false)
+      // Apart from step(), to which more arguments would cost a tenth of a microsecond.
+      .def(
+          "prepare",
+          [](Plan& plan, const py::list& param_groups, const py::dict& state, bool all_by_torch,
+             std::optional<bool> averaging, const py::object& grads, bool may_be_left_out) {
+            const Averaging how = !averaging.has_value() ? Averaging::kNone
+                                  : *averaging           ? Averaging::kUpdate
+                                                         : Averaging::kStart;
+            PreparedStep step(plan, param_groups, state,
+                              {all_by_torch, may_be_left_out, how,
+                               grads.is_none() ? py::object() : grads});
+            step.keep_plan();
+            return step;
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("all_by_torch") = false,
+          py::arg("averaging") = py::none(), py::arg("grads") = py::none(),
+          py::arg("may_be_left_out") = false)
+      .def("pending_changes", &pending_changes, py::arg("param_groups"), py::arg("state"),
+           py::arg("moved_only") = false)
+      .def("adopt", &Plan::adopt, py::arg("param_groups"))
+      .def("has_moved", &Plan::has_moved, py::arg("param_groups"))
+      .def_readwrite("rounding_step", &Plan::rounding_step)
+      .def("unstarted_buffers", [](Plan& plan) {
+        const StepLock lock(plan.mutex);
+        return plan.first_steps.unstarted();
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   choose_isa_from_environment();
   py::register_local_exception_translator(translate_torch_error);
 
-  py::class_<StepPlan>(m, "StepPlan")
-      .def(py::init<>())
-      .def(
-          "step",
-          [](StepPlan& plan, const py::list& param_groups, const py::dict& state,
-             double inv_grad_scale, bool all_for_torch) {
-            return plan.step(param_groups, state, {inv_grad_scale, all_for_torch, {}, {}, {}});
-          },
-          py::arg("param_groups"), py::arg("state"), py::arg("inv_grad_scale") = 1.0,
-          py::arg("all_for_torch") = false)
-      // Apart from step(), to which two more arguments would cost a tenth of a microsecond.
-      .def(
-          "step_with",
-          [](StepPlan& plan, const py::list& param_groups, const py::dict& state,
-             double inv_grad_scale, bool all_for_torch, std::optional<double> average_weight,
-             const py::object& grads, const std::optional<at::Tensor>& found_inf,
-             const std::optional<at::Tensor>& grad_scale,
-             const std::optional<at::Tensor>& grad_factor,
-             const std::optional<std::pair<at::Tensor, at::Tensor>>& average, double decay,
-             bool warms_up) {
-            StepPlan::Options options{inv_grad_scale, all_for_torch, {}, average_weight, {}};
-            if (!grads.is_none()) options.grads = grads;
-            options.scaler = {found_inf.value_or(at::Tensor()),
-                              grad_scale.value_or(at::Tensor()),
-                              grad_factor.value_or(at::Tensor()),
-                              {}};
-            if (average) {
-              options.scaler.average = {average->first, average->second, decay, warms_up};
-            }
-            return plan.step(param_groups, state, std::move(options));
-          },
-          py::arg("param_groups"), py::arg("state"), py::arg("inv_grad_scale") = 1.0,
-          py::arg("all_for_torch") = false, py::arg("average_weight") = py::none(),
-          py::arg("grads") = py::none(), py::arg("found_inf") = py::none(),
-          py::arg("grad_scale") = py::none(), py::arg("grad_factor") = py::none(),
-          py::arg("average") = py::none(), py::arg("ema_decay") = 0.0,
-          py::arg("ema_warmup") = false)
-      .def("begin_torch_step", &StepPlan::begin_torch_step)
-      .def("run", &StepPlan::run)
-      .def("discard", &StepPlan::discard)
-      .def("pending_changes", &StepPlan::pending_changes, py::arg("param_groups"), py::arg("state"),
-           py::arg("moved_only") = false)
-      .def("adopt", &StepPlan::adopt, py::arg("param_groups"))
-      .def("has_moved", &StepPlan::has_moved, py::arg("param_groups"))
-      .def_property("rounding_step", &StepPlan::rounding_step, &StepPlan::set_rounding_step)
-      .def("unstarted_buffers", &StepPlan::unstarted_buffers);
+  define_steps(m);
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;
   py::class_<GradNorm>(m, "GradNorm")
       .def(py::init<>())
@@ -145,7 +159,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("inverse_scale", [](double scale) { return static_cast<float>(1 / scale); });
   m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
   m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"));
-  m.def("check_memory", &check_memory, py::arg("tensor"), py::arg("name"));
+  m.def(
+      "check_memory",
+      [](const at::Tensor& tensor, const std::string& name) {
+        check_memory(tensor, [&] { return name; });
+      },
+      py::arg("tensor"), py::arg("name"));
   m.def("is_capturing", [](int16_t device) { return is_capturing(device); }, py::arg("device"));
   m.def("isa", &cpu::isa);
   m.def("isas", &cpu::isas);

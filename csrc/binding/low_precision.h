@@ -1,0 +1,20 @@
+// Slots with companions: what the kernels read of a parameter's master and of a state's scales, and
+// random rounding in a captured graph.
+#pragma once
+
+#include "plan.h"
+#include "state_format.h"
+
+namespace momentum_ext::binding {
+
+// After a slot was examined and has its entry: what the kernels read, and what the next step
+// compares.
+void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const StartingState& start);
+
+// True when a slot's companions are as they were; they are then those of this step.
+bool find_companions(Plan& plan, size_t i) noexcept;
+
+// Once all slots are prepared: raises where a captured step would round at random.
+void refuse_random_capture(const Plan& plan, const std::vector<DeviceShare>& shares);
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,258 @@
+// The two halves of a step: preparing and running.
+#include "prepared_step.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+
+#include "../cpu/backend.h"
+#include "low_precision.h"
+#include "operands.h"
+
+namespace momentum_ext::binding {
+namespace {
+
+// From this many elements on the GIL is released while the kernel runs. Fewer take a small part of
+// the interpreter's own switch interval of 5 ms, and releasing means holding references to all
+// tensors.
+constexpr int64_t kElementsToReleaseGil = 1 << 21;
+
+int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// A launch tells the device that the first steps of all tensors up to a cohort are done: none may
+// be missing from it.
+void separate_first_steps(Plan& plan) {
+  std::unordered_set<const c10::TensorImpl*> present;
+  for (size_t i = 0; i < plan.slots.size(); ++i) {
+    if (plan.entries[i].cohort != 0 && plan.tensors[i].param != nullptr) {
+      present.insert(plan.tensors[i].states[0]);
+    }
+  }
+  const auto renumbered = plan.first_steps.separate(present);
+  for (size_t i = 0; i < plan.slots.size(); ++i) {
+    const auto found = renumbered.find(plan.entries[i].cohort);
+    if (found != renumbered.end() && plan.tensors[i].param == nullptr) {
+      plan.entries[i].cohort = found->second;
+    }
+  }
+}
+
+// A step with lr 0 in every group is how torch.distributed.checkpoint makes a fresh optimizer's
+// state: nothing was trained.
+bool trains(const Plan& plan) {
+  return !std::all_of(plan.readers.begin(), plan.readers.end(),
+                      [](const GroupReader& reader) { return reader.lr_is_zero(); });
+}
+
+}  // namespace
+
+PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::dict& state,
+                           Options options)
+    : plan_(&plan),
+      lock_(plan.mutex),
+      vectors_(std::move(plan.spare_vectors)),
+      state_(state),
+      may_be_left_out_(options.may_be_left_out) {
+  try {
+    options.all_by_torch = options.all_by_torch || operators_are_watched();
+    plan.compare(param_groups, state);
+    plan.first_steps.begin_step();
+    look_at_slots(options);
+    if (!vectors_->changed.empty()) {
+      for (const size_t i : vectors_->changed) prepare_slot(i, options);
+      vectors_->shares.clear();
+      for (size_t i = 0; i < plan.slots.size(); ++i) lay_out(i);
+    }
+    const std::vector<DeviceShare>& shares = vectors_->shares;
+    if (!shares.empty()) refuse_random_capture(plan, shares);
+    if (std::any_of(shares.begin(), shares.end(),
+                    [](const DeviceShare& share) { return share.newest_cohort != 0; })) {
+      separate_first_steps(plan);
+    }
+    if (plan.memory_has_changed) plan.find_shared_memory();
+    in_order_ = plan.written.meets_itself() ||
+                (!vectors_->shared_grads.empty() && some_grad_meets_another_slot());
+    if (options.averaging != Averaging::kNone || plan.has_averages) {
+      vectors_->averages.attach(plan, options.averaging, in_order_, vectors_->changes);
+    }
+    plan.has_averages = options.averaging != Averaging::kNone;
+    if (needs_torch()) keep_alive();  // the caller runs Python code before it comes back
+  } catch (...) {
+    discard();
+    throw;
+  }
+}
+
+py::list PreparedStep::for_torch() const {
+  py::list positions;
+  for (const size_t i : vectors_->for_torch) {
+    positions.append(py::make_tuple(plan_->slots[i].group, plan_->slots[i].index));
+  }
+  return positions;
+}
+
+bool PreparedStep::is_on_devices(const std::optional<at::Tensor>& average_count) const {
+  if (needs_torch()) return false;
+  for (size_t i = 0; i < plan_->slots.size(); ++i) {
+    if (plan_->tensors[i].param != nullptr && plan_->slots[i].device == kCpu) return false;
+  }
+  if (average_count.has_value()) {
+    for (const DeviceShare& share : vectors_->shares) {
+      if (share.device != average_count->device().index()) return false;
+    }
+  }
+  const bool averages_wait = may_be_left_out_ || average_count.has_value();
+  return !averages_wait || !vectors_->averages.need_torch();
+}
+
+void PreparedStep::begin() {
+  if (!vectors_->changes.empty()) keep_alive();  // Python code is called
+  vectors_->changes.insert(state_);
+}
+
+void PreparedStep::run(const Numbers& numbers) {
+  if (vectors_ == nullptr) throw std::runtime_error("run(): this step has run or was discarded");
+  begin();
+  Plan& plan = *plan_;
+  plan.scale(numbers.grad_factor);
+  std::optional<at::RecordFunction> range;
+  if (at::hasCallbacks()) {
+    range.emplace(at::RecordScope::USER_SCOPE);
+    const int64_t bytes = range->isActive() ? bytes_to_move(plan, vectors_->averages) : 0;
+    if (range->isActive()) range->before("FusedMomentum.step: " + std::to_string(bytes) + " bytes");
+  }
+  bump_versions();
+  if (numbers.on_device.average.count.defined()) count_average(numbers.on_device);
+  for (const DeviceShare& share : vectors_->shares) {
+    launch({plan.entries.data(), nullptr, static_cast<int64_t>(plan.slots.size()),
+            plan.hyperparams.data(), numbers.average_weight, plan.rounding_step},
+           share, numbers.on_device, plan.first_steps, in_order_);
+  }
+  for (const StateChanges::Change& change : vectors_->changes.all()) {
+    if (change.cohort != 0) {
+      plan.first_steps.add(change.tensor, change.cohort,
+                           static_cast<int16_t>(change.tensor.device().index()));
+    }
+  }
+  vectors_->changes.clear();  // from here on the step takes place
+  if (plan.first_element.back() != 0) update_cpu(numbers.average_weight);
+  vectors_->averages.update_by_torch(plan, state_, numbers.average_weight);
+  if (converts_) plan.note_converted();
+  if (trains(plan)) ++plan.rounding_step;
+  vectors_->clear();
+  plan.spare_vectors = std::move(vectors_);
+}
+
+void PreparedStep::discard() noexcept {
+  if (vectors_ == nullptr) return;
+  restore_versions();
+  vectors_->changes.take_back(state_);
+  vectors_->clear();
+  plan_->spare_vectors = std::move(vectors_);
+}
+
+void PreparedStep::bump_versions() {
+  versions_are_bumped_ = false;  // those of the other slots stay as they are now
+  for (const size_t i : vectors_->changed) {
+    bump_version(plan_->tensors[i].param);
+    for (c10::TensorImpl* const state : plan_->tensors[i].states) bump_version(state);
+  }
+  if (!plan_->has_averages && !plan_->has_low_precision) return;
+  for (size_t i = 0; i < plan_->slots.size(); ++i) {
+    if (plan_->tensors[i].param == nullptr) continue;
+    bump_version(plan_->tensors[i].average);
+    bump_version(plan_->companion_tensors[i].master);
+    bump_version(plan_->companion_tensors[i].scale);
+  }
+}
+
+// For a step that does not take place.
+void PreparedStep::restore_versions() noexcept {
+  if (!versions_are_bumped_) return;
+  versions_are_bumped_ = false;
+  std::vector<bool> is_changed(plan_->slots.size());
+  for (const size_t i : vectors_->changed) is_changed[i] = true;
+  for (size_t i = 0; i < plan_->slots.size(); ++i) {
+    if (is_changed[i]) continue;
+    const auto restore = [](c10::TensorImpl* written) {
+      if (written == nullptr || written->is_inference()) return;
+      c10::VariableVersion counter = written->version_counter();
+      counter.set_version(static_cast<int64_t>(counter.current_version()) - 1);
+    };
+    restore(plan_->tensors[i].param);
+    for (c10::TensorImpl* const state : plan_->tensors[i].states) restore(state);
+  }
+}
+
+void PreparedStep::update_cpu(double average_weight) {
+  const Plan& plan = *plan_;
+  const bool release = plan.first_element.back() >= kElementsToReleaseGil;
+  if (release) keep_alive();
+  TensorTable table = {plan.entries.data(),       plan.first_element.data(),
+                       static_cast<int64_t>(plan.slots.size()),
+                       plan.hyperparams.data(),   average_weight,
+                       plan.rounding_step};
+  if (!vectors_->shares.empty()) {
+    std::vector<TensorEntry>& entries = vectors_->cpu_entries;
+    std::vector<int64_t>& first_element = vectors_->cpu_first_element;
+    first_element.assign(1, 0);
+    for (size_t i = 0; i < plan.slots.size(); ++i) {
+      if (plan.tensors[i].param == nullptr || plan.slots[i].device != kCpu) continue;
+      entries.push_back(plan.entries[i]);
+      first_element.push_back(first_element.back() + plan.entries[i].numel);
+    }
+    table.entries = entries.data();
+    table.first_element = first_element.data();
+    table.num_entries = static_cast<int64_t>(entries.size());
+  }
+  const GilReleased released(release);
+  cpu::step(table, in_order_ ? 1 : max_threads());
+}
+
+// Holds on to this step's tensors while other code may run: Python's, or another thread's.
+void PreparedStep::keep_alive() {
+  auto& kept = vectors_->kept_alive;
+  if (!kept.empty()) return;
+  const auto keep = [&kept](c10::TensorImpl* tensor) {
+    if (tensor == nullptr) return;
+    kept.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
+                      tensor->unsafe_storage());
+  };
+  for (size_t i = 0; i < plan_->slots.size(); ++i) {
+    const Plan::Tensors& tensors = plan_->tensors[i];
+    if (tensors.param == nullptr) continue;
+    keep(tensors.param);
+    keep(tensors.grad);
+    for (c10::TensorImpl* const state : tensors.states) keep(state);
+    keep(tensors.average);
+    if (!plan_->has_low_precision) continue;
+    keep(plan_->companion_tensors[i].master);
+    keep(plan_->companion_tensors[i].scale);
+  }
+}
+
+void StepVectors::clear() {
+  changed.clear();
+  shared_grads.clear();
+  shares.clear();
+  for_torch.clear();
+  resolved_grads.clear();
+  changes.clear();
+  averages.clear();
+  cpu_entries.clear();
+  kept_alive.clear();
+}
+
+py::object step(Plan& plan, const py::list& param_groups, const py::dict& state,
+                bool all_by_torch) {
+  PreparedStep prepared(plan, param_groups, state, {all_by_torch});
+  if (prepared.needs_torch()) {
+    prepared.keep_plan();
+    return py::cast(std::move(prepared));
+  }
+  prepared.run({});
+  return py::none();
+}
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,212 @@
+// Preparing a step's slots: a quick look at each, and all that it does not settle.
+#include <ATen/ops/empty_like.h>
+
+#include <stdexcept>
+
+#include "low_precision.h"
+#include "operands.h"
+#include "prepared_step.h"
+
+namespace momentum_ext::binding {
+
+// One pass, because a tensor's fields lie in a dozen cache lines: what is as the plan says gets its
+// version bumped at once (restore_versions() takes it back) and its place among the elements.
+void PreparedStep::look_at_slots(const Options& options) {
+  Plan& plan = *plan_;
+  versions_are_bumped_ = true;
+  for (size_t g = 0; g < plan.readers.size(); ++g) {
+    const GroupReader& reader = plan.readers[g];
+    const int num_states = plan.hyperparams[g].has_momentum ? 1 : 0;
+    const bool all_changed = options.all_by_torch || options.grads || reader.needs_torch();
+    for (size_t i = plan.first_slot[g]; i < plan.first_slot[g + 1]; ++i) {
+      if (all_changed || !is_as_planned(i, num_states, reader)) vectors_->changed.push_back(i);
+      lay_out(i);
+    }
+  }
+}
+
+// False for a slot that needs more than a look. Without a gradient there is nothing to do.
+bool PreparedStep::is_as_planned(size_t i, int num_states, const GroupReader& reader) {
+  Plan& plan = *plan_;
+  const Slot& slot = plan.slots[i];
+  PyObject* const param_object = plan.param_objects[i];
+  if (num_states != 0 && slot.formulation != reader.formulation()) return false;
+  if (!THPVariable_CheckTypeExact(Py_TYPE(param_object))) return false;
+  c10::TensorImpl* const param = THPVariable_Unpack(param_object).unsafeGetTensorImpl();
+  const at::Tensor& grad_tensor = grad_of(*param);
+  if (!grad_tensor.defined()) {
+    plan.tensors[i] = {};
+    plan.entries[i].numel = 0;
+    return true;
+  }
+  Plan::Tensors found{param, grad_tensor.unsafeGetTensorImpl()};
+  if (num_states != 0) {
+    PyObject* const value = find_item(slot.state_dict, state_keys().buffer);
+    if (value == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(value))) return false;
+    found.states[0] = THPVariable_Unpack(value).unsafeGetTensorImpl();
+  }
+  try {
+    if (!slot.is_unchanged(*param, *found.grad, found.states, num_states)) return false;
+  } catch (...) {  // torch may refuse to tell a tensor's sizes or memory: preparing it will raise
+    return false;
+  }
+  if (slot.has_companions && !find_companions(plan, i)) return false;
+  plan.tensors[i] = found;
+  TensorEntry& entry = plan.entries[i];
+  entry.grad = const_data_of(*found.grad, slot.grad_itemsize);
+  entry.numel = slot.num_reals;
+  entry.is_first_step = false;
+  if (has_shared_storage(*found.grad)) vectors_->shared_grads.push_back(i);
+  bump_version(param);
+  bump_version(found.states[0]);
+  return true;
+}
+
+// Counts slot i's elements for the device that has them.
+void PreparedStep::lay_out(size_t i) {
+  TensorEntry& entry = plan_->entries[i];
+  int64_t numel_on_cpu = entry.numel;
+  if (entry.device != kCpu && numel_on_cpu != 0) {
+    numel_on_cpu = 0;
+    entry.cohort = plan_->first_steps.still_open(entry.cohort, entry.device);
+    share_of(vectors_->shares, entry.device).add(entry);
+  }
+  plan_->first_element[i + 1] = plan_->first_element[i] + numel_on_cpu;
+}
+
+// New and changed tensors, first steps, errors.
+void PreparedStep::prepare_slot(size_t i, const Options& options) {
+  Plan& plan = *plan_;
+  Slot& slot = plan.slots[i];
+  slot.path = Path::kUnknown;  // whatever happens below, the next step examines it again
+  plan.tensors[i] = {};
+  plan.companion_tensors[i] = {};
+  plan.entries[i] = {};
+  if (!THPVariable_Check(plan.param_objects[i])) {
+    throw py::type_error(slot.name() + ": expected a tensor, got " +
+                         Py_TYPE(plan.param_objects[i])->tp_name);
+  }
+  const at::Tensor& param = plan.param(i);
+  const at::Tensor grad = find_grad(i, options);
+  const bool has_momentum = plan.hyperparams_of(slot).has_momentum;
+  const SlotState state{plan, i, &vectors_->changes};
+  const at::Tensor* const found = has_momentum ? state.find_buffer() : nullptr;
+  const bool wants_conversion = has_momentum && plan.wants_conversion(slot);
+  converts_ = converts_ || wants_conversion;
+  if (!grad.defined() && !(wants_conversion && found != nullptr)) return;
+
+  StartingState start = starting_state(state, param, found);
+  const bool is_first_step = has_momentum && found == nullptr;
+  const auto examine = [&] {
+    const Operands operands{param, grad, {start.buffer}, start.buffer.defined() ? 1 : 0};
+    plan.memory_has_changed = true;
+    slot.examine(operands, options.all_by_torch || state.reader().needs_torch());
+    return operands;
+  };
+  Operands operands;
+  if (grad.defined()) operands = examine();
+  // Torch makes its own state on a first step.
+  if (slot.path == Path::kTorch && found == nullptr) return vectors_->for_torch.push_back(i);
+  uint32_t cohort = found == nullptr ? 0 : plan.first_steps.cohort_of(*found);
+  if (is_first_step) {
+    slot.path = Path::kUnknown;
+    cohort = cohort_of_first_step(slot, options);
+    if (!start.buffer.defined()) {
+      start.buffer = at::empty_like(param, {}, at::MemoryFormat::Preserve);
+    }
+    if (cohort != 0) {  // a step that overflows leaves the new buffer as it is
+      start.buffer.zero_();
+      if (start.scale.defined()) start.scale.zero_();
+    }
+    operands = examine();
+    if (slot.path == Path::kTorch) return vectors_->for_torch.push_back(i);
+    put(i, state_keys().buffer, start.buffer, cohort);
+  }
+  // A converted buffer is as old as the one that it comes from.
+  for (const auto& [key, tensor] : start.changes) {
+    put(i, key, tensor, key == state_keys().buffer ? cohort : 0);
+  }
+  if (!grad.defined()) return;
+  if (slot.path == Path::kTorch) return vectors_->for_torch.push_back(i);
+  TensorEntry& entry = plan.entries[i];
+  entry = entry_of(operands, slot.shapes != nullptr ? slot.shapes->layout.get() : nullptr);
+  entry.group = slot.group;
+  entry.is_first_step = is_first_step;
+  entry.cohort = cohort;
+  plan.tensors[i] = {param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl()};
+  if (operands.num_states != 0) plan.tensors[i].states[0] = start.buffer.unsafeGetTensorImpl();
+  if (has_shared_storage(*grad.unsafeGetTensorImpl())) vectors_->shared_grads.push_back(i);
+  attach_companions(plan, i, param, start);
+}
+
+// The gradient to use; undefined: there is none.
+at::Tensor PreparedStep::find_grad(size_t i, const Options& options) {
+  std::vector<at::Tensor>& resolved = vectors_->resolved_grads;  // keeps what nobody else does
+  if (options.grads) {
+    PyObject* const stand_in =
+        PyDict_GetItemWithError(options.grads.ptr(), plan_->param_objects[i]);
+    if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (stand_in != nullptr) return resolved.emplace_back(THPVariable_Unpack(stand_in));
+  }
+  const at::Tensor& grad = grad_of(*plan_->param(i).unsafeGetTensorImpl());
+  if (!grad.defined() || !(grad.is_neg() || grad.is_conj())) return grad;
+  // Torch negates and conjugates lazily, by a bit; the kernels need the values. A rare case, and
+  // a copy.
+  return resolved.emplace_back(grad.resolve_conj().resolve_neg());
+}
+
+// 0 where the host knows that the tensor's first step takes place.
+uint32_t PreparedStep::cohort_of_first_step(const Slot& slot, const Options& options) {
+  if (slot.device == kCpu) return 0;
+  if (is_capturing(slot.device)) {
+    throw std::runtime_error(
+        slot.name() +
+        ": it has no momentum_buffer yet, and step() is being captured into a CUDA graph, "
+        "whose replays would each be its first step; run one step before the capture");
+  }
+  return options.may_be_left_out ? plan_->first_steps.new_cohort(slot.device) : 0;
+}
+
+void PreparedStep::put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort) {
+  vectors_->changes.put({py::reinterpret_borrow<py::object>(plan_->param_objects[i]),
+                         py::reinterpret_borrow<py::object>(plan_->slots[i].state_dict), key,
+                         tensor, cohort});
+}
+
+// Only gradients whose storage has other owners can lie in another slot's parameter or buffer.
+bool PreparedStep::some_grad_meets_another_slot() const {
+  for (const size_t i : vectors_->shared_grads) {
+    const TensorEntry& entry = plan_->entries[i];
+    if (entry.numel == 0) continue;
+    if (plan_->written.meets_another(plan_->slots[i].bytes_of_grad(entry.grad), i)) return true;
+  }
+  return false;
+}
+
+int64_t bytes_to_move(const Plan& plan, const StepAverages& averages) {
+  int64_t bytes = 0;
+  for (size_t i = 0; i < plan.slots.size(); ++i) {
+    if (plan.tensors[i].param == nullptr) continue;
+    const TensorEntry& entry = plan.entries[i];
+    int64_t per_element = 2 * itemsize(entry.param_dtype) + itemsize(entry.grad_dtype);
+    for (int k = 0; k < plan.slots[i].num_states; ++k) {
+      // In a tensor's first step there is no state to read.
+      per_element += (entry.is_first_step ? 1 : 2) * itemsize(entry.state_dtype[k]);
+    }
+    if (entry.average != nullptr) per_element += 2 * itemsize(entry.param_dtype);
+    if (const LowPrecision* const low = entry.low_precision; low != nullptr) {
+      if (low->master_kind != Master::kNone) {
+        per_element += low->master_kind == Master::kRemainder ? 4 : 8;
+      }
+      if (low->scale != nullptr) bytes += (entry.is_first_step ? 4 : 8) * num_scales(entry.numel);
+    }
+    bytes += per_element * entry.numel;
+  }
+  for (const size_t i : averages.by_torch()) {
+    if (plan.tensors[i].param == nullptr) continue;
+    bytes += 2 * itemsize(plan.entries[i].param_dtype) * plan.entries[i].numel;
+  }
+  return bytes;
+}
+
+}  // namespace momentum_ext::binding

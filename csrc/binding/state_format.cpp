@@ -1,0 +1,278 @@
+#include "state_format.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "operands.h"
+#include "quantization.h"
+
+namespace momentum_ext::binding {
+namespace {
+
+std::string describe(const at::Tensor& tensor) {
+  std::string shape;
+  for (const int64_t size : tensor.sizes()) {
+    shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  }
+  return std::string(c10::toString(tensor.scalar_type())) + " [" + shape + "] on " +
+         tensor.device().str();
+}
+
+// A buffer's values, or an 8-bit buffer's scales, in another formulation. Raises where there is no
+// exact way.
+at::Tensor converted(const SlotState& state, const at::Tensor& value, Formulation wanted) {
+  const Slot& slot = state.slot();
+  const std::string edit = "param_groups[" + std::to_string(slot.group) +
+                           "]['formulation'] changed from '" + to_string(slot.formulation) +
+                           "' to '" + to_string(wanted) + "'";
+  if (wanted == Formulation::kEma || slot.formulation == Formulation::kEma) {
+    throw py::value_error(edit +
+                          ": there is no exact conversion of the momentum buffers (only torch <-> "
+                          "classical); undo it, or delete the optimizer's state to start from no "
+                          "momentum");
+  }
+  const double lr = read_lr(state.plan.groups[slot.group], slot.group);
+  if (lr == 0) {
+    throw py::value_error(edit +
+                          ": the momentum buffers are converted at the current lr, which is 0; "
+                          "set lr first");
+  }
+  // A 16-bit number times lr would be a product with lr rounded to 16 bits.
+  const bool is_16_bit = value.scalar_type() == at::kBFloat16 || value.scalar_type() == at::kHalf;
+  const at::Tensor exact = is_16_bit ? value.to(at::kFloat) : value;
+  return wanted == Formulation::kClassical ? exact.mul(lr) : exact.div(lr);
+}
+
+// The scales of a buffer of 8 bits.
+at::Tensor find_scale(const SlotState& state, const at::Tensor& buffer) {
+  const at::Tensor* const scale = state.find(state_keys().scale);
+  const int64_t count = num_scales(buffer.numel());
+  const std::string remedy =
+      "; delete \"momentum_buffer\" from the optimizer's state to start from no momentum";
+  if (scale == nullptr) {
+    throw std::runtime_error(state.slot().name_of(state_operand(0)) + ": it is " +
+                             std::string(c10::toString(buffer.scalar_type())) +
+                             " and there is no \"momentum_scale\" beside it" + remedy);
+  }
+  const auto name = [&] { return "momentum_scale of " + state.slot().name(); };
+  if (scale->scalar_type() != at::kFloat || scale->dim() != 1 || scale->size(0) != count ||
+      !scale->is_contiguous() || kernel_device(*scale) != kernel_device(buffer)) {
+    throw std::runtime_error(name() + ": expected Float [" + std::to_string(count) + "] on " +
+                             buffer.device().str() + ", got " + describe(*scale) + remedy);
+  }
+  check_memory(*scale, name);
+  return *scale;
+}
+
+// A buffer for a first step, where it is not as torch makes it.
+void make_buffer(StartingState& start, const at::Tensor& param, at::ScalarType dtype) {
+  start.buffer = empty_dense_like(param, dtype);
+  if (!is_8_bit(dtype)) return;
+  start.scale = at::empty({num_scales(param.numel())}, param.options().dtype(at::kFloat));
+  start.changes.emplace_back(state_keys().scale, start.scale);
+}
+
+// A buffer that the kernels take, in the group's formulation and format.
+void convert_buffer(const SlotState& state, StartingState& start, const at::Tensor& param,
+                    at::ScalarType dtype, bool converts) {
+  at::Tensor& buffer = start.buffer;
+  const Formulation formulation = state.reader().formulation();
+  const bool was_8_bit = is_8_bit(buffer.scalar_type());
+  if (was_8_bit) start.scale = find_scale(state, buffer);
+  const bool keeps_format =
+      buffer.scalar_type() == dtype && (!was_8_bit || is_dense_like(buffer, param));
+  if (keeps_format && !converts) return;
+  if (keeps_format && was_8_bit) {
+    start.scale = converted(state, start.scale, formulation);
+    start.changes.emplace_back(state_keys().scale, start.scale);
+    return;
+  }
+  if (was_8_bit && !buffer.is_non_overlapping_and_dense()) {
+    throw std::runtime_error(state.slot().name_of(state_operand(0)) +
+                             ": its elements do not lie without gaps, so its blocks of 256 cannot "
+                             "be told; delete it from the optimizer's state to start from no "
+                             "momentum");
+  }
+  at::Tensor value = was_8_bit ? dequantize(buffer, start.scale) : buffer;
+  if (converts) value = converted(state, value, formulation);
+  start.scale = at::Tensor();
+  if (is_8_bit(dtype)) {
+    std::tie(buffer, start.scale) = quantize(value, dtype, param);
+    start.changes.emplace_back(state_keys().scale, start.scale);
+  } else {
+    buffer = keeps_format ? value.to(dtype) : empty_dense_like(param, dtype).copy_(value);
+    if (was_8_bit) start.changes.emplace_back(state_keys().scale, at::Tensor());
+  }
+  start.changes.emplace_back(state_keys().buffer, buffer);
+}
+
+void start_buffer(const SlotState& state, StartingState& start, const at::Tensor& param) {
+  const Slot& slot = state.slot();
+  at::Tensor& buffer = start.buffer;
+  const Storage& wanted = state.reader().storage();
+  if (param.is_complex() && wanted.momentum_dtype.has_value()) {
+    throw py::value_error(slot.name() +
+                          ": it is complex, and momentum_dtype is for real parameters; put it into "
+                          "a group with momentum_dtype=None");
+  }
+  const bool is_plain = kernel_device(param).has_value() && kernel_dtype(param.scalar_type());
+  const at::ScalarType dtype = wanted.dtype_of_buffer(param);
+  if (!buffer.defined()) {
+    if (is_plain && dtype != param.scalar_type()) make_buffer(start, param, dtype);
+    return;
+  }
+  check_memory(buffer, [&] { return slot.name_of(state_operand(0)); });
+  const bool converts = state.plan.wants_conversion(slot) && !slot.is_repeated;
+  const bool is_8_bit_now = is_8_bit(buffer.scalar_type());
+  const bool is_ours = is_plain && kernel_device(buffer) == kernel_device(param) &&
+                       buffer.sizes() == param.sizes() &&
+                       (is_8_bit_now || kernel_dtype(buffer.scalar_type()).has_value()) &&
+                       buffer.is_complex() == param.is_complex();
+  if (is_ours) return convert_buffer(state, start, param, dtype, converts);
+  // check_operands() has a word for what is wrong, and torch's path for its format.
+  if (!converts || is_8_bit_now) return;
+  buffer = converted(state, buffer, state.reader().formulation()).to(buffer.scalar_type());
+  start.changes.emplace_back(state_keys().buffer, buffer);
+}
+
+void start_master(const SlotState& state, StartingState& start, const at::Tensor& param) {
+  const StateKeys& keys = state_keys();
+  const Slot& slot = state.slot();
+  const bool is_wanted = state.reader().storage().has_master(param);
+  const bool is_split = param.scalar_type() == at::kBFloat16;
+  PyObject* const key = is_split ? keys.remainder : keys.master;
+  for (PyObject* const other : {keys.remainder, keys.master}) {
+    if ((is_wanted && other == key) || state.find(other) == nullptr) continue;
+    start.changes.emplace_back(other, at::Tensor());
+  }
+  if (!is_wanted) return;
+  const at::ScalarType dtype = is_split ? at::kShort : at::kFloat;
+  const at::Tensor* const found = state.find(key);
+  if (found == nullptr) {
+    check_memory(param, [&] { return slot.name(); });
+    start.master = empty_dense_like(param, dtype);
+    is_split ? start.master.zero_() : start.master.copy_(param.detach());
+    start.changes.emplace_back(key, start.master);
+    return;
+  }
+  const auto name = [&] {
+    return std::string(is_split ? "param_remainder" : "master_param") + " of " + slot.name();
+  };
+  if (found->scalar_type() != dtype || found->sizes() != param.sizes() ||
+      kernel_device(*found) != kernel_device(param)) {
+    throw std::runtime_error(name() + ": expected " + std::string(c10::toString(dtype)) +
+                             " of its parameter's shape and on its device, got " +
+                             describe(*found) +
+                             "; delete it from the optimizer's state to go on from the parameter");
+  }
+  check_memory(*found, name);
+  start.master = *found;
+  if (is_dense_like(*found, param)) return;
+  start.master = empty_dense_like(param, dtype).copy_(*found);
+  start.changes.emplace_back(key, start.master);
+}
+
+// What stands for a buffer, itself or its scales, in the formulation that the group says it is in.
+std::pair<PyObject*, at::Tensor> as_stored(const SlotState& state) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor& buffer = *state.find_buffer();
+  const bool has_scale = is_8_bit(buffer.scalar_type());
+  const at::Tensor value = has_scale ? find_scale(state, buffer) : buffer;
+  check_memory(value, [&] { return state.slot().name_of(state_operand(0)); });
+  return {has_scale ? state_keys().scale : state_keys().buffer,
+          converted(state, value, state.reader().buffer_formulation()).to(value.scalar_type())};
+}
+
+}  // namespace
+
+const at::Tensor* SlotState::find(PyObject* key) const {
+  if (changes != nullptr && slot().is_repeated) {
+    if (const auto* const change = changes->find(plan.param_objects[i], key); change != nullptr) {
+      return change->tensor.defined() ? &change->tensor : nullptr;
+    }
+  }
+  return find_tensor(slot().state_dict, key);
+}
+
+const at::Tensor* SlotState::find_buffer() const {
+  PyObject* const dict = slot().state_dict;
+  if (dict == nullptr) return nullptr;
+  if (!PyDict_Check(dict)) {
+    throw py::type_error("state of " + slot().name() + ": expected a dict, got " +
+                         Py_TYPE(dict)->tp_name);
+  }
+  PyObject* const buffer = PyDict_GetItemWithError(dict, state_keys().buffer);
+  if (buffer == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  if (buffer == nullptr || buffer == Py_None) return nullptr;
+  if (!THPVariable_Check(buffer)) {
+    throw py::type_error("state of " + slot().name() +
+                         ": expected a tensor as \"momentum_buffer\", got " +
+                         Py_TYPE(buffer)->tp_name + "; delete the entry to start from no momentum");
+  }
+  return find(state_keys().buffer);
+}
+
+StartingState starting_state(const SlotState& state, const at::Tensor& param,
+                             const at::Tensor* buffer) {
+  const at::NoGradGuard no_grad;
+  StartingState start;
+  if (buffer != nullptr) start.buffer = *buffer;
+  if (state.plan.hyperparams_of(state.slot()).has_momentum) start_buffer(state, start, param);
+  const std::optional<int16_t> device = kernel_device(param);
+  if (device.has_value() && kernel_dtype(param.scalar_type())) start_master(state, start, param);
+  if (!start.changes.empty() && device.value_or(kCpu) != kCpu && is_capturing(*device)) {
+    throw std::runtime_error(
+        state.slot().name() +
+        ": its state is not stored yet as its group says (formulation, momentum_dtype, "
+        "master_weights), and step() is being captured into a CUDA graph, whose replays would each "
+        "convert it; run one step before the capture");
+  }
+  return start;
+}
+
+py::tuple pending_changes(Plan& plan, const py::list& param_groups, const py::dict& state,
+                          bool moved_only) {
+  const StepLock lock(plan.mutex);
+  py::list changes;
+  py::list converted_groups;
+  plan.compare(param_groups, state);
+  for (size_t i = 0; i < plan.slots.size(); ++i) {
+    const SlotState slot_state{plan, i, nullptr};
+    const Slot& slot = slot_state.slot();
+    if (slot.state_dict == nullptr || !THPVariable_Check(plan.param_objects[i]) ||
+        slot.is_repeated) {
+      continue;
+    }
+    const auto add = [&](PyObject* key, const at::Tensor& tensor) {
+      changes.append(py::make_tuple(
+          py::reinterpret_borrow<py::object>(plan.param_objects[i]),
+          py::reinterpret_borrow<py::object>(key),
+          tensor.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor))
+                           : py::object(py::none())));
+    };
+    const bool has_momentum = plan.hyperparams_of(slot).has_momentum && !moved_only;
+    const at::Tensor* const found = slot_state.find_buffer();
+    if (!has_momentum && found != nullptr &&
+        slot.formulation != slot_state.reader().buffer_formulation()) {
+      const auto [key, tensor] = as_stored(slot_state);
+      add(key, tensor);
+    }
+    if (moved_only) continue;
+    const StartingState start =
+        starting_state(slot_state, plan.param(i), has_momentum ? found : nullptr);
+    for (const auto& [key, tensor] : start.changes) {
+      const bool is_first_step = (found == nullptr || !has_momentum) && tensor.defined();
+      if (!is_first_step) add(key, tensor);  // else the first step makes it
+    }
+  }
+  for (size_t g = 0; g < plan.readers.size(); ++g) {
+    if (plan.hyperparams[g].has_momentum && !moved_only) converted_groups.append(g);
+  }
+  return py::make_tuple(changes, converted_groups);
+}
+
+}  // namespace momentum_ext::binding

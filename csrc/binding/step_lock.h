@@ -1,0 +1,67 @@
+// Who may work on a plan.
+#pragma once
+
+#include <Python.h>
+
+#include <atomic>
+#include <semaphore>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+namespace momentum_ext::binding {
+
+class GilReleased {
+ public:
+  explicit GilReleased(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
+  ~GilReleased() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// One step at a time works on a plan.
+class StepMutex {
+ public:
+  // A second thread waits, without the GIL. Python code that is called from inside a step and steps the same optimizer
+  // again gets an error instead of a deadlock.
+  void lock() {
+    if (owner_.load() == std::this_thread::get_id()) {
+      throw std::runtime_error(
+          "this optimizer is in the middle of a step(), which has called what calls it again; let the step finish first");
+    }
+    if (!free_.try_acquire()) {
+      const GilReleased released(true);
+      free_.acquire();
+    }
+    owner_ = std::this_thread::get_id();
+  }
+  void unlock() {
+    owner_ = std::thread::id();
+    free_.release();
+  }
+
+ private:
+  std::binary_semaphore free_{1};  // unlike a mutex, any thread may release it: a step may be destroyed in another
+  std::atomic<std::thread::id> owner_{};
+};
+
+// Holds the mutex as long as it lives.
+class StepLock {
+ public:
+  explicit StepLock(StepMutex& mutex) : mutex_(&mutex) { mutex.lock(); }
+  StepLock(StepLock&& other) noexcept : mutex_(std::exchange(other.mutex_, nullptr)) {}
+  ~StepLock() {
+    if (mutex_ != nullptr) mutex_->unlock();
+  }
+  StepLock& operator=(StepLock&&) = delete;
+
+ private:
+  StepMutex* mutex_;
+};
+
+}  // namespace momentum_ext::binding
