@@ -14,7 +14,7 @@
 #include "binding/lookahead.h"
 #include "binding/quantization.h"
 #include "binding/step_plan.h"
-#include "momentum.h"
+#include "cpu/backend.h"
 
 namespace momentum_ext::binding {
 namespace {

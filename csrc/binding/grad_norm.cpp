@@ -239,7 +239,8 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
     if (layouts_.back() != nullptr) entry.layout = &layouts_.back()->layout;
   }
   entries_.push_back(entry);
-  first_block_.push_back(first_block_.back() + (entry.numel + kNormBlock - 1) / kNormBlock);
+  first_block_.push_back(first_block_.back() +
+                         (entry.numel + cpu::kNormBlock - 1) / cpu::kNormBlock);
   const at::ScalarType real = c10::toRealValueType(scalar_type);
   if (dtype_ == at::ScalarType::Undefined) {
     dtype_ = real;
@@ -250,7 +251,7 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
 }
 
 TensorTable GradNorm::table() const {
-  return {entries_.data(), first_block_.data(), static_cast<int64_t>(entries_.size()), nullptr};
+  return {entries_.data(), first_block_.data(), static_cast<int64_t>(entries_.size())};
 }
 
 double GradNorm::sum(Norm kind, double scale) {
@@ -259,23 +260,13 @@ double GradNorm::sum(Norm kind, double scale) {
   return cpu::norm(kind, table(), scale, block_norms_.data(), threads);
 }
 
-namespace {
-
-// torch divides by multiplying with the reciprocal.
-template <typename opmath_t>
-double coefficient_of(double norm, double max_norm) {
-  const opmath_t inverse = 1 / (static_cast<opmath_t>(norm) + static_cast<opmath_t>(1e-6));
-  const opmath_t coefficient = inverse * static_cast<opmath_t>(max_norm);
-  return coefficient > 1 ? 1 : coefficient;  // a NaN stays
-}
-
-}  // namespace
-
 std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm) {
   // Only what is returned may overflow a 16-bit dtype.
-  const double coefficient = dtype == at::kDouble ? coefficient_of<double>(norm, max_norm)
-                                                  : coefficient_of<float>(norm, max_norm);
-  const double precise = dtype == at::kDouble ? norm : static_cast<float>(norm);
+  const auto single = static_cast<float>(norm);
+  const double coefficient = dtype == at::kDouble
+                                 ? clip_coefficient(max_norm, norm)
+                                 : clip_coefficient(static_cast<float>(max_norm), single);
+  const double precise = dtype == at::kDouble ? norm : single;
   return {at::scalar_tensor(precise, at::TensorOptions().dtype(dtype)), coefficient};
 }
 

@@ -220,7 +220,7 @@ double read_lr(PyObject* group, size_t index) {
   return PyFloat_AS_DOUBLE(number.ptr());
 }
 
-void GroupReader::scale(double inv_grad_scale, Hyperparams& hyperparams) {
+void GroupReader::scale(double inv_grad_scale, Hyperparams<Sgd>& hyperparams) {
   if (scaled_ && inv_grad_scale == inv_grad_scale_) return;
   scaled_ = true;
   inv_grad_scale_ = inv_grad_scale;
@@ -247,7 +247,7 @@ PyObject* GroupReader::compare(PyObject* group) const noexcept {
   return i == items_.size() ? params : nullptr;
 }
 
-PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperparams) {
+PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams<Sgd>& hyperparams) {
   PyObject* const params = get(group, index, kParams);
   immutable_ = false;
   scaled_ = false;
@@ -268,7 +268,7 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
   formulation_ = read_formulation(group, index, kFormulation);
   buffer_formulation_ = read_buffer_formulation(group, index);
   const bool decoupled = find_bool(group, kDecoupledWeightDecay);
-  Hyperparams h;
+  Hyperparams<Sgd> h;
   // The kernels read torch's numbers by themselves; others are made of several, on the host.
   const bool as_torch = formulation_ == Formulation::kTorch && !decoupled;
   const auto device = [&](DeviceNumber& slot) { return as_torch ? &slot : nullptr; };

@@ -6,7 +6,8 @@
 
 #include <vector>
 
-#include "../hyperparams.h"
+#include "../rules/sgd.h"
+#include "../table.h"
 #include "formulation.h"
 #include "storage.h"
 
@@ -28,10 +29,10 @@ class GroupReader {
 
   // Reads everything anew; returns the dict's "params", borrowed. `index` names the group in
   // errors.
-  PyObject* parse(PyObject* group, size_t index, Hyperparams& hyperparams);
+  PyObject* parse(PyObject* group, size_t index, Hyperparams<Sgd>& hyperparams);
 
   // Brings the coefficients up to date with what was parsed.
-  void scale(double inv_grad_scale, Hyperparams& hyperparams);
+  void scale(double inv_grad_scale, Hyperparams<Sgd>& hyperparams);
 
   // True when a hyperparameter is of a kind that only torch can read, such as an lr that requires
   // grad.

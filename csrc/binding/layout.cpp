@@ -53,7 +53,7 @@ std::vector<StridedDim> coalesce(const std::vector<StridedDim>& dims) {
       const auto runs_on = [&](Operand operand) {
         return outer.strides[operand] == inner.size * inner.strides[operand];
       };
-      if (runs_on(kParam) && runs_on(kGrad) && runs_on(kBuffer)) {
+      if (runs_on(kParam) && runs_on(kGrad) && runs_on(kState)) {
         const int64_t outer_size = outer.size;
         outer = inner;
         outer.size *= outer_size;
@@ -109,7 +109,7 @@ std::unique_ptr<OwnedLayout> common_layout(const at::Tensor& param, const at::Te
   std::vector<StridedDim> dims = coalesce(dims_in_memory_order(param, grad, buffer));
   const bool is_flat = dims.empty() || (dims.size() == 1 && dims[0].strides[kParam] == 1 &&
                                         dims[0].strides[kGrad] == 1 &&
-                                        dims[0].strides[kBuffer] == (buffer.defined() ? 1 : 0));
+                                        dims[0].strides[kState] == (buffer.defined() ? 1 : 0));
   if (is_flat) return nullptr;
   auto owned = std::make_unique<OwnedLayout>();
   owned->dims = std::move(dims);

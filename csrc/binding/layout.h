@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../tensor_table.h"
+#include "../table.h"
 
 namespace momentum_ext::binding {
 

@@ -8,7 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "../momentum.h"
+#include "../cpu/backend.h"
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
@@ -147,8 +147,8 @@ bool ListStep::add(size_t i, uint32_t group) {
   entry.param_dtype = *kernel_dtype(param.scalar_type());
   entry.grad_dtype = *kernel_dtype(grad.scalar_type());
   if (buffer.defined()) {
-    entry.momentum_buffer = data_of(buffer);
-    entry.buffer_dtype = *kernel_dtype(buffer.scalar_type());
+    entry.state[0] = data_of(buffer);
+    entry.state_dtype[0] = *kernel_dtype(buffer.scalar_type());
     entry.is_first_step = lists_.is_first_step[i];
   }
   entry.device = *kernel_device(param);
@@ -241,7 +241,7 @@ void ListStep::run() {
   const auto count = static_cast<int64_t>(entries_.size());
   FirstSteps first_steps;  // without a GradScaler the host knows them all
   for (const DeviceShare& share : shares_) {
-    launch({entries_.data(), nullptr, count, hyperparams_.data()}, share, {}, first_steps,
+    launch({{entries_.data(), nullptr, count}, hyperparams_.data()}, share, {}, first_steps,
            in_order);
   }
   std::vector<TensorEntry> on_cpu;
@@ -253,9 +253,10 @@ void ListStep::run() {
   }
   const int threads = in_order || at::in_parallel_region() ? 1 : at::get_num_threads();
   if (first_element.back() != 0) {
-    cpu::step({on_cpu.data(), first_element.data(), static_cast<int64_t>(on_cpu.size()),
-               hyperparams_.data(), average_weight_},
-              threads);
+    cpu::step<Sgd>({{on_cpu.data(), first_element.data(), static_cast<int64_t>(on_cpu.size())},
+                    hyperparams_.data(),
+                    average_weight_},
+                   threads);
   }
   average_by_torch();
 }

@@ -10,7 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../tensor_table.h"
+#include "../rules/sgd.h"
+#include "../table.h"
 #include "device.h"
 #include "group_reader.h"
 #include "layout.h"
@@ -48,7 +49,7 @@ class ListStep {
 
   Lists lists_;
   double average_weight_;
-  std::vector<Hyperparams> hyperparams_;
+  std::vector<Hyperparams<Sgd>> hyperparams_;
   std::vector<TensorEntry> entries_;  // of those that the kernels update
   std::vector<size_t> updated_;       // their places in the lists
   std::vector<DeviceShare> shares_;

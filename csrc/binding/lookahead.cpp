@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../momentum.h"
+#include "../cpu/backend.h"
 #include "layout.h"
 #include "tensor_access.h"
 
@@ -47,11 +47,11 @@ TensorEntry entry_of(const at::Tensor& param, const at::Tensor& buffer, const at
   TensorEntry entry{};
   entry.param = data(param);
   entry.grad = data(lookahead);
-  entry.momentum_buffer = data(buffer);
+  entry.state[0] = data(buffer);
   entry.numel = param.is_complex() ? 2 * param.numel() : param.numel();
   entry.group = static_cast<uint32_t>(group);
   entry.param_dtype = entry.grad_dtype = *kernel_dtype(param.scalar_type());
-  entry.buffer_dtype = *kernel_dtype(buffer.scalar_type());
+  entry.state_dtype[0] = *kernel_dtype(buffer.scalar_type());
   return entry;
 }
 
@@ -80,7 +80,7 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
   const at::NoGradGuard no_grad;
   std::vector<TensorEntry> entries;
   std::vector<int64_t> first_element{0};
-  std::vector<Hyperparams> groups;
+  std::vector<Hyperparams<Sgd>> groups;
   std::vector<std::unique_ptr<OwnedLayout>> layouts;
   for (size_t i = 0; i < params.size(); ++i) {
     if (!has_kernel(params[i], buffers[i], lookaheads[i])) {
@@ -90,7 +90,7 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
     TensorEntry entry = entry_of(params[i], buffers[i], lookaheads[i], groups.size());
     layouts.push_back(common_layout(params[i], lookaheads[i], buffers[i]));
     if (layouts.back() != nullptr) entry.layout = &layouts.back()->layout;
-    Hyperparams h;
+    Hyperparams<Sgd> h;
     h.f64.momentum = distances[i];
     round_to_float(h);
     groups.push_back(h);
@@ -98,8 +98,8 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
     first_element.push_back(first_element.back() + entry.numel);
     if (!params[i].is_inference()) params[i].unsafeGetTensorImpl()->bump_version();
   }
-  const TensorTable table{entries.data(), first_element.data(),
-                          static_cast<int64_t>(entries.size()), groups.data()};
+  const StepTable<Sgd> table{
+      {entries.data(), first_element.data(), static_cast<int64_t>(entries.size())}, groups.data()};
   if (entries.empty()) return;
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   back ? cpu::move_to_lookahead(table, threads) : cpu::move_to_iterate(table, threads);

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "../momentum.h"
+#include "../cpu/backend.h"
 #include "step_plan_turn.h"
 #include "tensor_access.h"
 
@@ -149,8 +149,10 @@ void StepPlan::update() {
     if (options_.scaler.average.count.defined()) count_average(options_.scaler);
     const auto num_slots = static_cast<int64_t>(slots_.size());
     for (const DeviceShare& share : shares_) {
-      launch({entries_.data(), nullptr, num_slots, hyperparams_.data(),
-              options_.average_weight.value_or(0), rounding_step_},
+      launch({{entries_.data(), nullptr, num_slots},
+              hyperparams_.data(),
+              options_.average_weight.value_or(0),
+              rounding_step_},
              share, options_.scaler, first_steps_, in_order_);
     }
   } catch (...) {  // else the next step would find buffers that were never computed
@@ -221,12 +223,11 @@ bool StepPlan::has_cpu_tensors() const {
 void StepPlan::update_cpu() {
   const bool release = first_element_[slots_.size()] >= kElementsToReleaseGil;
   if (release) keep_alive();
-  TensorTable table = {entries_.data(),
-                       first_element_.data(),
-                       static_cast<int64_t>(slots_.size()),
-                       hyperparams_.data(),
-                       options_.average_weight.value_or(0),
-                       rounding_step_};
+  StepTable<Sgd> table = {
+      {entries_.data(), first_element_.data(), static_cast<int64_t>(slots_.size())},
+      hyperparams_.data(),
+      options_.average_weight.value_or(0),
+      rounding_step_};
   if (!shares_.empty()) {
     cpu_entries_.clear();
     cpu_first_element_.assign(1, 0);

@@ -29,7 +29,8 @@
 #include <utility>
 #include <vector>
 
-#include "../tensor_table.h"
+#include "../rules/sgd.h"
+#include "../table.h"
 #include "device.h"
 #include "group_reader.h"
 #include "layout.h"
@@ -238,7 +239,7 @@ class StepPlan {
 
   // The plan.
   std::vector<GroupReader> readers_;
-  std::vector<Hyperparams> hyperparams_;  // one for each reader
+  std::vector<Hyperparams<Sgd>> hyperparams_;  // one for each reader
   std::vector<Slot> slots_;
   std::vector<PyObject*> param_objects_;  // of each slot; only compared
   std::vector<size_t> first_slot_;        // of each group, and the end

@@ -10,11 +10,11 @@
 namespace momentum_ext::binding {
 namespace {
 
-bool rounds_at_random(const TensorEntry& entry, const Hyperparams& h) {
+bool rounds_at_random(const TensorEntry& entry, const Hyperparams<Sgd>& h) {
   if (entry.low_precision == nullptr || !h.stochastic_rounding) return false;
   const bool has_master = entry.low_precision->master_kind != Master::kNone;
   return (itemsize(entry.param_dtype) == 2 && !has_master) ||
-         (h.has_momentum && itemsize(entry.buffer_dtype) <= 2);
+         (h.has_momentum && itemsize(entry.state_dtype[0]) <= 2);
 }
 
 }  // namespace
@@ -36,7 +36,7 @@ void StepPlan::attach_low_precision(size_t i, const at::Tensor& param, const Pla
   any_low_precision_ = true;
   LowPrecision& low = low_precision_[i];
   low.master = data(state.master);
-  low.scale = static_cast<float*>(data(state.scale));
+  low.scale[0] = static_cast<float*>(data(state.scale));
   low.tensor = static_cast<uint32_t>(i);
   low.master_kind = !state.master.defined() ? Master::kNone
                     : is_split              ? Master::kRemainder
@@ -54,7 +54,7 @@ void StepPlan::attach_low_precision(size_t i, const at::Tensor& param, const Pla
 void StepPlan::refuse_random_capture() const {
   const bool may_be_random =
       std::any_of(hyperparams_.begin(), hyperparams_.end(),
-                  [](const Hyperparams& each) { return each.stochastic_rounding; });
+                  [](const Hyperparams<Sgd>& each) { return each.stochastic_rounding; });
   for (const DeviceShare& share : shares_) {
     if (!may_be_random || !is_capturing(share.device)) continue;
     for (size_t i = 0; i < slots_.size(); ++i) {

@@ -14,15 +14,16 @@ int64_t StepPlan::bytes_to_move() const {
     if (tensors_[i].param == nullptr) continue;
     const TensorEntry& entry = entries_[i];
     int64_t per_element = 2 * itemsize(entry.param_dtype) + itemsize(entry.grad_dtype);
-    if (entry.momentum_buffer != nullptr) {
-      per_element += (entry.is_first_step ? 1 : 2) * itemsize(entry.buffer_dtype);
+    if (entry.state[0] != nullptr) {
+      per_element += (entry.is_first_step ? 1 : 2) * itemsize(entry.state_dtype[0]);
     }
     if (entry.average != nullptr) per_element += 2 * itemsize(entry.param_dtype);
     if (const LowPrecision* const low = entry.low_precision; low != nullptr) {
       if (low->master_kind != Master::kNone) {
         per_element += low->master_kind == Master::kRemainder ? 4 : 8;
       }
-      if (low->scale != nullptr) bytes += (entry.is_first_step ? 4 : 8) * num_scales(entry.numel);
+      if (low->scale[0] != nullptr)
+        bytes += (entry.is_first_step ? 4 : 8) * num_scales(entry.numel);
     }
     bytes += per_element * entry.numel;
   }

@@ -107,7 +107,7 @@ void StepPlan::finish_slot(size_t i, const at::Tensor& param, const at::Tensor& 
   TensorEntry& entry = entries_[i];
   entry.param = slot.param_data;
   entry.grad = const_data_of(*grad.unsafeGetTensorImpl(), slot.grad_itemsize);
-  entry.momentum_buffer = slot.buffer_data;
+  entry.state[0] = slot.buffer_data;
   if (slot.shapes != nullptr && slot.shapes->layout != nullptr) {
     entry.layout = &slot.shapes->layout->layout;
   }
@@ -115,7 +115,7 @@ void StepPlan::finish_slot(size_t i, const at::Tensor& param, const at::Tensor& 
   entry.group = slot.group;
   entry.param_dtype = slot.param_kernel_dtype;
   entry.grad_dtype = slot.grad_kernel_dtype;
-  entry.buffer_dtype = slot.buffer_kernel_dtype;
+  entry.state_dtype[0] = slot.buffer_kernel_dtype;
   entry.device = slot.device;
   if (has_shared_storage(*grad.unsafeGetTensorImpl())) shared_grads_.push_back(i);
 }
