@@ -1,7 +1,7 @@
 """State in fewer bits, or in more, than the parameters: the options, and torch's own path.
 
 What is stored, and how it is rounded, is described in docs/precision.md; the kernels' own text is
-``csrc/low_precision.h``.
+``csrc/formats``.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
     if param.dtype == torch.bfloat16:
         if REMAINDER not in state:
             return param.float()
-        rest: Tensor = state[REMAINDER].to(torch.int32)  # as join() in low_precision.h
+        rest: Tensor = state[REMAINDER].to(torch.int32)  # as join() in csrc/formats/master.h
         rest = rest.masked_fill(((param == 0) & (rest < 0)) | (param.isinf() & (rest > 0)), 0)
         return (param.float().view(torch.int32) + rest).view(torch.float32)
     if MASTER not in state:

@@ -1,6 +1,6 @@
 """The update in plain torch: the text to read, and the oracle that the tests compare the kernels with.
 
-The kernels' own text is ``csrc/update_rule.h``; this is the same rule for whole tensors.
+The kernels' own text is ``csrc/rules/sgd.h``; this is the same rule for whole tensors.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [
-    ".ci/house", "csrc/bindings.cpp", "csrc/update_rule.h", "csrc/binding/layout.h", "csrc/cpu/norm_fma.h",
+    ".ci/house", "csrc/bindings.cpp", "csrc/rules/sgd.h", "csrc/binding/layout.h", "csrc/cpu/norm_fma.h",
     "momentum_ext/__init__.py", "tests/native/checks.h",
 ]  # fmt: skip
 HEADERS, FORMULA, LENGTH = "Torch and Python headers", "No formula of the update", "more than 400 lines"
@@ -35,8 +35,8 @@ def house(tree, name=None, text=""):
 @pytest.mark.parametrize(
     "name, text, rule",
     [
-        ("csrc/dtype.h", "#include <torch/extension.h>", HEADERS),
-        ("csrc/update_rule.h", '#  include "ATen/ATen.h"', HEADERS),
+        ("csrc/formats/dtype.h", "#include <torch/extension.h>", HEADERS),
+        ("csrc/rules/sgd.h", '#  include "ATen/ATen.h"', HEADERS),
         ("csrc/cuda/step.cu", "# include <c10/cuda/CUDAStream.h>", HEADERS),
         ("csrc/cuda/step.cuh", "#include <pybind11/pybind11.h>", HEADERS),
         ("tests/native/checks.h", "#include <Python.h>", HEADERS),
@@ -68,7 +68,8 @@ def test_red(tree, name, text, rule):
         (None, ""),
         ("csrc/bindings.cpp", "#include <torch/extension.h>"),
         ("csrc/binding/new.cpp", "#include <ATen/ATen.h>"),
-        ("csrc/update_rule.h", "y = fma(a, b, c);"),
+        ("csrc/rules/sgd.h", "y = fma(a, b, c);"),
+        ("csrc/formats/block8.h", "y = std::fma(a, b, c);"),
         ("csrc/cpu/norm_fma.h", "y = _mm256_fmadd_pd(a, b, c);"),
         ("tests/native/test_new.cpp", "y = fma(a, b, c);"),
         ("momentum_ext/long.py", "pass\n" * 399),

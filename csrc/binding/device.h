@@ -10,7 +10,8 @@
 #include <unordered_set>
 #include <vector>
 
-#include "../tensor_table.h"
+#include "../rules/sgd.h"
+#include "../table.h"
 
 namespace momentum_ext::binding {
 
@@ -61,7 +62,7 @@ inline DeviceShare& share_of(std::vector<DeviceShare>& shares, int16_t device) {
 }
 
 // Which tensors began under a GradScaler, so that only their device knows whether their first step
-// was left out (see Overflow in tensor_table.h). The host looks at the pinned copy of the device's
+// was left out (see StepScalars). The host looks at the pinned copy of the device's
 // answer now and then, without waiting; once a cohort is known to be settled it costs nothing more.
 class FirstSteps {
  public:
@@ -117,7 +118,7 @@ class FirstSteps {
 bool is_capturing(int16_t device);
 
 // Launches the share's update on its device's current stream. Throws std::runtime_error.
-void launch(const TensorTable& table, const DeviceShare& share, const ScalerTensors& scaler,
+void launch(const StepTable<Sgd>& table, const DeviceShare& share, const ScalerTensors& scaler,
             FirstSteps& first_steps, bool one_by_one);
 
 // Before the launches of a step: counts it and works out the averages' weight, on the device.

@@ -7,7 +7,7 @@
 
 #include <stdexcept>
 
-#include "../cuda/step.h"
+#include "../cuda/backend.h"
 #include "device.h"
 #include "device_values.h"
 
@@ -127,22 +127,23 @@ bool is_capturing(int16_t device) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void launch(const TensorTable& table, const DeviceShare& share, const ScalerTensors& scaler,
+void launch(const StepTable<Sgd>& table, const DeviceShare& share, const ScalerTensors& scaler,
             FirstSteps& first_steps, bool one_by_one) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(share.device));
   ScalerTensors here = scaler;
-  Overflow overflow;
-  overflow.found_inf = value_on<float>(share.device, here.found_inf);
-  overflow.grad_scale = value_on<float>(share.device, here.grad_scale);
-  overflow.grad_factor = value_on<double>(share.device, here.grad_factor);
-  overflow.average_weight = value_on<double>(share.device, here.average.weight);
-  overflow.newest_cohort = share.newest_cohort;
+  StepScalars scalars;
+  scalars.found_inf = value_on<float>(share.device, here.found_inf);
+  scalars.grad_scale = value_on<float>(share.device, here.grad_scale);
+  scalars.grad_factor = value_on<double>(share.device, here.grad_factor);
+  scalars.average_weight = value_on<double>(share.device, here.average.weight);
+  scalars.newest_cohort = share.newest_cohort;
   if (share.newest_cohort != 0) {
-    overflow.settled = first_steps.settled(share.device);
-    overflow.settled_on_host = first_steps.settled_on_host(share.device);
+    scalars.settled = first_steps.settled(share.device);
+    scalars.settled_on_host = first_steps.settled_on_host(share.device);
   }
-  check(cuda::step(table, share.device, overflow, one_by_one, c10::cuda::getCurrentCUDAStream()),
-        share.device, "launching the update");
+  check(
+      cuda::step<Sgd>(table, share.device, scalars, one_by_one, c10::cuda::getCurrentCUDAStream()),
+      share.device, "launching the update");
 }
 
 void count_average(const ScalerTensors& scaler) {

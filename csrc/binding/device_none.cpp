@@ -23,7 +23,7 @@ DeviceNorm::Result DeviceNorm::conclude(int16_t, const TensorTable*, Norm, const
                                         std::optional<double>, at::ScalarType) {
   return {};
 }
-void launch(const TensorTable&, const DeviceShare&, const ScalerTensors&, FirstSteps&, bool) {}
+void launch(const StepTable<Sgd>&, const DeviceShare&, const ScalerTensors&, FirstSteps&, bool) {}
 std::string cuda_build_info() { return "none"; }
 
 }  // namespace momentum_ext::binding

@@ -7,7 +7,8 @@
 
 #include <optional>
 
-#include "../momentum.h"
+#include "../rules/clip.h"
+#include "../table.h"
 
 namespace momentum_ext::binding {
 

@@ -6,7 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "../cuda/norm.h"
+#include "../cuda/backend.h"
 #include "device.h"
 #include "device_norm.h"
 #include "device_values.h"

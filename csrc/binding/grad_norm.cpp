@@ -241,7 +241,7 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
     if (layouts_.back() != nullptr) entry.layout = &layouts_.back()->layout;
   }
   entries_.push_back(entry);
-  first_block_.push_back(first_block_.back() + (entry.numel + kNormBlock - 1) / kNormBlock);
+  first_block_.push_back(first_block_.back() + (entry.numel + cpu::kNormBlock - 1) / cpu::kNormBlock);
   const at::ScalarType real = c10::toRealValueType(scalar_type);
   if (dtype_ == at::ScalarType::Undefined) {
     dtype_ = real;
@@ -252,7 +252,7 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
 }
 
 TensorTable GradNorm::table() const {
-  return {entries_.data(), first_block_.data(), static_cast<int64_t>(entries_.size()), nullptr};
+  return {entries_.data(), first_block_.data(), static_cast<int64_t>(entries_.size())};
 }
 
 double GradNorm::sum(Norm kind, double scale) {

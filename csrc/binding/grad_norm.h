@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../momentum.h"
+#include "../cpu/backend.h"
 #include "device_norm.h"
 #include "grad_records.h"
 #include "layout.h"

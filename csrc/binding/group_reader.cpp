@@ -220,7 +220,7 @@ double read_lr(PyObject* group, size_t index) {
   return PyFloat_AS_DOUBLE(number.ptr());
 }
 
-void GroupReader::scale(double grad_factor, Hyperparams& hyperparams) const {
+void GroupReader::scale(double grad_factor, Hyperparams<Sgd>& hyperparams) const {
   hyperparams.f64.grad_coef = maximize_ ? -grad_factor : grad_factor;
   round_to_float(hyperparams);
 }
@@ -244,7 +244,7 @@ PyObject* GroupReader::compare(PyObject* group) const noexcept {
   return i == items_.size() ? params : nullptr;
 }
 
-PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperparams) {
+PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams<Sgd>& hyperparams) {
   PyObject* const params = get(group, index, kParams);
   immutable_ = false;
   needs_torch_ = false;
@@ -264,7 +264,7 @@ PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams& hyperpa
   formulation_ = read_formulation(group, index, kFormulation);
   buffer_formulation_ = read_buffer_formulation(group, index);
   const bool decoupled = find_bool(group, kDecoupledWeightDecay);
-  Hyperparams h;
+  Hyperparams<Sgd> h;
   // The kernels read torch's numbers by themselves; others are made of several, on the host.
   const bool as_torch = formulation_ == Formulation::kTorch && !decoupled;
   const auto device = [&](DeviceNumber& slot) { return as_torch ? &slot : nullptr; };

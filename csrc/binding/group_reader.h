@@ -6,7 +6,8 @@
 
 #include <vector>
 
-#include "../hyperparams.h"
+#include "../rules/sgd.h"
+#include "../table.h"
 #include "formulation.h"
 #include "storage.h"
 
@@ -28,10 +29,10 @@ class GroupReader {
 
   // Reads everything anew; returns the dict's "params", borrowed. `index` names the group in
   // errors.
-  PyObject* parse(PyObject* group, size_t index, Hyperparams& hyperparams);
+  PyObject* parse(PyObject* group, size_t index, Hyperparams<Sgd>& hyperparams);
 
   // Rounds the coefficients of what was parsed, with what gradients are multiplied with.
-  void scale(double grad_factor, Hyperparams& hyperparams) const;
+  void scale(double grad_factor, Hyperparams<Sgd>& hyperparams) const;
 
   // True when a hyperparameter is of a kind that only torch can read, such as an lr that requires
   // grad.

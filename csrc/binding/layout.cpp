@@ -34,7 +34,7 @@ std::vector<StridedDim> dims_in_memory_order(const Operands& operands) {
     StridedDim dim{size, {stride_of(operands.param), stride_of(operands.grad)}};
     for (int k = 0; k < operands.num_states; ++k) {
       const at::Tensor& state = operands.states[k];
-      if (!is_8_bit(state.scalar_type())) dim.strides[state_operand(k)] = stride_of(state);
+      if (!is_8_bit(state.scalar_type())) dim.strides[operand_of_state(k)] = stride_of(state);
     }
     return dim;
   };
@@ -81,7 +81,7 @@ bool is_flat(const std::vector<StridedDim>& dims, const Operands& operands) {
   const int64_t* const strides = dims[0].strides;
   bool flat = strides[kParam] == 1 && strides[kGrad] == 1;
   for (int k = 0; k < operands.num_states; ++k) {
-    flat = flat && (strides[state_operand(k)] == 1 || is_8_bit(operands.states[k].scalar_type()));
+    flat = flat && (strides[operand_of_state(k)] == 1 || is_8_bit(operands.states[k].scalar_type()));
   }
   return flat;
 }

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../tensor_table.h"
+#include "../table.h"
 
 namespace momentum_ext::binding {
 
@@ -38,6 +38,8 @@ c10::DispatchKeySet plain_keys(int16_t device);
 // torch.func's transforms, MemTracker. What a kernel writes would escape it, so torch's own
 // operators must do the work.
 bool operators_are_watched();
+
+constexpr Operand operand_of_state(int k) { return static_cast<Operand>(kState + k); }
 
 // A parameter with its gradient and its state, as one step updates them.
 struct Operands {

@@ -61,7 +61,7 @@ ListStep::ListStep(const py::list& groups, Lists lists, double inv_grad_scale,
                         buffer.has_value() ? 1 : 0};
       check(i, operands);
       if (hyperparams_[g].has_momentum != buffer.has_value()) {
-        throw std::runtime_error(name_of(state_operand(0), i) + ": expected " +
+        throw std::runtime_error(name_of(operand_of_state(0), i) + ": expected " +
                                  (buffer.has_value() ? "none, because its group has no momentum"
                                                      : "a tensor, because its group has momentum"));
       }
@@ -90,7 +90,7 @@ void ListStep::check(size_t i, const Operands& operands) const {
   check_operands(operands, [i](Operand operand) { return name_of(operand, i); });
   check_device(operands.grad, operands.param, name_of(kGrad, i));
   if (operands.num_states != 0) {
-    check_device(operands.states[0], operands.param, name_of(state_operand(0), i));
+    check_device(operands.states[0], operands.param, name_of(operand_of_state(0), i));
   }
   if (!lists_.averages[i].has_value()) return;
   const std::string name = name_of("averages", i);
@@ -98,7 +98,7 @@ void ListStep::check(size_t i, const Operands& operands) const {
     throw std::runtime_error(name + ": expected the shape of its parameter");
   }
   const auto name_of_average = [&](Operand operand) {
-    return operand == state_operand(0) ? name : name_of(operand, i);
+    return operand == operand_of_state(0) ? name : name_of(operand, i);
   };
   check_operands({operands.param, operands.grad, {*lists_.averages[i]}, 1}, name_of_average);
   check_device(*lists_.averages[i], operands.param, name);
@@ -171,7 +171,7 @@ void ListStep::run() {
   const auto count = static_cast<int64_t>(entries_.size());
   FirstSteps first_steps;  // without a GradScaler the host knows them all
   for (const DeviceShare& share : shares_) {
-    launch({entries_.data(), nullptr, count, hyperparams_.data()}, share, {}, first_steps,
+    launch({{entries_.data(), nullptr, count}, hyperparams_.data()}, share, {}, first_steps,
            in_order);
   }
   std::vector<TensorEntry> on_cpu;
@@ -183,9 +183,10 @@ void ListStep::run() {
   }
   const int threads = in_order || at::in_parallel_region() ? 1 : at::get_num_threads();
   if (first_element.back() != 0) {
-    cpu::step({on_cpu.data(), first_element.data(), static_cast<int64_t>(on_cpu.size()),
-               hyperparams_.data(), average_weight_},
-              threads);
+    cpu::step<Sgd>({{on_cpu.data(), first_element.data(), static_cast<int64_t>(on_cpu.size())},
+                    hyperparams_.data(),
+                    average_weight_},
+                   threads);
   }
   average_by_torch();
 }

@@ -46,7 +46,7 @@ class ListStep {
 
   Lists lists_;
   double average_weight_;
-  std::vector<Hyperparams> hyperparams_;
+  std::vector<Hyperparams<Sgd>> hyperparams_;
   std::vector<TensorEntry> entries_;  // of those that the kernels update
   std::vector<size_t> updated_;       // their places in the lists
   std::vector<DeviceShare> shares_;

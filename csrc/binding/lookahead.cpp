@@ -63,7 +63,7 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
   const at::NoGradGuard no_grad;
   std::vector<TensorEntry> entries;
   std::vector<int64_t> first_element{0};
-  std::vector<Hyperparams> groups;
+  std::vector<Hyperparams<Sgd>> groups;
   std::vector<std::unique_ptr<OwnedLayout>> layouts;
   for (size_t i = 0; i < params.size(); ++i) {
     if (!has_kernel(params[i], buffers[i], lookaheads[i])) {
@@ -76,7 +76,7 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
     TensorEntry entry = entry_of(operands, layouts.back().get());
     entry.grad = mutable_data_of(lookaheads[i]);
     entry.group = static_cast<uint32_t>(groups.size());
-    Hyperparams h;
+    Hyperparams<Sgd> h;
     h.f64.momentum = distances[i];
     round_to_float(h);
     groups.push_back(h);
@@ -84,8 +84,8 @@ void move_lookahead(const std::vector<at::Tensor>& params, const std::vector<at:
     first_element.push_back(first_element.back() + entry.numel);
     if (!params[i].is_inference()) params[i].unsafeGetTensorImpl()->bump_version();
   }
-  const TensorTable table{entries.data(), first_element.data(),
-                          static_cast<int64_t>(entries.size()), groups.data()};
+  const StepTable<Sgd> table{
+      {entries.data(), first_element.data(), static_cast<int64_t>(entries.size())}, groups.data()};
   if (entries.empty()) return;
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   back ? cpu::move_to_lookahead(table, threads) : cpu::move_to_iterate(table, threads);

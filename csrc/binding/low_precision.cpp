@@ -8,7 +8,7 @@
 namespace momentum_ext::binding {
 namespace {
 
-bool rounds_at_random(const TensorEntry& entry, const Hyperparams& h) {
+bool rounds_at_random(const TensorEntry& entry, const Hyperparams<Sgd>& h) {
   if (entry.low_precision == nullptr || !h.stochastic_rounding) return false;
   const bool has_master = entry.low_precision->master_kind != Master::kNone;
   return (itemsize(entry.param_dtype) == 2 && !has_master) ||
@@ -35,7 +35,7 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
   plan.has_low_precision = true;
   LowPrecision& low = plan.low_precision[i];
   low.master = start.master.defined() ? mutable_data_of(start.master) : nullptr;
-  low.scale = start.scale.defined() ? static_cast<float*>(mutable_data_of(start.scale)) : nullptr;
+  low.scale[0] = start.scale.defined() ? static_cast<float*>(mutable_data_of(start.scale)) : nullptr;
   low.tensor = static_cast<uint32_t>(i);
   low.master_kind = !start.master.defined() ? Master::kNone
                     : is_split              ? Master::kRemainder
@@ -57,7 +57,7 @@ bool find_companions(Plan& plan, size_t i) noexcept {
 void refuse_random_capture(const Plan& plan, const std::vector<DeviceShare>& shares) {
   const bool may_be_random =
       std::any_of(plan.hyperparams.begin(), plan.hyperparams.end(),
-                  [](const Hyperparams& each) { return each.stochastic_rounding; });
+                  [](const Hyperparams<Sgd>& each) { return each.stochastic_rounding; });
   for (const DeviceShare& share : shares) {
     if (!may_be_random || !is_capturing(share.device)) continue;
     for (size_t i = 0; i < plan.slots.size(); ++i) {

@@ -55,13 +55,13 @@ void check_operands(const Operands& operands, const NameOf& name_of) {
   check_written(param, kParam, name_of);
   check_sizes(grad, param, kGrad, name_of);
   for (int k = 0; k < num_states; ++k) {
-    check_written(states[k], state_operand(k), name_of);
-    check_sizes(states[k], param, state_operand(k), name_of);
+    check_written(states[k], operand_of_state(k), name_of);
+    check_sizes(states[k], param, operand_of_state(k), name_of);
   }
   check_memory(param, [&] { return name_of(kParam); });
   check_memory(grad, [&] { return name_of(kGrad); });
   for (int k = 0; k < num_states; ++k) {
-    check_memory(states[k], [&] { return name_of(state_operand(k)); });
+    check_memory(states[k], [&] { return name_of(operand_of_state(k)); });
   }
 }
 

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "../rules/sgd.h"
 #include "../table.h"
 #include "aliasing.h"
 #include "device.h"
@@ -56,7 +57,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
   // A slot's parameter, its group, and what stands there.
   const at::Tensor& param(size_t i) const { return THPVariable_Unpack(param_objects[i]); }
   const GroupReader& reader(const Slot& slot) const { return readers[slot.group]; }
-  const Hyperparams& hyperparams_of(const Slot& slot) const { return hyperparams[slot.group]; }
+  const Hyperparams<Sgd>& hyperparams_of(const Slot& slot) const { return hyperparams[slot.group]; }
   bool wants_conversion(const Slot& slot) const {
     return slot.formulation != reader(slot).formulation();
   }
@@ -66,7 +67,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
   // The groups, as they were read in this step.
   std::vector<PyObject*> groups;  // the dicts, borrowed
   std::vector<GroupReader> readers;
-  std::vector<Hyperparams> hyperparams;  // one for each reader
+  std::vector<Hyperparams<Sgd>> hyperparams;  // one for each reader
 
   // The parameters' slots, in the order of the groups. A vector of this name's kind has one element
   // for each slot; a slot without a gradient has an entry of no elements.

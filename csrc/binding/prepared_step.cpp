@@ -125,8 +125,10 @@ void PreparedStep::run(const Numbers& numbers) {
   bump_versions();
   if (numbers.on_device.average.count.defined()) count_average(numbers.on_device);
   for (const DeviceShare& share : vectors_->shares) {
-    launch({plan.entries.data(), nullptr, static_cast<int64_t>(plan.slots.size()),
-            plan.hyperparams.data(), numbers.average_weight, plan.rounding_step},
+    launch({{plan.entries.data(), nullptr, static_cast<int64_t>(plan.slots.size())},
+            plan.hyperparams.data(),
+            numbers.average_weight,
+            plan.rounding_step},
            share, numbers.on_device, plan.first_steps, in_order_);
   }
   for (const StateChanges::Change& change : vectors_->changes.all()) {
@@ -189,10 +191,11 @@ void PreparedStep::update_cpu(double average_weight) {
   const Plan& plan = *plan_;
   const bool release = plan.first_element.back() >= kElementsToReleaseGil;
   if (release) keep_alive();
-  TensorTable table = {plan.entries.data(),       plan.first_element.data(),
-                       static_cast<int64_t>(plan.slots.size()),
-                       plan.hyperparams.data(),   average_weight,
-                       plan.rounding_step};
+  StepTable<Sgd> table = {
+      {plan.entries.data(), plan.first_element.data(), static_cast<int64_t>(plan.slots.size())},
+      plan.hyperparams.data(),
+      average_weight,
+      plan.rounding_step};
   if (!vectors_->shares.empty()) {
     std::vector<TensorEntry>& entries = vectors_->cpu_entries;
     std::vector<int64_t>& first_element = vectors_->cpu_first_element;

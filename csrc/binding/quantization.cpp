@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../low_precision.h"
+#include "../formats/block8.h"
 
 namespace momentum_ext::binding {
 namespace {

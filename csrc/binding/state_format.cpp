@@ -54,7 +54,7 @@ at::Tensor find_scale(const SlotState& state, const at::Tensor& buffer) {
   const std::string remedy =
       "; delete \"momentum_buffer\" from the optimizer's state to start from no momentum";
   if (scale == nullptr) {
-    throw std::runtime_error(state.slot().name_of(state_operand(0)) + ": it is " +
+    throw std::runtime_error(state.slot().name_of(operand_of_state(0)) + ": it is " +
                              std::string(c10::toString(buffer.scalar_type())) +
                              " and there is no \"momentum_scale\" beside it" + remedy);
   }
@@ -92,7 +92,7 @@ void convert_buffer(const SlotState& state, StartingState& start, const at::Tens
     return;
   }
   if (was_8_bit && !buffer.is_non_overlapping_and_dense()) {
-    throw std::runtime_error(state.slot().name_of(state_operand(0)) +
+    throw std::runtime_error(state.slot().name_of(operand_of_state(0)) +
                              ": its elements do not lie without gaps, so its blocks of 256 cannot "
                              "be told; delete it from the optimizer's state to start from no "
                              "momentum");
@@ -125,7 +125,7 @@ void start_buffer(const SlotState& state, StartingState& start, const at::Tensor
     if (is_plain && dtype != param.scalar_type()) make_buffer(start, param, dtype);
     return;
   }
-  check_memory(buffer, [&] { return slot.name_of(state_operand(0)); });
+  check_memory(buffer, [&] { return slot.name_of(operand_of_state(0)); });
   const bool converts = state.plan.wants_conversion(slot) && !slot.is_repeated;
   const bool is_8_bit_now = is_8_bit(buffer.scalar_type());
   const bool is_ours = is_plain && kernel_device(buffer) == kernel_device(param) &&
@@ -182,7 +182,7 @@ std::pair<PyObject*, at::Tensor> as_stored(const SlotState& state) {
   const at::Tensor& buffer = *state.find_buffer();
   const bool has_scale = is_8_bit(buffer.scalar_type());
   const at::Tensor value = has_scale ? find_scale(state, buffer) : buffer;
-  check_memory(value, [&] { return state.slot().name_of(state_operand(0)); });
+  check_memory(value, [&] { return state.slot().name_of(operand_of_state(0)); });
   return {has_scale ? state_keys().scale : state_keys().buffer,
           converted(state, value, state.reader().buffer_formulation()).to(value.scalar_type())};
 }

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "../dtype.h"
+#include "../formats/dtype.h"
 
 namespace momentum_ext::binding {
 

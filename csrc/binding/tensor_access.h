@@ -7,7 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include "../update_rule.h"
+#include "../rules/math.h"
 
 namespace momentum_ext::binding {
 

@@ -3,15 +3,19 @@
 
 #include <cstdint>
 
-#include "../low_precision.h"
-#include "../momentum.h"
+#include "../formats/master.h"
+#include "../formats/philox.h"
+#include "../formats/stochastic.h"
+#include "../rules/average.h"
+#include "../rules/lookahead.h"
+#include "backend.h"
 
 namespace momentum_ext::cpu {
 
 using Double8 = double __attribute__((vector_size(64)));
 
 // Each works on elements [begin, end) of the table's concatenated range.
-using RunFn = void (*)(const TensorTable& table, int64_t begin, int64_t end);
+using RunFn = void (*)(const StepTable<Sgd>& table, int64_t begin, int64_t end);
 
 // On blocks [begin, end), of which table.first_element is the prefix sum.
 using NormFn = void (*)(const TensorTable& table, int64_t begin, int64_t end, double scale,

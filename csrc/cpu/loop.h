@@ -12,9 +12,9 @@
 
 template <typename scalar_t, WeightDecay kWeightDecay, Momentum kMomentum, bool kNesterov>
 void update_flat(void* param_ptr, const void* grad_ptr, void* buffer_ptr, int64_t n,
-                 const Hyperparams& hyperparams) {
+                 const Hyperparams<Sgd>& hyperparams) {
   using opmath_t = typename OpMath<scalar_t>::type;
-  const Coefficients<opmath_t> c = coefficients<opmath_t>(hyperparams);
+  const Sgd::Coefficients<opmath_t> c = coefficients<opmath_t>(hyperparams);
   auto* param = static_cast<scalar_t*>(param_ptr);
   auto* buffer = static_cast<scalar_t*>(buffer_ptr);
   const auto* grad = static_cast<const scalar_t*>(grad_ptr);
@@ -25,7 +25,8 @@ void update_flat(void* param_ptr, const void* grad_ptr, void* buffer_ptr, int64_
     opmath_t p = load(param[i]);
     opmath_t b = 0;
     if constexpr (kMomentum == Momentum::kLaterStep) b = load(buffer[i]);
-    update_element<FmaPolicy, kWeightDecay, kMomentum, kNesterov>(c, opmath_t{load(grad[i])}, p, b);
+    Sgd::update<FmaPolicy>(Sgd::Variant<kWeightDecay, kMomentum, kNesterov>(), c,
+                           opmath_t{load(grad[i])}, p, b);
     if constexpr (kMomentum != Momentum::kNone) store(buffer[i], b);
     store(param[i], p);
   }
@@ -33,10 +34,10 @@ void update_flat(void* param_ptr, const void* grad_ptr, void* buffer_ptr, int64_
 
 // The instance of update_flat() for a group, which is chosen once for each tensor.
 using FlatFn = void (*)(void* param, const void* grad, void* buffer, int64_t n,
-                        const Hyperparams& hyperparams);
+                        const Hyperparams<Sgd>& hyperparams);
 
 template <typename scalar_t, WeightDecay kWeightDecay>
-FlatFn choose_flat(const Hyperparams& h, bool is_first_step) {
+FlatFn choose_flat(const Hyperparams<Sgd>& h, bool is_first_step) {
   constexpr Momentum kFirst = Momentum::kFirstStep;
   constexpr Momentum kLater = Momentum::kLaterStep;
   if (!h.has_momentum) return update_flat<scalar_t, kWeightDecay, Momentum::kNone, false>;
@@ -49,7 +50,7 @@ FlatFn choose_flat(const Hyperparams& h, bool is_first_step) {
 }
 
 template <typename scalar_t>
-FlatFn choose_flat(const Hyperparams& h, bool is_first_step) {
+FlatFn choose_flat(const Hyperparams<Sgd>& h, bool is_first_step) {
   switch (h.weight_decay) {
     case WeightDecay::kNone:
       return choose_flat<scalar_t, WeightDecay::kNone>(h, is_first_step);
@@ -66,7 +67,7 @@ template <typename opmath_t>
 constexpr Dtype kDtypeOf = sizeof(opmath_t) == sizeof(double) ? Dtype::kFloat64 : Dtype::kFloat32;
 
 template <typename opmath_t>
-void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams& h,
+void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams<Sgd>& h,
                   uint32_t rounding_step) {
   alignas(64) opmath_t param_tile[kTile];
   alignas(64) opmath_t grad_tile[kTile];
@@ -76,21 +77,21 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
   const FlatFn update = choose_flat<opmath_t>(h, entry.is_first_step);
   const LowPrecision* const low = entry.low_precision;
   const bool has_master = low != nullptr && low->master_kind != Master::kNone;
-  const bool has_scale = h.has_momentum && is_8_bit(entry.buffer_dtype);
+  const bool has_scale = h.has_momentum && is_8_bit(entry.state_dtype[0]);
   const bool stochastic = low != nullptr && h.stochastic_rounding;
   const bool random_param = stochastic && !has_master && is_16_bit(entry.param_dtype);
   const bool random_buffer =
-      stochastic && h.has_momentum && (has_scale || is_16_bit(entry.buffer_dtype));
+      stochastic && h.has_momentum && (has_scale || is_16_bit(entry.state_dtype[0]));
   const RandomKey key = {h.rounding_seed, low == nullptr ? 0 : low->tensor, rounding_step};
 
   TileWalker walker(entry, begin, end, /*in_order=*/low != nullptr);
   TensorTile<false> param_memory(walker, kParam, entry.param, entry.param_dtype);
   TensorTile<true> grad_memory(walker, kGrad, entry.grad, entry.grad_dtype);
-  TensorTile<false> buffer_memory(walker, kBuffer, entry.momentum_buffer, entry.buffer_dtype);
+  TensorTile<false> buffer_memory(walker, kState, entry.state[0], entry.state_dtype[0]);
   // What is in memory as it is computed needs no tile.
   const bool param_in_place = entry.param_dtype == kDtypeOf<opmath_t>;
   const bool grad_in_place = entry.grad_dtype == kDtypeOf<opmath_t>;
-  const bool buffer_in_place = h.has_momentum && entry.buffer_dtype == kDtypeOf<opmath_t>;
+  const bool buffer_in_place = h.has_momentum && entry.state_dtype[0] == kDtypeOf<opmath_t>;
 
   while (walker.next()) {
     const int64_t at = walker.at();
@@ -110,9 +111,9 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
     if (!grad_in_place) load_tile(entry.grad_dtype, g, n, grad_tile);
     if (h.has_momentum && !entry.is_first_step) {
       if (has_scale) {
-        load_block(entry.buffer_dtype, entry.momentum_buffer, low->scale, at, n, buffer_tile);
+        load_block(entry.state_dtype[0], entry.state[0], low->scale[0], at, n, buffer_tile);
       } else if (!buffer_in_place) {
-        load_tile(entry.buffer_dtype, b, n, buffer_tile);
+        load_tile(entry.state_dtype[0], b, n, buffer_tile);
       }
     }
 
@@ -124,12 +125,12 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
     if (random_buffer || random_param) fill_random(random, key, at, n);
     if (random_buffer) exchange_bytes(random, n, random_for_buffer);
     if (has_scale) {
-      store_block(entry.buffer_dtype, buffer_tile, random_buffer ? &random_for_buffer : nullptr, at,
-                  n, entry.momentum_buffer, low->scale);
+      store_block(entry.state_dtype[0], buffer_tile, random_buffer ? &random_for_buffer : nullptr,
+                  at, n, entry.state[0], low->scale[0]);
     } else if (random_buffer) {
-      store_tile_stochastic(entry.buffer_dtype, buffer_tile, random_for_buffer, n, b);
+      store_tile_stochastic(entry.state_dtype[0], buffer_tile, random_for_buffer, n, b);
     } else if (h.has_momentum && !buffer_in_place) {
-      store_tile(entry.buffer_dtype, buffer_tile, n, b);
+      store_tile(entry.state_dtype[0], buffer_tile, n, b);
     }
     if (b != nullptr) buffer_memory.store();
     if (has_master) {
@@ -145,16 +146,16 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
 
 // ---- one tensor, then a range of the table ------------------------------------------------------
 
-void update_part(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams& h,
+void update_part(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams<Sgd>& h,
                  uint32_t rounding_step) {
   const bool one_dtype = entry.param_dtype == entry.grad_dtype &&
-                         (!h.has_momentum || entry.param_dtype == entry.buffer_dtype);
+                         (!h.has_momentum || entry.param_dtype == entry.state_dtype[0]);
   if (entry.layout == nullptr && entry.low_precision == nullptr && one_dtype &&
       entry.param_dtype != Dtype::kFloat16) {
     const int64_t offset = begin * itemsize(entry.param_dtype);
     char* const p = static_cast<char*>(entry.param) + offset;
     const char* const g = static_cast<const char*>(entry.grad) + offset;
-    char* const b = h.has_momentum ? static_cast<char*>(entry.momentum_buffer) + offset : nullptr;
+    char* const b = h.has_momentum ? static_cast<char*>(entry.state[0]) + offset : nullptr;
     const FlatFn update =
         entry.param_dtype == Dtype::kFloat32   ? choose_flat<float>(h, entry.is_first_step)
         : entry.param_dtype == Dtype::kFloat64 ? choose_flat<double>(h, entry.is_first_step)
@@ -163,7 +164,7 @@ void update_part(const TensorEntry& entry, int64_t begin, int64_t end, const Hyp
   }
   const bool needs_double = entry.param_dtype == Dtype::kFloat64 ||
                             entry.grad_dtype == Dtype::kFloat64 ||
-                            (h.has_momentum && entry.buffer_dtype == Dtype::kFloat64);
+                            (h.has_momentum && entry.state_dtype[0] == Dtype::kFloat64);
   if (needs_double) {
     update_tiled<double>(entry, begin, end, h, rounding_step);
   } else {
@@ -180,7 +181,7 @@ constexpr int64_t kSplitAlignment = kTile;
 // kSplitAlignment inside the tensor they fall into; neighbouring ranges therefore still cover
 // everything once.
 template <typename Update>
-void for_each_part(const TensorTable& table, int64_t begin, int64_t end, const Update& update) {
+void for_each_part(const StepTable<Sgd>& table, int64_t begin, int64_t end, const Update& update) {
   if (begin >= end) return;
   const int64_t first = locate_entry(table, begin);
   for (int64_t i = first; i < table.num_entries && table.first_element[i] < end; ++i) {
@@ -194,22 +195,21 @@ void for_each_part(const TensorTable& table, int64_t begin, int64_t end, const U
   }
 }
 
-// The averages of elements [begin, end), whose parameters were just updated. A weight of 1 is also
-// for a start, where there is nothing yet to average with.
+// The averages of elements [begin, end), whose parameters were just updated.
 template <typename scalar_t>
 void average_flat(const void* param_ptr, void* average_ptr, int64_t n, double weight_of_new) {
   using opmath_t = typename OpMath<scalar_t>::type;
   const auto weight = static_cast<opmath_t>(weight_of_new);
   const auto* const param = static_cast<const scalar_t*>(param_ptr);
   auto* const average = static_cast<scalar_t*>(average_ptr);
-  if (weight == 1) {
+  if (is_copy(weight)) {
     memcpy(average, param, static_cast<size_t>(n) * sizeof(scalar_t));
     return;
   }
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     const opmath_t old_average = load(average[i]);
-    store(average[i], average_of<FmaPolicy>(weight, old_average, opmath_t{load(param[i])}));
+    store(average[i], interpolate<FmaPolicy>(weight, old_average, opmath_t{load(param[i])}));
   }
 }
 
@@ -244,15 +244,16 @@ void average_part(const TensorEntry& entry, int64_t begin, int64_t end, double w
 constexpr int64_t kAverageAfter = 2048;
 static_assert(kAverageAfter % kTile == 0);
 
-void run_step(const TensorTable& table, int64_t begin, int64_t end) {
-  for_each_part(table, begin, end,
-                [&table](const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams& h) {
-                  const uint32_t step = table.rounding_step;
-                  if (entry.average == nullptr) return update_part(entry, from, to, h, step);
-                  for (int64_t at = from; at < to; at += kAverageAfter) {
-                    const int64_t stop = to - at < kAverageAfter ? to : at + kAverageAfter;
-                    update_part(entry, at, stop, h, step);
-                    average_part(entry, at, stop, table.average_weight);
-                  }
-                });
+void run_step(const StepTable<Sgd>& table, int64_t begin, int64_t end) {
+  for_each_part(
+      table, begin, end,
+      [&table](const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams<Sgd>& h) {
+        const uint32_t step = table.rounding_step;
+        if (entry.average == nullptr) return update_part(entry, from, to, h, step);
+        for (int64_t at = from; at < to; at += kAverageAfter) {
+          const int64_t stop = to - at < kAverageAfter ? to : at + kAverageAfter;
+          update_part(entry, at, stop, h, step);
+          average_part(entry, at, stop, table.average_weight);
+        }
+      });
 }

@@ -3,7 +3,7 @@
 // The entry's grad is a tensor that keeps the look-ahead point while the parameter is the iterate;
 // the group's momentum is the distance.
 template <typename opmath_t, bool kBack>
-void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams& h) {
+void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams<Sgd>& h) {
   alignas(64) opmath_t param[kTile];
   alignas(64) opmath_t lookahead[kTile];
   alignas(64) opmath_t buffer[kTile];
@@ -12,13 +12,13 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
   TileWalker walker(entry, begin, end, /*in_order=*/false);
   TensorTile<false> param_memory(walker, kParam, entry.param, entry.param_dtype);
   TensorTile<false> lookahead_memory(walker, kGrad, entry.grad, entry.grad_dtype);
-  TensorTile<false> buffer_memory(walker, kBuffer, entry.momentum_buffer, entry.buffer_dtype);
+  TensorTile<false> buffer_memory(walker, kState, entry.state[0], entry.state_dtype[0]);
   const opmath_t distance = coefficients<opmath_t>(h).momentum;
   while (walker.next()) {
     const int64_t n = walker.n();
     char* const p = param_memory.load();
     load_tile(entry.param_dtype, p, n, param);
-    load_tile(entry.buffer_dtype, buffer_memory.load(), n, buffer);
+    load_tile(entry.state_dtype[0], buffer_memory.load(), n, buffer);
     if constexpr (kBack) {
       load_tile(entry.grad_dtype, lookahead_memory.load(), n, lookahead);
       for (int64_t i = 0; i < n; ++i) {
@@ -26,13 +26,9 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
       }
       store_tile(entry.param_dtype, iterate, n, rounded);
       load_tile(entry.param_dtype, rounded, n, iterate);
-      // Where the parameter is still what it was moved to, back to the very bits that it came from;
-      // what was changed in between moves by the same distance.
       for (int64_t i = 0; i < n; ++i) {
-        const bool untouched =
-            iterate[i] == param[i] || (iterate[i] != iterate[i] && param[i] != param[i]);
         param[i] =
-            untouched ? lookahead[i] : lookahead_of<FmaPolicy>(distance, param[i], buffer[i]);
+            return_to_lookahead<FmaPolicy>(distance, lookahead[i], iterate[i], param[i], buffer[i]);
       }
     } else {
       store_tile(entry.grad_dtype, param, n, lookahead_memory.place());
@@ -47,11 +43,11 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
 }
 
 template <bool kBack>
-void run_move(const TensorTable& table, int64_t begin, int64_t end) {
+void run_move(const StepTable<Sgd>& table, int64_t begin, int64_t end) {
   for_each_part(
       table, begin, end,
-      [](const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams& h) {
-        if (entry.param_dtype == Dtype::kFloat64 || entry.buffer_dtype == Dtype::kFloat64) {
+      [](const TensorEntry& entry, int64_t from, int64_t to, const Hyperparams<Sgd>& h) {
+        if (entry.param_dtype == Dtype::kFloat64 || entry.state_dtype[0] == Dtype::kFloat64) {
           move_tiled<double, kBack>(entry, from, to, h);
         } else {
           move_tiled<float, kBack>(entry, from, to, h);

@@ -88,11 +88,7 @@ struct NormSums {
     const Vector all = join(join(sums[0], sums[1]), join(sums[2], sums[3]));
     double result = all[0];
     for (int i = 1; i < kVectorSize; ++i) {
-      if constexpr (kNorm == Norm::kMax) {
-        result = (all[i] <= result || result != result) ? result : all[i];
-      } else {
-        result += all[i];
-      }
+      result = kNorm == Norm::kMax ? larger(result, all[i]) : result + all[i];
     }
     return result;
   }

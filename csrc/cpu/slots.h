@@ -111,7 +111,6 @@ void store_split(const opmath_t* tile, int64_t n, BFloat16* param, int16_t* rema
   for (int64_t i = 0; i < n; ++i) split(static_cast<float>(tile[i]), param[i], remainder[i]);
 }
 
-// A parameter that is no longer its master rounded was written by someone else, who is believed.
 template <typename opmath_t>
 void load_copy(const Float16* param, const float* master, int64_t n, opmath_t* tile) {
   alignas(64) Float16 rounded[kTile];
@@ -120,8 +119,7 @@ void load_copy(const Float16* param, const float* master, int64_t n, opmath_t* t
   half_to_float(param, n, widened);
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
-    const bool both_nan = widened[i] != widened[i] && master[i] != master[i];
-    tile[i] = rounded[i].bits == param[i].bits || both_nan ? master[i] : widened[i];
+    tile[i] = exact_value(param[i], widened[i], master[i], rounded[i]);
   }
 }
 

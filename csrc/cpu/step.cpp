@@ -7,7 +7,7 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "../momentum.h"
+#include "backend.h"
 #include "isa.h"
 #include "thread_team.h"
 
@@ -118,7 +118,7 @@ void parallel_for(int64_t n, Tasks tasks, const Body& body) {
               [&](int64_t i) { body(n * i / tasks.count, n * (i + 1) / tasks.count); });
 }
 
-void run_loop(RunFn run, const TensorTable& table, int max_threads) {
+void run_loop(RunFn run, const StepTable<Sgd>& table, int max_threads) {
   const int64_t first = table.first_element[0];
   const int64_t numel = table.first_element[table.num_entries] - first;
   parallel_for(numel, num_tasks(numel, max_threads),
@@ -129,13 +129,16 @@ const Loops& loops() { return *current().load(std::memory_order_relaxed)->loops;
 
 }  // namespace
 
-void step(const TensorTable& table, int max_threads) { run_loop(loops().step, table, max_threads); }
+template <>
+void step<Sgd>(const StepTable<Sgd>& table, int max_threads) {
+  run_loop(loops().step, table, max_threads);
+}
 
-void move_to_iterate(const TensorTable& table, int max_threads) {
+void move_to_iterate(const StepTable<Sgd>& table, int max_threads) {
   run_loop(loops().to_iterate, table, max_threads);
 }
 
-void move_to_lookahead(const TensorTable& table, int max_threads) {
+void move_to_lookahead(const StepTable<Sgd>& table, int max_threads) {
   run_loop(loops().to_lookahead, table, max_threads);
 }
 
@@ -149,12 +152,7 @@ double norm(Norm kind, const TensorTable& table, double scale, double* block_nor
                [&](int64_t begin, int64_t end) { run(table, begin, end, scale, block_norms); });
   double result = 0;
   for (int64_t i = 0; i < num_blocks; ++i) {
-    const double each = block_norms[i];
-    if (kind != Norm::kMax) {
-      result += each;
-    } else if (!(each <= result || result != result)) {
-      result = each;
-    }
+    result = kind == Norm::kMax ? larger(result, block_norms[i]) : result + block_norms[i];
   }
   return result;
 }

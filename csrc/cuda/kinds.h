@@ -1,8 +1,8 @@
 // Which kernel takes which tensors of a step.
 #pragma once
 
+#include "backend.h"
 #include "launching.h"
-#include "step.h"
 
 namespace momentum_ext::cuda {
 
@@ -29,10 +29,10 @@ enum KindIndex : int8_t {
 
 // Of a tensor whose average is not kept.
 inline KindIndex plain_kind_of(const TensorEntry& entry) {
-  const bool has_buffer = entry.momentum_buffer != nullptr;
+  const bool has_buffer = entry.state[0] != nullptr;
   const Dtype p = entry.param_dtype;
   const Dtype g = entry.grad_dtype;
-  const Dtype b = has_buffer ? entry.buffer_dtype : p;
+  const Dtype b = has_buffer ? entry.state_dtype[0] : p;
   const bool in_double = p == Dtype::kFloat64 || g == Dtype::kFloat64 || b == Dtype::kFloat64;
   if (entry.low_precision != nullptr) {
     return in_double                 ? kLowPrecisionStrided64
@@ -61,15 +61,15 @@ inline KindIndex kind_of(const TensorEntry& entry) {
   return averaged ? static_cast<KindIndex>(kind + kAveraged) : kind;
 }
 
-inline bool is_ours(const TensorEntry& entry, int device) {
+inline bool lies_on(const TensorEntry& entry, int device) {
   return entry.device == device && entry.numel != 0;
 }
 
 // What a launch needs beside the tensors of its kind, of which the table has `count`.
 struct Launching {
-  const TensorTable& table;
+  const StepTable<Sgd>& table;
   int device;
-  const Overflow& overflow;
+  const StepScalars& scalars;
   bool has_device_numbers;
   cudaStream_t stream;
   KindIndex kind;

@@ -11,8 +11,8 @@
 
 #include <type_traits>
 
-#include "../tensor_table.h"
-#include "step.h"
+#include "../rules/sgd.h"
+#include "../table.h"
 
 namespace momentum_ext::cuda {
 
@@ -56,10 +56,11 @@ static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
 //                 chunk's sizes in the first three (8 bits each)
 //   then          size, param stride, grad stride and buffer stride of each dimension, those of a
 //                 chunk first
+constexpr int kDimWords = 1 + kState + Sgd::kMaxStates;
 constexpr int kFlatRecord = 4;
 constexpr int kAveragedRecord = 5;
 constexpr int kFirstDim = 6;
-constexpr int kStridedRecord = kFirstDim + 4 * kMaxStridedDimsCuda;
+constexpr int kStridedRecord = kFirstDim + kDimWords * kMaxStridedDimsCuda;
 
 // Tensors with low-precision state have in place of what follows word 4
 //
@@ -70,7 +71,7 @@ constexpr int kStridedRecord = kFirstDim + 4 * kMaxStridedDimsCuda;
 //   then          the dimensions, where they are strided
 constexpr int kFirstLowPrecisionDim = 8;
 constexpr int kLowPrecisionRecord = kFirstLowPrecisionDim;
-constexpr int kStridedLowPrecisionRecord = kFirstLowPrecisionDim + 4 * kMaxStridedDimsCuda;
+constexpr int kStridedLowPrecisionRecord = kFirstLowPrecisionDim + kDimWords * kMaxStridedDimsCuda;
 
 constexpr int kMaxChunk = 1 << 16;  // elements
 constexpr int kMaxGroups = 1 << 16;
@@ -107,7 +108,7 @@ MOMENTUM_EXT_INLINE int locate_tensor(const Table& table, uint32_t chunk) {
 // Those tensors of a parameter group that are treated alike.
 template <typename opmath_t>
 struct PackedGroup {
-  Coefficients<opmath_t> coefficients;
+  Sgd::Coefficients<opmath_t> coefficients;
   uint32_t flags;  // what follows, a bit each; then the cohort
 };
 constexpr uint32_t kHasWeightDecay = 1;  // in the gradient (L2)
@@ -146,7 +147,7 @@ struct AverageWeight {
 };
 
 // Where group g begins, with words reserved behind the groups. Groups that read numbers from the
-// device's memory have a DeviceHyperparams behind their PackedGroup; if one has, all of the launch
+// device's memory have an Sgd::OnDevice behind their PackedGroup; if one has, all of the launch
 // have room for it.
 template <int kReserved, int kBytes>
 MOMENTUM_EXT_INLINE int group_at(const LaunchTable<kBytes>& table, int group) {

@@ -1,5 +1,5 @@
 // Tensors whose state is stored in fewer bits, or in more, than they are computed in (see
-// ../low_precision.h), and flat tensors of dtypes that have no kernel in step.cu.
+// ../formats), and flat tensors of dtypes that have no kernel in step.cu.
 //
 // One kernel learns the dtypes when it runs: all threads of a block have the same, so asking costs
 // little beside the memory, and there are hundreds of combinations. A thread has eight elements in
@@ -15,7 +15,6 @@
 
 #include <algorithm>
 
-#include "../low_precision.h"
 #include "packing.h"
 #include "slots.h"
 #include "work.h"
@@ -37,11 +36,11 @@ struct LowPrecisionKind {
   static constexpr int kRecord = kIsStrided ? kStridedLowPrecisionRecord : kLowPrecisionRecord;
   static constexpr int kReserved = kWordsOf<AverageWeight>;
   static constexpr int kRoundingWords = kWordsOf<GroupRounding>;
-  static constexpr int kChunk = kThreads * kEight * kTurns;
+  static constexpr int kChunk = kThreads * kElemsPerThread * kTurns;
   static_assert(kChunk <= kMaxChunk && kChunk % kScaleBlock == 0);
 
   static void pack_rest(const TensorEntry& entry, uint64_t* record) {
-    constexpr LowPrecision kNothing = {nullptr, nullptr, 0, Master::kNone};
+    constexpr LowPrecision kNothing = {nullptr, {}, 0, Master::kNone};
     const bool has_state = entry.low_precision != nullptr;
     const LowPrecision& low = has_state ? *entry.low_precision : kNothing;
     int ndim = 0;
@@ -50,7 +49,7 @@ struct LowPrecisionKind {
                 static_cast<uint64_t>(low.master_kind) << 28 | uint64_t{has_state} << 31 |
                 uint64_t{low.tensor} << 32;
     record[6] = reinterpret_cast<uint64_t>(low.master);
-    record[7] = reinterpret_cast<uint64_t>(low.scale);
+    record[7] = reinterpret_cast<uint64_t>(low.scale[0]);
   }
 };
 
@@ -98,12 +97,13 @@ template <typename value_t, typename opmath_t>
 __device__ __forceinline__ void average_eight(Dtype dtype, value_t weight,
                                               const Stored<opmath_t>& param,
                                               Stored<opmath_t>& average) {
-  value_t p[kEight];
-  value_t a[kEight];
+  value_t p[kElemsPerThread];
+  value_t a[kElemsPerThread];
   decode(dtype, param, p);
   decode(dtype, average, a);
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) a[k] = new_average(weight, a[k], p[k]);
+  for (int k = 0; k < kElemsPerThread; ++k)
+    a[k] = new_average<FusedMultiplyAdd>(weight, a[k], p[k]);
   encode<false>(dtype, a, Randoms{{}, false}, average);
 }
 
@@ -130,10 +130,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
   const int warp_begin = static_cast<int>(threadIdx.x) / kWarp * kScaleBlock;
   // A warp goes on while it has an element, with all of its lanes.
 #pragma unroll 1
-  for (int turn = warp_begin; turn < chunk.count; turn += kThreads * kEight) {
-    const int left = chunk.count - turn - lane * kEight;
-    const int count = left < 0 ? 0 : left < kEight ? left : kEight;
-    const int64_t first = chunk.begin + turn + (count == 0 ? 0 : lane * kEight);
+  for (int turn = warp_begin; turn < chunk.count; turn += kThreads * kElemsPerThread) {
+    const int left = chunk.count - turn - lane * kElemsPerThread;
+    const int count = left < 0 ? 0 : left < kElemsPerThread ? left : kElemsPerThread;
+    const int64_t first = chunk.begin + turn + (count == 0 ? 0 : lane * kElemsPerThread);
     const InARow row = {first};
     const auto places = find_places<Kind::kIsStrided>(task.dims, task.ndim, first, count);
     float* const scale = has_scale ? task.scale + (chunk.begin + turn) / kScaleBlock : nullptr;
@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
       }
     }
 
-    opmath_t p[kEight];
-    opmath_t g[kEight];
-    opmath_t b[kEight] = {};
+    opmath_t p[kElemsPerThread];
+    opmath_t g[kElemsPerThread];
+    opmath_t b[kElemsPerThread] = {};
     if (has_master) {
       decode_master(task.master_kind, param, master, p);
     } else {
@@ -171,13 +171,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
       }
     }
 
-    with_rule(work.rule, [&](auto rule) {
-      using Rule = decltype(rule);
+    with_variant(work.variant, [&](auto variant) {
 #pragma unroll
-      for (int k = 0; k < kEight; ++k) {
-        p[k] = decayed(work.decay_factor, p[k]);
-        update_element<FusedMultiplyAdd, Rule::kWeightDecay, Rule::kMomentum, Rule::kNesterov>(
-            work.coefficients, g[k], p[k], b[k]);
+      for (int k = 0; k < kElemsPerThread; ++k) {
+        p[k] = Sgd::decayed(work.decay_factor, p[k]);
+        Sgd::update<FusedMultiplyAdd>(variant, work.coefficients, g[k], p[k], b[k]);
       }
     });
 
@@ -185,7 +183,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
     if (task.average != nullptr) read(task.param_dtype, task.average, places.param, count, average);
 
     Randoms randoms = {{}, random_param || random_buffer};
-    if (randoms.are_drawn) random_block(key, static_cast<uint64_t>(first) / kEight, randoms.words);
+    if (randoms.are_drawn)
+      random_block(key, static_cast<uint64_t>(first) / kElemsPerThread, randoms.words);
 
     if (work.writes_buffer) {
       randoms.are_drawn = random_buffer;

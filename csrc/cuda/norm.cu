@@ -14,9 +14,9 @@
 // Compile with --fmad=false, as all kernels.
 #include <algorithm>
 
+#include "backend.h"
 #include "launch_table.h"
 #include "launching.h"
-#include "norm.h"
 
 namespace momentum_ext::cuda {
 namespace {
@@ -70,11 +70,7 @@ struct Sums {
     }
   }
   __device__ __forceinline__ void join(int, double other) {
-    if constexpr (kNorm == Norm::kMax) {  // a NaN stays
-      sums[0] = other <= sums[0] || sums[0] != sums[0] ? sums[0] : other;
-    } else {
-      sums[0] += other;
-    }
+    sums[0] = kNorm == Norm::kMax ? larger(sums[0], other) : sums[0] + other;
   }
   __device__ __forceinline__ double norm() const {
     return kNorm == Norm::kSumOfSquares ? sqrt(sums[0]) : sums[0];
@@ -194,9 +190,8 @@ __device__ __forceinline__ double write_norm(double norm, double max_norm, void*
 __device__ __forceinline__ void draw(const Conclusion& c, double norm) {
   double factor = c.factor != nullptr ? *c.factor : 1.0;
   if (c.inv_scale != nullptr) factor *= *c.inv_scale;
-  // The scale is a float and so is its inverse, as torch.amp.GradScaler computes it.
-  if (c.grad_scale != nullptr) factor *= 1.0f / *c.grad_scale;
-  if (c.found_inf != nullptr) *c.found_inf = norm - norm == 0 ? 0.0f : 1.0f;
+  if (c.grad_scale != nullptr) factor *= inverse_of_scale(*c.grad_scale);
+  if (c.found_inf != nullptr) *c.found_inf = is_finite(norm) ? 0.0f : 1.0f;
   if (c.clips) {
     const double total = norm * (factor < 0 ? -factor : factor);
     factor *= c.norm_dtype == Dtype::kFloat64
@@ -269,7 +264,7 @@ __global__ void conclude_alone(const NormWorkspace* workspace, Conclusion conclu
 
 // ---- launching ----------------------------------------------------------------------------------
 
-bool is_ours(const TensorEntry& entry, int device) {
+bool lies_on(const TensorEntry& entry, int device) {
   return entry.device == device && entry.numel != 0;
 }
 
@@ -293,7 +288,7 @@ cudaError_t launch_all(const TensorTable& table, int device, NormWorkspace* work
   };
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
-    if (!is_ours(entry, device)) continue;
+    if (!lies_on(entry, device)) continue;
     const int64_t size = chunk_size(entry.grad_dtype);
     const int64_t chunks = (entry.numel - 1) / size + 1;
     if (chunks > INT32_MAX) return cudaErrorInvalidValue;  // more than any memory holds
@@ -317,7 +312,7 @@ template <typename S>
 cudaError_t launch_sums(const TensorTable& table, int device, NormWorkspace* workspace,
                         const Conclusion& conclusion, cudaStream_t stream, int max_blocks) {
   const auto count = std::count_if(table.entries, table.entries + table.num_entries,
-                                   [&](const TensorEntry& each) { return is_ours(each, device); });
+                                   [&](const TensorEntry& each) { return lies_on(each, device); });
   if (count * kRecord > NormTable<kSmallTable>::kNumWords && has_large_parameters(device)) {
     return launch_all<S, kLargeTable>(table, device, workspace, conclusion, stream, max_blocks);
   }
@@ -337,7 +332,7 @@ cudaError_t norm(Norm kind, const TensorTable& table, int device, NormWorkspace*
   }
   const bool has_doubles =
       std::any_of(table.entries, table.entries + table.num_entries, [&](const TensorEntry& each) {
-        return is_ours(each, device) && each.grad_dtype == Dtype::kFloat64;
+        return lies_on(each, device) && each.grad_dtype == Dtype::kFloat64;
       });
   if (has_doubles)
     return launch_sums<WideSums>(table, device, workspace, conclusion, stream, max_blocks);

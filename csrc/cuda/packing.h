@@ -11,7 +11,7 @@ namespace {
 
 inline void pack_dim(const StridedDim& dim, uint64_t* words) {
   words[0] = static_cast<uint64_t>(dim.size);
-  for (int k = 0; k < kNumOperands; ++k) words[1 + k] = static_cast<uint64_t>(dim.strides[k]);
+  for (int k = 0; k < kDimWords - 1; ++k) words[1 + k] = static_cast<uint64_t>(dim.strides[k]);
 }
 
 // The dimensions of a strided tensor, and how many they are; a flat one has one.
@@ -19,13 +19,13 @@ inline int pack_dims(const TensorEntry& entry, uint64_t* words) {
   const StridedDim flat = {entry.numel, {1, 1, 1}};
   const StridedDim* const dims = entry.layout != nullptr ? entry.layout->dims : &flat;
   const int ndim = entry.layout != nullptr ? entry.layout->ndim : 1;
-  for (int d = 0; d < ndim; ++d) pack_dim(dims[d], words + 4 * d);
+  for (int d = 0; d < ndim; ++d) pack_dim(dims[d], words + kDimWords * d);
   return ndim;
 }
 
 inline uint64_t pack_dtypes(const TensorEntry& entry) {
   return static_cast<uint64_t>(entry.param_dtype) | static_cast<uint64_t>(entry.grad_dtype) << 8 |
-         static_cast<uint64_t>(entry.buffer_dtype) << 16;
+         static_cast<uint64_t>(entry.state_dtype[0]) << 16;
 }
 
 // Fills a table tensor by tensor. A kind of tensors tells what its records and groups have, packs
@@ -37,30 +37,30 @@ class Packer {
   using Table = LaunchTable<kBytes>;
 
   explicit Packer(const Launching& launching) : rounding_step_(launching.table.rounding_step) {
-    const Overflow& overflow = launching.overflow;
+    const StepScalars& scalars = launching.scalars;
     const bool has_device_numbers = launching.has_device_numbers;
     TableHeader& header = table_.header;
-    header = {overflow.found_inf,
-              overflow.grad_scale,
-              overflow.settled,
+    header = {scalars.found_inf,
+              scalars.grad_scale,
+              scalars.settled,
               0,
               static_cast<uint16_t>(kWordsOf<PackedGroup<opmath_t>> +
-                                    (has_device_numbers ? kWordsOf<DeviceHyperparams> : 0) +
+                                    (has_device_numbers ? kWordsOf<Sgd::OnDevice> : 0) +
                                     Kind::kRoundingWords),
               has_device_numbers,
-              overflow.grad_scale != nullptr ? GradNumber::kScale : GradNumber::kNone};
-    if (overflow.grad_factor != nullptr) {
-      header.grad_number = overflow.grad_factor;
+              scalars.grad_scale != nullptr ? GradNumber::kScale : GradNumber::kNone};
+    if (scalars.grad_factor != nullptr) {
+      header.grad_number = scalars.grad_factor;
       header.grad_number_is = GradNumber::kFactor;
     }
     if constexpr (Kind::kReserved != 0) {
-      const AverageWeight weight = {launching.table.average_weight, overflow.average_weight};
+      const AverageWeight weight = {launching.table.average_weight, scalars.average_weight};
       memcpy(table_.words + Table::kNumWords - Kind::kReserved, &weight, sizeof(weight));
     }
   }
 
   // False when there is no room left: launch() first.
-  bool add(const TensorEntry& entry, const Hyperparams& h) {
+  bool add(const TensorEntry& entry, const Hyperparams<Sgd>& h) {
     int64_t chunks = (entry.numel - 1) / Kind::kChunk + 1;
     int64_t last_count = entry.numel - (chunks - 1) * Kind::kChunk;
     if constexpr (requires { Kind::num_chunks(entry); }) {
@@ -76,7 +76,7 @@ class Packer {
     uint64_t* const record = table_.words + at;
     record[0] = reinterpret_cast<uint64_t>(entry.param);
     record[1] = reinterpret_cast<uint64_t>(entry.grad);
-    record[2] = h.has_momentum ? reinterpret_cast<uint64_t>(entry.momentum_buffer) : 0;
+    record[2] = h.has_momentum ? reinterpret_cast<uint64_t>(entry.state[0]) : 0;
     record[3] = pack_chunks(static_cast<uint32_t>(num_chunks_), static_cast<uint32_t>(last_count),
                             static_cast<uint32_t>(group));
     if constexpr (Kind::kRecord != kFlatRecord) {
@@ -109,7 +109,7 @@ class Packer {
   }
 
   // Neighbouring tensors are mostly of one group: the last answer is mostly the next. -1: no room.
-  int find_or_add_group(const TensorEntry& entry, const Hyperparams& h) {
+  int find_or_add_group(const TensorEntry& entry, const Hyperparams<Sgd>& h) {
     const uint32_t cohort = entry.cohort != 0     ? entry.cohort
                             : entry.is_first_step ? kFirstStep
                                                   : kNoCohort;
@@ -123,16 +123,16 @@ class Packer {
 
   // Groups are mostly of few kinds: those that were added last are compared, and one that was
   // missed is only written twice.
-  int compare_or_add_group(uint32_t cohort, const Hyperparams& h) {
+  int compare_or_add_group(uint32_t cohort, const Hyperparams<Sgd>& h) {
     const uint32_t flags = (h.weight_decay == WeightDecay::kL2 ? kHasWeightDecay : 0) |
                            (h.weight_decay == WeightDecay::kDecoupled ? kIsDecoupled : 0) |
                            (h.has_momentum ? kHasMomentum | cohort << kCohortShift : 0) |
                            (h.has_momentum && h.nesterov ? kHasNesterov : 0);
     // Part by part, so that no byte between them is left unset: they are compared as words.
     constexpr int kWords = kWordsOf<PackedGroup<opmath_t>>;
-    uint64_t words[kWords + kWordsOf<DeviceHyperparams> + Kind::kRoundingWords] = {};
+    uint64_t words[kWords + kWordsOf<Sgd::OnDevice> + Kind::kRoundingWords] = {};
     auto* const bytes = reinterpret_cast<char*>(words);
-    memcpy(bytes, &coefficients<opmath_t>(h), sizeof(Coefficients<opmath_t>));
+    memcpy(bytes, &coefficients<opmath_t>(h), sizeof(Sgd::Coefficients<opmath_t>));
     memcpy(bytes + offsetof(PackedGroup<opmath_t>, flags), &flags, sizeof(flags));
     const bool has_numbers = table_.header.has_device_numbers != 0;
     if (has_numbers) {
@@ -170,12 +170,12 @@ class Packer {
 
 template <typename Kind, int kBytes>
 cudaError_t launch_all(const Launching& launching) {
-  const TensorTable& table = launching.table;
+  const StepTable<Sgd>& table = launching.table;
   Packer<Kind, kBytes> packer(launching);
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
-    if (!is_ours(entry, launching.device) || kind_of(entry) != launching.kind) continue;
-    const Hyperparams& h = table.groups[entry.group];
+    if (!lies_on(entry, launching.device) || kind_of(entry) != launching.kind) continue;
+    const Hyperparams<Sgd>& h = table.groups[entry.group];
     if (packer.add(entry, h)) continue;
     if (packer.empty()) return cudaErrorInvalidValue;  // 2^31 chunks: more than any memory holds
     if (const cudaError_t error = packer.launch(launching.stream); error != cudaSuccess) {

@@ -4,15 +4,17 @@
 
 #include <cuda_runtime.h>
 
-#include "../low_precision.h"
+#include "../formats/master.h"
+#include "../formats/philox.h"
+#include "../formats/stochastic.h"
 #include "work.h"
 
 namespace momentum_ext::cuda {
 namespace {
 
-constexpr int kEight = kRandomsPerBlock;
+constexpr int kElemsPerThread = kRandomsPerBlock;
 constexpr int kWarp = 32;
-static_assert(kEight * kWarp == kScaleBlock);
+static_assert(kElemsPerThread * kWarp == kScaleBlock);
 
 // ---- where a thread's elements lie --------------------------------------------------------------
 
@@ -23,7 +25,7 @@ struct InARow {
 };
 struct EachElsewhere {
   static constexpr bool kIsRow = false;
-  int64_t offsets[kEight];
+  int64_t offsets[kElemsPerThread];
   __device__ __forceinline__ int64_t operator[](int k) const { return offsets[k]; }
 };
 
@@ -44,16 +46,16 @@ __device__ __forceinline__ Places<kIsStrided> find_places(const uint64_t* dims, 
     places.param = places.grad = places.buffer = {first};
   } else {
 #pragma unroll
-    for (int k = 0; k < kEight; ++k) {
+    for (int k = 0; k < kElemsPerThread; ++k) {
       // Lanes without elements walk too: to the last.
       uint64_t index = static_cast<uint64_t>(first) + static_cast<uint64_t>(k < count ? k : 0);
       int64_t at_param = 0, at_grad = 0, at_buffer = 0;
 #pragma unroll 1
       for (int d = ndim - 1; d >= 0; --d) {
-        const auto [inside, outside] = split_index(index, dims[4 * d]);
-        at_param += inside * static_cast<int64_t>(dims[4 * d + 1]);
-        at_grad += inside * static_cast<int64_t>(dims[4 * d + 2]);
-        at_buffer += inside * static_cast<int64_t>(dims[4 * d + 3]);
+        const auto [inside, outside] = split_index(index, dims[kDimWords * d]);
+        at_param += inside * static_cast<int64_t>(dims[kDimWords * d + 1]);
+        at_grad += inside * static_cast<int64_t>(dims[kDimWords * d + 2]);
+        at_buffer += inside * static_cast<int64_t>(dims[kDimWords * d + 3]);
         index = outside;
       }
       places.param.offsets[k] = at_param;
@@ -70,7 +72,7 @@ __device__ __forceinline__ Places<kIsStrided> find_places(const uint64_t* dims, 
 // compiler keeps words in registers as words only if it never sees them as anything else.
 template <typename opmath_t>
 struct Stored {
-  uint32_t words[kEight * sizeof(opmath_t) / 4];
+  uint32_t words[kElemsPerThread * sizeof(opmath_t) / 4];
 };
 
 template <typename scalar_t, typename opmath_t>
@@ -125,10 +127,12 @@ __device__ __forceinline__ void take(const Stored<opmath_t>& from, int at, uint4
 }
 
 template <typename bits_t>
-using WordOf = typename MachineWord<std::min<int>(kVectorBytes, kEight * sizeof(bits_t))>::type;
+using WordOf =
+    typename MachineWord<std::min<int>(kVectorBytes, kElemsPerThread * sizeof(bits_t))>::type;
 
 template <typename bits_t>
-constexpr int kNumWords = static_cast<int>(kEight * sizeof(bits_t) / sizeof(WordOf<bits_t>));
+constexpr int kNumWords =
+    static_cast<int>(kElemsPerThread * sizeof(bits_t) / sizeof(WordOf<bits_t>));
 
 template <typename bits_t>
 __device__ __forceinline__ bool begins_on_boundary(const bits_t* first) {
@@ -142,7 +146,7 @@ __device__ __forceinline__ void read_bits(const void* base, const Place& place, 
   const auto* const bits = static_cast<const bits_t*>(base);
   if constexpr (Place::kIsRow) {
     const bits_t* const first = bits + place[0];
-    if (count == kEight && begins_on_boundary(first)) {
+    if (count == kElemsPerThread && begins_on_boundary(first)) {
       const auto* const words = reinterpret_cast<const WordOf<bits_t>*>(first);
 #pragma unroll
       for (int v = 0; v < kNumWords<bits_t>; ++v) {
@@ -152,7 +156,7 @@ __device__ __forceinline__ void read_bits(const void* base, const Place& place, 
     }
   }
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) {
+  for (int k = 0; k < kElemsPerThread; ++k) {
     set_element(to, k, k < count ? bits[place[k]] : bits_t{0});
   }
 }
@@ -163,7 +167,7 @@ __device__ __forceinline__ void write_bits(void* base, const Place& place, int c
   auto* const bits = static_cast<bits_t*>(base);
   if constexpr (Place::kIsRow) {
     bits_t* const first = bits + place[0];
-    if (count == kEight && begins_on_boundary(first)) {
+    if (count == kElemsPerThread && begins_on_boundary(first)) {
       auto* const words = reinterpret_cast<WordOf<bits_t>*>(first);
 #pragma unroll
       for (int v = 0; v < kNumWords<bits_t>; ++v) {
@@ -175,7 +179,7 @@ __device__ __forceinline__ void write_bits(void* base, const Place& place, int c
     }
   }
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) {
+  for (int k = 0; k < kElemsPerThread; ++k) {
     if (k < count) bits[place[k]] = element_of<bits_t>(from, k);
   }
 }
@@ -204,9 +208,9 @@ __device__ __forceinline__ void write(Dtype dtype, void* base, const Place& plac
 
 template <typename scalar_t, typename value_t, typename opmath_t>
 __device__ __forceinline__ void decode_as(const Stored<opmath_t>& stored,
-                                          value_t (&values)[kEight]) {
+                                          value_t (&values)[kElemsPerThread]) {
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) {
+  for (int k = 0; k < kElemsPerThread; ++k) {
     values[k] = static_cast<value_t>(load(element_of<scalar_t>(stored, k)));
   }
 }
@@ -214,7 +218,7 @@ __device__ __forceinline__ void decode_as(const Stored<opmath_t>& stored,
 // Of a dtype of 16 bits or more.
 template <typename value_t, typename opmath_t>
 __device__ __forceinline__ void decode(Dtype dtype, const Stored<opmath_t>& stored,
-                                       value_t (&values)[kEight]) {
+                                       value_t (&values)[kElemsPerThread]) {
   if (dtype == Dtype::kFloat32) return decode_as<float>(stored, values);
   if constexpr (sizeof(value_t) == 8) {
     if (dtype == Dtype::kFloat64) return decode_as<double>(stored, values);
@@ -233,19 +237,19 @@ struct Randoms {
 };
 
 template <bool kIsBuffer, typename scalar_t, typename value_t, typename opmath_t>
-__device__ __forceinline__ void encode_as(const value_t (&values)[kEight], const Randoms& randoms,
-                                          Stored<opmath_t>& stored) {
+__device__ __forceinline__ void encode_as(const value_t (&values)[kElemsPerThread],
+                                          const Randoms& randoms, Stored<opmath_t>& stored) {
   scalar_t element;
   if (randoms.are_drawn) {
 #pragma unroll
-    for (int k = 0; k < kEight; ++k) {
+    for (int k = 0; k < kElemsPerThread; ++k) {
       store_stochastic(element, static_cast<float>(values[k]),
                        kIsBuffer ? random_of_buffer(randoms[k]) : randoms[k]);
       set_element(stored, k, element);
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < kEight; ++k) {
+    for (int k = 0; k < kElemsPerThread; ++k) {
       store(element, static_cast<float>(values[k]));
       set_element(stored, k, element);
     }
@@ -254,17 +258,17 @@ __device__ __forceinline__ void encode_as(const value_t (&values)[kEight], const
 
 // Of a dtype of 16 bits or more; what is wider is not rounded at random.
 template <bool kIsBuffer, typename value_t, typename opmath_t>
-__device__ __forceinline__ void encode(Dtype dtype, const value_t (&values)[kEight],
+__device__ __forceinline__ void encode(Dtype dtype, const value_t (&values)[kElemsPerThread],
                                        const Randoms& randoms, Stored<opmath_t>& stored) {
   if (dtype == Dtype::kFloat32) {
 #pragma unroll
-    for (int k = 0; k < kEight; ++k) set_element(stored, k, static_cast<float>(values[k]));
+    for (int k = 0; k < kElemsPerThread; ++k) set_element(stored, k, static_cast<float>(values[k]));
     return;
   }
   if constexpr (sizeof(value_t) == 8) {
     if (dtype == Dtype::kFloat64) {
 #pragma unroll
-      for (int k = 0; k < kEight; ++k) set_element(stored, k, values[k]);
+      for (int k = 0; k < kElemsPerThread; ++k) set_element(stored, k, values[k]);
       return;
     }
   }
@@ -280,34 +284,31 @@ __device__ __forceinline__ void encode(Dtype dtype, const value_t (&values)[kEig
 template <typename opmath_t>
 __device__ __forceinline__ void decode_master(Master kind, const Stored<opmath_t>& param,
                                               const Stored<opmath_t>& master,
-                                              opmath_t (&values)[kEight]) {
+                                              opmath_t (&values)[kElemsPerThread]) {
   if (kind == Master::kRemainder) {
 #pragma unroll
-    for (int k = 0; k < kEight; ++k) {
+    for (int k = 0; k < kElemsPerThread; ++k) {
       values[k] = join(element_of<BFloat16>(param, k), element_of<int16_t>(master, k));
     }
     return;
   }
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) {
-    // A parameter that is no longer its master rounded was written by someone else, who is
-    // believed.
-    const auto rounded = element_of<Float16>(param, k);
-    const auto exact = element_of<float>(master, k);
-    Float16 expected;
-    store(expected, exact);
-    const float found = load(rounded);
-    const bool both_nan = found != found && exact != exact;
-    values[k] = expected.bits == rounded.bits || both_nan ? exact : found;
+  for (int k = 0; k < kElemsPerThread; ++k) {
+    const auto found = element_of<Float16>(param, k);
+    const auto copy = element_of<float>(master, k);
+    Float16 rounded;
+    store(rounded, copy);
+    values[k] = exact_value(found, load(found), copy, rounded);
   }
 }
 
 template <typename opmath_t>
-__device__ __forceinline__ void encode_master(Master kind, const opmath_t (&values)[kEight],
+__device__ __forceinline__ void encode_master(Master kind,
+                                              const opmath_t (&values)[kElemsPerThread],
                                               Stored<opmath_t>& param, Stored<opmath_t>& master) {
   if (kind == Master::kRemainder) {
 #pragma unroll
-    for (int k = 0; k < kEight; ++k) {
+    for (int k = 0; k < kElemsPerThread; ++k) {
       BFloat16 upper;
       int16_t lower;
       split(static_cast<float>(values[k]), upper, lower);
@@ -317,7 +318,7 @@ __device__ __forceinline__ void encode_master(Master kind, const opmath_t (&valu
     return;
   }
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) {
+  for (int k = 0; k < kElemsPerThread; ++k) {
     Float16 rounded;
     store(rounded, static_cast<float>(values[k]));
     set_element(param, k, rounded);
@@ -329,18 +330,20 @@ __device__ __forceinline__ void encode_master(Master kind, const opmath_t (&valu
 
 template <typename scalar_t, typename opmath_t>
 __device__ __forceinline__ void decode_block_as(const Stored<opmath_t>& stored, float scale,
-                                                opmath_t (&values)[kEight]) {
+                                                opmath_t (&values)[kElemsPerThread]) {
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) values[k] = load(element_of<scalar_t>(stored, k)) * scale;
+  for (int k = 0; k < kElemsPerThread; ++k)
+    values[k] = load(element_of<scalar_t>(stored, k)) * scale;
 }
 
 // A warp's values, of which each lane has `count`; all lanes are here. Returns the block's scale.
 template <typename scalar_t, typename opmath_t>
-__device__ __forceinline__ float encode_block_as(const opmath_t (&values)[kEight], int count,
-                                                 const Randoms& randoms, Stored<opmath_t>& stored) {
+__device__ __forceinline__ float encode_block_as(const opmath_t (&values)[kElemsPerThread],
+                                                 int count, const Randoms& randoms,
+                                                 Stored<opmath_t>& stored) {
   uint32_t largest = 0;
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) {
+  for (int k = 0; k < kElemsPerThread; ++k) {
     const uint32_t bits = detail::bits_of(static_cast<float>(values[k])) & 0x7fffffffu;
     largest = k < count && bits > largest ? bits : largest;
   }
@@ -354,9 +357,9 @@ __device__ __forceinline__ float encode_block_as(const opmath_t (&values)[kEight
     stored.words[0] = stored.words[1] = 0;
     return found.scale;
   }
-  float scaled[kEight];
+  float scaled[kElemsPerThread];
 #pragma unroll
-  for (int k = 0; k < kEight; ++k) {
+  for (int k = 0; k < kElemsPerThread; ++k) {
     scaled[k] = k < count ? static_cast<float>(values[k]) * found.inverse : 0;
   }
   encode_as<true, scalar_t>(scaled, randoms, stored);

@@ -14,7 +14,7 @@
 //
 // Where the parameters' averages are kept, each is brought up to date with its element.
 //
-// Compile with --fmad=false: every fma is written out, in update_rule.h.
+// Compile with --fmad=false: every fma is written out, in ../rules.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -70,16 +70,15 @@ struct Flat {
     if (work.reads_buffer) read(buffer + i, b);
     [[maybe_unused]] param_t a[kCount] = {};
     if constexpr (kHasAverage) read(average + i, a);
-    with_rule(work.rule, [&](auto rule) {
-      using Rule = decltype(rule);
+    with_variant(work.variant, [&](auto variant) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        opmath_t new_p = decayed(work.decay_factor, opmath_t{load(p[k])});
+        opmath_t new_p = Sgd::decayed(work.decay_factor, opmath_t{load(p[k])});
         opmath_t new_b = 0;
-        if constexpr (Rule::kMomentum == Momentum::kLaterStep) new_b = load(b[k]);
-        update_element<FusedMultiplyAdd, Rule::kWeightDecay, Rule::kMomentum, Rule::kNesterov>(
-            work.coefficients, static_cast<opmath_t>(load(g[k])), new_p, new_b);
-        if constexpr (Rule::kMomentum != Momentum::kNone) store(b[k], new_b);
+        if constexpr (decltype(variant)::kMomentum == Momentum::kLaterStep) new_b = load(b[k]);
+        Sgd::update<FusedMultiplyAdd>(variant, work.coefficients, static_cast<opmath_t>(load(g[k])),
+                                      new_p, new_b);
+        if constexpr (decltype(variant)::kMomentum != Momentum::kNone) store(b[k], new_b);
         store(p[k], new_p);
       }
     });
@@ -88,7 +87,8 @@ struct Flat {
     if constexpr (kHasAverage) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        store(a[k], new_average<opmath_t>(average_weight, load(a[k]), load(p[k])));
+        store(a[k],
+              new_average<FusedMultiplyAdd, opmath_t>(average_weight, load(a[k]), load(p[k])));
       }
       write(average + i, a);
     }
@@ -192,11 +192,11 @@ struct Census {
   bool has_device_numbers = false;
 };
 
-Census count_tensors(const TensorTable& table, int device) {
+Census count_tensors(const StepTable<Sgd>& table, int device) {
   Census census;
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
-    if (!is_ours(entry, device)) continue;
+    if (!lies_on(entry, device)) continue;
     ++census.of_kind[kind_of(entry)];
     census.has_device_numbers =
         census.has_device_numbers || table.groups[entry.group].on_device.any();
@@ -204,14 +204,14 @@ Census count_tensors(const TensorTable& table, int device) {
   return census;
 }
 
-cudaError_t launch_kinds(const TensorTable& table, int device, const Overflow& overflow,
+cudaError_t launch_kinds(const StepTable<Sgd>& table, int device, const StepScalars& scalars,
                          cudaStream_t stream) {
   const Census census = count_tensors(table, device);
   for (int8_t k = 0; k < kNumKinds; ++k) {
     if (census.of_kind[k] == 0) continue;
     const Launching launching = {table,
                                  device,
-                                 overflow,
+                                 scalars,
                                  census.has_device_numbers,
                                  stream,
                                  static_cast<KindIndex>(k),
@@ -227,24 +227,25 @@ cudaError_t launch_kinds(const TensorTable& table, int device, const Overflow& o
 
 }  // namespace
 
-cudaError_t step(const TensorTable& table, int device, const Overflow& overflow, bool one_by_one,
-                 cudaStream_t stream) {
+template <>
+cudaError_t step<Sgd>(const StepTable<Sgd>& table, int device, const StepScalars& scalars,
+                      bool one_by_one, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (one_by_one) {
     for (int64_t i = 0; i < table.num_entries && error == cudaSuccess; ++i) {
-      TensorTable one = table;
+      StepTable<Sgd> one = table;
       one.entries += i;
       one.num_entries = 1;
-      error = launch_kinds(one, device, overflow, stream);
+      error = launch_kinds(one, device, scalars, stream);
     }
   } else {
-    error = launch_kinds(table, device, overflow, stream);
+    error = launch_kinds(table, device, scalars, stream);
   }
-  if (error != cudaSuccess || overflow.newest_cohort == 0) return error;
-  const float* found_inf = overflow.found_inf;
-  uint32_t newest_cohort = overflow.newest_cohort;
-  uint32_t* settled = overflow.settled;
-  uint32_t* settled_on_host = overflow.settled_on_host;
+  if (error != cudaSuccess || scalars.newest_cohort == 0) return error;
+  const float* found_inf = scalars.found_inf;
+  uint32_t newest_cohort = scalars.newest_cohort;
+  uint32_t* settled = scalars.settled;
+  uint32_t* settled_on_host = scalars.settled_on_host;
   void* arguments[] = {&found_inf, &newest_cohort, &settled, &settled_on_host};
   return cudaLaunchKernel(record_settled, dim3(1), dim3(1), arguments, 0, stream);
 }

@@ -103,7 +103,8 @@ struct Strided {
   static void pack_rest(const TensorEntry& entry, uint64_t* record) {
     const BlockShape shape(entry, kLogChunk);
     record[5] = pack_dtypes(entry) | static_cast<uint64_t>(shape.ndim) << 24;
-    for (int d = 0; d < shape.ndim; ++d) pack_dim(shape.dims[d], record + kFirstDim + 4 * d);
+    for (int d = 0; d < shape.ndim; ++d)
+      pack_dim(shape.dims[d], record + kFirstDim + kDimWords * d);
     for (int d = 0; d < BlockShape::kBlockDims; ++d) {
       record[5] |= static_cast<uint64_t>(shape.log_sizes[d]) << (32 + 8 * d);
     }
@@ -114,8 +115,9 @@ template <typename opmath_t, int kBytes>
 __device__ __forceinline__ void average_one(const LaunchTable<kBytes>& table, int dtype,
                                             const void* param, void* average, int64_t i) {
   store_as(dtype, average, i,
-           new_average(read_average_weight<opmath_t>(table), load_as<opmath_t>(dtype, average, i),
-                       load_as<opmath_t>(dtype, param, i)));
+           new_average<FusedMultiplyAdd>(read_average_weight<opmath_t>(table),
+                                         load_as<opmath_t>(dtype, average, i),
+                                         load_as<opmath_t>(dtype, param, i)));
 }
 
 template <typename Kind, int kBytes>
@@ -143,14 +145,14 @@ __global__ void __launch_bounds__(kThreads, kStridedBlocksAtOnce)
   int sizes[kBlockDims];
   int64_t begin_param = 0, begin_grad = 0, begin_buffer = 0;
   const auto begin_at = [&](int d, int64_t index) {
-    begin_param += index * static_cast<int64_t>(dims[4 * d + 1]);
-    begin_grad += index * static_cast<int64_t>(dims[4 * d + 2]);
-    begin_buffer += index * static_cast<int64_t>(dims[4 * d + 3]);
+    begin_param += index * static_cast<int64_t>(dims[kDimWords * d + 1]);
+    begin_grad += index * static_cast<int64_t>(dims[kDimWords * d + 2]);
+    begin_buffer += index * static_cast<int64_t>(dims[kDimWords * d + 3]);
   };
   uint64_t number = static_cast<uint64_t>(chunk.begin) >> Kind::kLogChunk;
 #pragma unroll
   for (int d = 0; d < kBlockDims; ++d) {
-    const auto size = static_cast<int64_t>(dims[4 * d]);
+    const auto size = static_cast<int64_t>(dims[kDimWords * d]);
     const auto log_size = static_cast<int>(log_sizes >> 8 * d & 0xffu);
     const auto [block, rest] =
         split_index(number, static_cast<uint64_t>((size - 1) >> log_size) + 1);
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kStridedBlocksAtOnce)
   }
 #pragma unroll 1
   for (int d = kBlockDims; d < ndim; ++d) {
-    const auto [index, rest] = split_index(number, dims[4 * d]);
+    const auto [index, rest] = split_index(number, dims[kDimWords * d]);
     begin_at(d, index);
     number = rest;
   }
@@ -178,19 +180,17 @@ __global__ void __launch_bounds__(kThreads, kStridedBlocksAtOnce)
       const int index = rest & ((1 << log_size) - 1);
       rest >>= log_size;
       is_there = is_there && index < sizes[d];
-      at_param += index * static_cast<int64_t>(dims[4 * d + 1]);
-      at_grad += index * static_cast<int64_t>(dims[4 * d + 2]);
-      at_buffer += index * static_cast<int64_t>(dims[4 * d + 3]);
+      at_param += index * static_cast<int64_t>(dims[kDimWords * d + 1]);
+      at_grad += index * static_cast<int64_t>(dims[kDimWords * d + 2]);
+      at_buffer += index * static_cast<int64_t>(dims[kDimWords * d + 3]);
     }
     if (!is_there || rest != 0) continue;
-    auto p = decayed(work.decay_factor, load_as<opmath_t>(param_dtype, param, at_param));
+    auto p = Sgd::decayed(work.decay_factor, load_as<opmath_t>(param_dtype, param, at_param));
     const auto g = load_as<opmath_t>(grad_dtype, grad, at_grad);
     opmath_t b = 0;
     if (work.reads_buffer) b = load_as<opmath_t>(buffer_dtype, buffer, at_buffer);
-    with_rule(work.rule, [&](auto rule) {
-      using Rule = decltype(rule);
-      update_element<FusedMultiplyAdd, Rule::kWeightDecay, Rule::kMomentum, Rule::kNesterov>(
-          work.coefficients, g, p, b);
+    with_variant(work.variant, [&](auto variant) {
+      Sgd::update<FusedMultiplyAdd>(variant, work.coefficients, g, p, b);
     });
     if (work.writes_buffer) store_as(buffer_dtype, buffer, at_buffer, b);
     store_as(param_dtype, param, at_param, p);

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include "../rules/average.h"
+#include "../rules/clip.h"
 #include "launch_table.h"
 
 namespace momentum_ext::cuda {
@@ -14,62 +16,48 @@ constexpr int kVectorBytes = 16;
 
 // ---- what a block has to do ---------------------------------------------------------------------
 
-// The flags of update_element(), as a type and as the number that stands for it at run time.
-template <WeightDecay kWeightDecay_, Momentum kMomentum_, bool kNesterov_>
-struct Rule {
-  static constexpr WeightDecay kWeightDecay = kWeightDecay_;
-  static constexpr Momentum kMomentum = kMomentum_;
-  static constexpr bool kNesterov = kNesterov_;
-};
-
-// Calls body(Rule<...>()) for the rule with this number. All threads of a block have the same one.
+// Calls body(Sgd::Variant<...>()) for the variant with this number. All threads of a block have the
+// same one.
 template <typename Body>
-__device__ __forceinline__ void with_rule(int rule, const Body& body) {
-  switch (rule) {
+__device__ __forceinline__ void with_variant(int variant, const Body& body) {
+  switch (variant) {
     case 0:
-      return body(Rule<WeightDecay::kNone, Momentum::kNone, false>());
+      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kNone, false>());
     case 1:
-      return body(Rule<WeightDecay::kL2, Momentum::kNone, false>());
+      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kNone, false>());
     case 2:
-      return body(Rule<WeightDecay::kNone, Momentum::kLaterStep, false>());
+      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kLaterStep, false>());
     case 3:
-      return body(Rule<WeightDecay::kL2, Momentum::kLaterStep, false>());
+      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kLaterStep, false>());
     case 4:
-      return body(Rule<WeightDecay::kNone, Momentum::kLaterStep, true>());
+      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kLaterStep, true>());
     case 5:
-      return body(Rule<WeightDecay::kL2, Momentum::kLaterStep, true>());
+      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kLaterStep, true>());
     case 6:
-      return body(Rule<WeightDecay::kNone, Momentum::kFirstStep, false>());
+      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kFirstStep, false>());
     case 7:
-      return body(Rule<WeightDecay::kL2, Momentum::kFirstStep, false>());
+      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kFirstStep, false>());
     case 8:
-      return body(Rule<WeightDecay::kNone, Momentum::kFirstStep, true>());
+      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kFirstStep, true>());
     default:
-      return body(Rule<WeightDecay::kL2, Momentum::kFirstStep, true>());
+      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kFirstStep, true>());
   }
 }
 
 template <typename opmath_t>
 struct Work {
-  Coefficients<opmath_t> coefficients;
+  Sgd::Coefficients<opmath_t> coefficients;
   opmath_t decay_factor;  // of decoupled weight decay, else 1: multiplying is cheaper than asking
-  int rule;
+  int variant;
   bool reads_buffer;
   bool writes_buffer;
 };
 
 template <typename opmath_t>
 __device__ __forceinline__ opmath_t read_number(const DeviceNumber& number) {
-  switch (number.dtype) {
-    case Dtype::kFloat64:
-      return static_cast<opmath_t>(*static_cast<const double*>(number.data));
-    case Dtype::kBFloat16:
-      return load(*static_cast<const BFloat16*>(number.data));
-    case Dtype::kFloat16:
-      return load(*static_cast<const Float16*>(number.data));
-    default:
-      return *static_cast<const float*>(number.data);
-  }
+  return visit_dtype<double>(number.dtype, [&](auto type) -> opmath_t {
+    return static_cast<opmath_t>(load(*static_cast<const decltype(type)*>(number.data)));
+  });
 }
 
 template <typename opmath_t, int kReserved, int kBytes>
@@ -78,7 +66,7 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
   const int at = group_at<kReserved>(table, group);
   const auto packed = unpack<PackedGroup<opmath_t>>(table, at);
   Work<opmath_t> work;
-  Coefficients<opmath_t>& c = work.coefficients;
+  Sgd::Coefficients<opmath_t>& c = work.coefficients;
   c = packed.coefficients;
   bool decays = (packed.flags & kHasWeightDecay) != 0;
   const bool decoupled = (packed.flags & kIsDecoupled) != 0;
@@ -88,15 +76,14 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
   const uint32_t cohort = packed.flags >> kCohortShift;
   bool is_first_step = cohort == kFirstStep;
   if (header.settled != nullptr && cohort != kNoCohort) is_first_step = *header.settled < cohort;
-  // The scale is a float and so is its inverse, as torch.amp.GradScaler computes it.
   if (header.grad_number_is == GradNumber::kScale) {
-    c.grad_coef *= 1.0f / *static_cast<const float*>(header.grad_number);
+    c.grad_coef *= inverse_of_scale(*static_cast<const float*>(header.grad_number));
   } else if (header.grad_number_is == GradNumber::kFactor) {
     c.grad_coef *= static_cast<opmath_t>(*static_cast<const double*>(header.grad_number));
   }
   if (header.has_device_numbers != 0) {
     const int behind = at + kWordsOf<PackedGroup<opmath_t>>;
-    const auto numbers = unpack<DeviceHyperparams>(table, behind);
+    const auto numbers = unpack<Sgd::OnDevice>(table, behind);
     if (numbers.lr.data != nullptr) c.step = read_number<opmath_t>(numbers.lr);
     if (numbers.momentum.data != nullptr) c.momentum = read_number<opmath_t>(numbers.momentum);
     if (numbers.weight_decay.data != nullptr) {
@@ -104,7 +91,7 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
       decays = c.weight_decay != 0;
     }
   }
-  work.rule =
+  work.variant =
       (decays ? 1 : 0) + (has_momentum ? 2 : 0) + (nesterov ? 2 : 0) + (is_first_step ? 4 : 0);
   work.reads_buffer = has_momentum && !is_first_step;
   work.writes_buffer = has_momentum;
@@ -116,12 +103,6 @@ __device__ __forceinline__ opmath_t read_average_weight(const LaunchTable<kBytes
   constexpr int kReserved = kWordsOf<AverageWeight>;
   const auto weight = unpack<AverageWeight>(table, LaunchTable<kBytes>::kNumWords - kReserved);
   return static_cast<opmath_t>(weight.on_device != nullptr ? *weight.on_device : weight.number);
-}
-
-// The average after an update; with a weight of 1 there may be nothing yet to average with.
-template <typename opmath_t>
-__device__ __forceinline__ opmath_t new_average(opmath_t weight, opmath_t average, opmath_t param) {
-  return weight == 1 ? param : average_of<FusedMultiplyAdd>(weight, average, param);
 }
 
 template <int kBytes>
@@ -163,8 +144,7 @@ __device__ __forceinline__ Position split_index(uint64_t index, uint64_t size) {
   return {static_cast<int64_t>(index - quotient * size), quotient};
 }
 
-// ---- machine words
-// ----------------------------------------------------------------------------------
+// ---- machine words ------------------------------------------------------------------------------
 
 // The machine words in which a thread moves its elements.
 template <int kBytes>

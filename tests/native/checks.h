@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/tensor_table.h"
+#include "../../csrc/rules/sgd.h"
+#include "../../csrc/table.h
 
 namespace {
 
@@ -90,7 +91,7 @@ struct Orders {
       made.push_back({size, {}});
     }
     const std::vector<size_t>* const memory[] = {&param, &grad, &buffer};
-    for (int t = 0; t < kNumOperands; ++t) {
+    for (int t = 0; t <= kState; ++t) {
       int64_t stride = t == kParam ? gap : 1;
       for (size_t k = sizes.size(); k-- > 0;) {
         StridedDim& dim = made[(*memory[t])[k]];

@@ -13,9 +13,9 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cpu/backend.h"
 #include "../../csrc/cuda/low_precision.cu"
 #include "../../csrc/cuda/step.cu"
-#include "../../csrc/momentum.h"
 #include "checks.h"
 
 using namespace momentum_ext;
@@ -78,13 +78,13 @@ struct Tensors {
 
   void keep_average(int64_t offset) { average = Array(param.dtype, param.size, offset); }
 
-  TensorEntry entry(const std::vector<Hyperparams>& groups, bool on_cpu, int16_t device) {
+  TensorEntry entry(const std::vector<Hyperparams<Sgd>>& groups, bool on_cpu, int16_t device) {
     layout = {dims.data(), static_cast<int>(dims.size())};
     TensorEntry made{};
     made.param = on_cpu ? param.twin.data() : param.data();
     made.grad = on_cpu ? grad.twin.data() : grad.data();
     if (groups[group].has_momentum) {
-      made.momentum_buffer = on_cpu ? buffer.twin.data() : buffer.data();
+      made.state[0] = on_cpu ? buffer.twin.data() : buffer.data();
     }
     if (average.size != 0) made.average = on_cpu ? average.twin.data() : average.data();
     made.layout = dims.empty() ? nullptr : &layout;
@@ -92,7 +92,7 @@ struct Tensors {
     made.group = group;
     made.param_dtype = param.dtype;
     made.grad_dtype = grad.dtype;
-    made.buffer_dtype = buffer.dtype;
+    made.state_dtype[0] = buffer.dtype;
     made.is_first_step = is_first_step;
     made.device = on_cpu ? kCpu : device;
     made.cohort = on_cpu ? 0 : cohort;
@@ -133,11 +133,11 @@ Tensors permuted(const Orders& orders, Dtype p, Dtype g, uint32_t group, bool fi
   int64_t numel = 1, sizes[] = {1, 1, 1};
   for (const StridedDim& dim : dims) {
     numel *= dim.size;
-    for (int t = 0; t < kNumOperands; ++t) sizes[t] += (dim.size - 1) * dim.strides[t];
+    for (int t = 0; t <= kState; ++t) sizes[t] += (dim.size - 1) * dim.strides[t];
   }
   return {Array(p, sizes[kParam], 1),
           Array(g, sizes[kGrad], 0),
-          Array(p, sizes[kBuffer], 3),
+          Array(p, sizes[kState], 3),
           dims,
           {},
           numel,
@@ -148,33 +148,35 @@ Tensors permuted(const Orders& orders, Dtype p, Dtype g, uint32_t group, bool fi
 // ---- both backends ------------------------------------------------------------------------------
 
 std::vector<TensorEntry> entries_of(std::vector<Tensors>& list,
-                                    const std::vector<Hyperparams>& groups, bool on_cpu,
+                                    const std::vector<Hyperparams<Sgd>>& groups, bool on_cpu,
                                     int16_t device) {
   std::vector<TensorEntry> entries;
   for (Tensors& each : list) entries.push_back(each.entry(groups, on_cpu, device));
   return entries;
 }
 
-void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups,
+void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams<Sgd>>& groups,
               double average_weight = 0) {
   const std::vector<TensorEntry> entries = entries_of(list, groups, true, 0);
   std::vector<int64_t> first_element{0};
   for (const TensorEntry& each : entries) {
     first_element.push_back(first_element.back() + each.numel);
   }
-  cpu::step({entries.data(), first_element.data(), static_cast<int64_t>(entries.size()),
-             groups.data(), average_weight},
-            1);
+  cpu::step<Sgd>({{entries.data(), first_element.data(), static_cast<int64_t>(entries.size())},
+                  groups.data(),
+                  average_weight},
+                 1);
 }
 
-cudaError_t cuda_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups,
-                      const Overflow& overflow = {}, int16_t device = 0, bool one_by_one = false,
+cudaError_t cuda_step(std::vector<Tensors>& list, const std::vector<Hyperparams<Sgd>>& groups,
+                      const StepScalars& scalars = {}, int16_t device = 0, bool one_by_one = false,
                       double average_weight = 0) {
   const std::vector<TensorEntry> entries = entries_of(list, groups, false, device);
   emulated::launches.clear();
-  return cuda::step({entries.data(), nullptr, static_cast<int64_t>(entries.size()), groups.data(),
-                     average_weight},
-                    device, overflow, one_by_one, nullptr);
+  return cuda::step<Sgd>({{entries.data(), nullptr, static_cast<int64_t>(entries.size())},
+                          groups.data(),
+                          average_weight},
+                         device, scalars, one_by_one, nullptr);
 }
 
 void check_same(const std::vector<Tensors>& list, const std::string& name) {
@@ -186,15 +188,15 @@ void check_same(const std::vector<Tensors>& list, const std::string& name) {
   }
 }
 
-void compare(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups,
+void compare(std::vector<Tensors>& list, const std::vector<Hyperparams<Sgd>>& groups,
              const std::string& name, int16_t device = 0) {
   expect(cuda_step(list, groups, {}, device) == cudaSuccess, name + ": launched");
   cpu_step(list, groups);
   check_same(list, name);
 }
 
-std::vector<Hyperparams> all_hyperparams() {
-  std::vector<Hyperparams> all;
+std::vector<Hyperparams<Sgd>> all_hyperparams() {
+  std::vector<Hyperparams<Sgd>> all;
   for (const WeightDecay decay : {WeightDecay::kNone, WeightDecay::kL2, WeightDecay::kDecoupled}) {
     const double decay_number = decay == WeightDecay::kNone ? 0.0
                                 : decay == WeightDecay::kL2 ? 0.01
@@ -203,7 +205,7 @@ std::vector<Hyperparams> all_hyperparams() {
       for (const bool nesterov : {false, true}) {
         for (const double sign : {1.0, -0.0078125}) {
           if (nesterov && momentum == 0.0) continue;
-          Hyperparams h;
+          Hyperparams<Sgd> h;
           h.weight_decay = decay;
           h.has_momentum = momentum != 0.0;
           h.nesterov = nesterov;
@@ -220,7 +222,7 @@ std::vector<Hyperparams> all_hyperparams() {
 // ---- the tests ----------------------------------------------------------------------------------
 
 // Sizes around every vector and chunk edge, every dtype and formula, in one list.
-void test_sizes(const std::vector<Hyperparams>& groups) {
+void test_sizes(const std::vector<Hyperparams<Sgd>>& groups) {
   const int64_t none[] = {0, 0, 0};
   for (const Dtype dtype : kDtypes) {
     const int64_t chunk = dtype == Dtype::kFloat64 ? 2048 : dtype == Dtype::kFloat32 ? 4096 : 8192;
@@ -240,7 +242,7 @@ void test_sizes(const std::vector<Hyperparams>& groups) {
 }
 
 // Pointers that are unaligned alike, and pointers that are not.
-void test_alignment(const std::vector<Hyperparams>& groups) {
+void test_alignment(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Dtype dtype : kDtypes) {
     std::vector<Tensors> list;
     for (int64_t p = 0; p < 8; ++p) {
@@ -258,7 +260,7 @@ void test_alignment(const std::vector<Hyperparams>& groups) {
 }
 
 // Every mix of dtypes, flat and strided, aligned or not, with and without momentum.
-void test_mixes(const std::vector<Hyperparams>& groups) {
+void test_mixes(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Dtype p : kDtypes) {
     for (const Dtype g : kDtypes) {
       for (const Dtype b : kDtypes) {
@@ -281,7 +283,7 @@ void test_mixes(const std::vector<Hyperparams>& groups) {
 }
 
 // Every layout, and tensors of several blocks of threads.
-void test_layouts(const std::vector<Hyperparams>& groups) {
+void test_layouts(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Dtype dtype : kDtypes) {
     for (const Dtype other : {dtype, Dtype::kBFloat16}) {
       std::vector<Tensors> list;
@@ -299,7 +301,7 @@ void test_layouts(const std::vector<Hyperparams>& groups) {
 }
 
 // As many dimensions as the kernel takes.
-void test_many_dims(const std::vector<Hyperparams>& groups) {
+void test_many_dims(const std::vector<Hyperparams<Sgd>>& groups) {
   std::vector<Tensors> list;
   Tensors deep = flat(6561, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {0, 0, 0}, 9, false);
   for (int64_t d = 0, stride = 2187, other = 1; d < 8; ++d, stride /= 3, other *= 3) {
@@ -310,7 +312,7 @@ void test_many_dims(const std::vector<Hyperparams>& groups) {
 }
 
 // One launch up to the capacity, then as few as possible; by the 4 KB form where it must be.
-void test_long_lists(const std::vector<Hyperparams>& groups) {
+void test_long_lists(const std::vector<Hyperparams<Sgd>>& groups) {
   const auto list_of = [&](int64_t count, Dtype dtype) {
     std::vector<Tensors> list;
     for (int64_t k = 0; k < count; ++k) {
@@ -368,10 +370,10 @@ void test_long_lists(const std::vector<Hyperparams>& groups) {
 // 465 groups that all differ, one tensor each: one launch; 2,000: several.
 void test_many_groups() {
   for (const int64_t count : {465, 2000}) {
-    std::vector<Hyperparams> groups;
+    std::vector<Hyperparams<Sgd>> groups;
     std::vector<Tensors> list;
     for (int64_t k = 0; k < count; ++k) {
-      Hyperparams h;
+      Hyperparams<Sgd> h;
       h.has_momentum = k % 4 != 0;
       h.nesterov = k % 4 == 1;
       h.weight_decay = static_cast<WeightDecay>(k % 3);
@@ -387,7 +389,7 @@ void test_many_groups() {
 }
 
 // Tensors that share memory are updated in order.
-void test_one_by_one(const std::vector<Hyperparams>& groups) {
+void test_one_by_one(const std::vector<Hyperparams<Sgd>>& groups) {
   std::vector<Tensors> list;
   for (int64_t k = 0; k < 5; ++k) {
     list.push_back(
@@ -400,7 +402,7 @@ void test_one_by_one(const std::vector<Hyperparams>& groups) {
 }
 
 // A GradScaler's tensors, and a first step that the device leaves out.
-void test_overflow(std::vector<Hyperparams> groups) {
+void test_overflow(std::vector<Hyperparams<Sgd>> groups) {
   for (const Dtype dtype : kDtypes) {
     for (uint32_t group = 0; group < groups.size(); ++group) {
       std::vector<Tensors> list;
@@ -415,17 +417,17 @@ void test_overflow(std::vector<Hyperparams> groups) {
       float found_inf = 1;
       const float grad_scale = 1024;
       uint32_t settled = 0, settled_on_host = 0;
-      Overflow overflow = {&found_inf, &grad_scale, &settled, &settled_on_host, 1};
-      const auto set_scale = [](Hyperparams h) {
+      StepScalars scalars = {&found_inf, &grad_scale, &settled, &settled_on_host, 1};
+      const auto set_scale = [](Hyperparams<Sgd> h) {
         h.f64.grad_coef *= 1.0 / 1024;
         round_to_float(h);
         return h;
       };
-      std::vector<Hyperparams> scaled;
-      for (const Hyperparams& each : groups) scaled.push_back(set_scale(each));
+      std::vector<Hyperparams<Sgd>> scaled;
+      for (const Hyperparams<Sgd>& each : groups) scaled.push_back(set_scale(each));
 
       for (int skipped = 0; skipped < 2; ++skipped) {
-        cuda_step(list, groups, overflow);
+        cuda_step(list, groups, scalars);
         check_same(list, "an overflow changes nothing");
         expect(settled == 0 && settled_on_host == 0, "an overflow is no first step");
       }
@@ -435,7 +437,7 @@ void test_overflow(std::vector<Hyperparams> groups) {
         cpu_step(list, scaled);
         for (Tensors& each : list) each.is_first_step = false;
       };
-      cuda_step(list, groups, overflow);
+      cuda_step(list, groups, scalars);
       expect(settled == 1 && settled_on_host == 1, "the first step is recorded");
       twin_step(true, list.size());
       check_same(list, "the first step after an overflow");
@@ -443,11 +445,11 @@ void test_overflow(std::vector<Hyperparams> groups) {
       // A second cohort joins in a step that overflows; the first one goes on.
       list.push_back(flat(65, dtype, dtype, dtype, {0, 0, 0}, group, false));
       list.back().cohort = 2;
-      overflow.newest_cohort = 2;
+      scalars.newest_cohort = 2;
       found_inf = 1;
-      cuda_step(list, groups, overflow);
+      cuda_step(list, groups, scalars);
       found_inf = 0;
-      cuda_step(list, groups, overflow);
+      cuda_step(list, groups, scalars);
       for (Tensors& each : list) each.is_first_step = each.cohort == 2;
       cpu_step(list, scaled);
       for (Tensors& each : list) each.is_first_step = false;
@@ -455,13 +457,13 @@ void test_overflow(std::vector<Hyperparams> groups) {
       expect(settled == 2, "the second cohort is recorded");
 
       // A replay of an old graph, and a step without the GradScaler.
-      overflow.newest_cohort = 1;
-      cuda_step(list, groups, overflow);
+      scalars.newest_cohort = 1;
+      cuda_step(list, groups, scalars);
       expect(settled == 2, "an old graph records nothing old");
       twin_step(false, list.size());
       check_same(list, "a later step");
-      overflow = {nullptr, nullptr, &settled, &settled_on_host, 2};
-      cuda_step(list, groups, overflow);
+      scalars = {nullptr, nullptr, &settled, &settled_on_host, 2};
+      cuda_step(list, groups, scalars);
       cpu_step(list, groups);
       check_same(list, "a step without the GradScaler");
     }
@@ -469,12 +471,12 @@ void test_overflow(std::vector<Hyperparams> groups) {
 }
 
 // A factor in device memory is what it would be on the host, rounded once.
-void test_grad_factor(const std::vector<Hyperparams>& groups) {
+void test_grad_factor(const std::vector<Hyperparams<Sgd>>& groups) {
   const double factor = 1.0 / 3;
-  Overflow overflow;
-  overflow.grad_factor = &factor;
-  std::vector<Hyperparams> multiplied = groups;
-  for (Hyperparams& each : multiplied) {
+  StepScalars scalars;
+  scalars.grad_factor = &factor;
+  std::vector<Hyperparams<Sgd>> multiplied = groups;
+  for (Hyperparams<Sgd>& each : multiplied) {
     each.f64.grad_coef *= factor;  // these are powers of two: one rounding there as here
     round_to_float(each);
   }
@@ -484,14 +486,14 @@ void test_grad_factor(const std::vector<Hyperparams>& groups) {
       list.push_back(flat(5001, dtype, dtype, dtype, {0, 0, 0}, group, false));
       list.push_back(strided(7, 9, dtype, dtype, dtype, group, true));
     }
-    cuda_step(list, groups, overflow);
+    cuda_step(list, groups, scalars);
     cpu_step(list, multiplied);
     check_same(list, "a factor in device memory");
   }
 }
 
 // Averages of flat tensors of every mix of dtypes, aligned or not, beside tensors without.
-void test_averages(const std::vector<Hyperparams>& groups) {
+void test_averages(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const double weight : {1.0, 0.25, 0.75, 2e-4}) {
     for (const Dtype p : kDtypes) {
       for (const Dtype other : kDtypes) {
@@ -505,17 +507,17 @@ void test_averages(const std::vector<Hyperparams>& groups) {
             list.push_back(flat(numel, p, p, p, {0, 0, 0}, group, false));
           }
         }
-        Overflow overflow;
+        StepScalars scalars;
         for (const bool on_device : {false, true}) {
-          if (on_device) overflow.average_weight = &weight;
-          cuda_step(list, groups, overflow, 0, false, on_device ? 99 : weight);
+          if (on_device) scalars.average_weight = &weight;
+          cuda_step(list, groups, scalars, 0, false, on_device ? 99 : weight);
           cpu_step(list, groups, weight);
           for (Tensors& each : list) each.is_first_step = false;
           check_same(list, "averages");
         }
         const float found_inf = 1;
-        overflow.found_inf = &found_inf;
-        cuda_step(list, groups, overflow, 0, false, weight);
+        scalars.found_inf = &found_inf;
+        cuda_step(list, groups, scalars, 0, false, weight);
         check_same(list, "an overflow leaves the averages");
       }
     }
@@ -540,7 +542,7 @@ void test_averages(const std::vector<Hyperparams>& groups) {
     TensorEntry entry = each.entry(groups, true, 0);
     entry.average = nullptr;
     const int64_t first_element[] = {0, entry.numel};
-    cpu::step({&entry, first_element, 1, groups.data()}, 1);
+    cpu::step<Sgd>({{&entry, first_element, 1}, groups.data()}, 1);
     check_same(list, "the average of a strided tensor");
   }
 
@@ -570,14 +572,14 @@ void test_averages(const std::vector<Hyperparams>& groups) {
 }
 
 // lr, weight decay and momentum in device memory, of every dtype, changed between two launches.
-void test_device_numbers(const std::vector<Hyperparams>& groups) {
+void test_device_numbers(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Dtype dtype : kDtypes) {
     for (const Dtype number : kDtypes) {
       for (uint32_t group = 0; group < groups.size(); ++group) {
-        std::vector<Hyperparams> on_host = groups;
-        std::vector<Hyperparams> on_device = groups;
+        std::vector<Hyperparams<Sgd>> on_host = groups;
+        std::vector<Hyperparams<Sgd>> on_device = groups;
         alignas(8) char lr[8], weight_decay[8], momentum[8];
-        Hyperparams& h = on_device[group];
+        Hyperparams<Sgd>& h = on_device[group];
         h.weight_decay = WeightDecay::kL2;
         h.f64.step = h.f64.weight_decay = 99;  // never used
         round_to_float(h);
@@ -593,7 +595,7 @@ void test_device_numbers(const std::vector<Hyperparams>& groups) {
           put(number, lr, 0.5 + decay);
           put(number, weight_decay, decay);
           put(number, momentum, 0.75 + decay / 2);
-          Hyperparams& same = on_host[group];
+          Hyperparams<Sgd>& same = on_host[group];
           same.weight_decay = decay != 0 ? WeightDecay::kL2 : WeightDecay::kNone;
           same.f64.step = 0.5 + decay;
           same.f64.weight_decay = decay;
@@ -620,7 +622,7 @@ char* reserve(size_t bytes) {
   return static_cast<char*>(got);
 }
 
-void test_huge(const std::vector<Hyperparams>& groups) {
+void test_huge(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Dtype dtype : kDtypes) {
     for (const bool is_strided : {false, true}) {
       const int64_t size = itemsize(dtype);
@@ -643,7 +645,7 @@ void test_huge(const std::vector<Hyperparams>& groups) {
       const StridedLayout layout = {&dim, 1};
       entries[0].param = memory[0];
       entries[0].grad = memory[1];
-      entries[0].momentum_buffer = memory[2];
+      entries[0].state[0] = memory[2];
       entries[0].numel = numel;
       if (is_strided) entries[0].layout = &layout;
       // Blocks before the tail are left out: run all would take minutes.
@@ -651,13 +653,13 @@ void test_huge(const std::vector<Hyperparams>& groups) {
       emulated::first_block = static_cast<unsigned>((numel - tail) / chunk + 1);
       const int64_t from = static_cast<int64_t>(emulated::first_block) * chunk - (numel - tail);
       emulated::launches.clear();
-      cuda::step({entries.data(), nullptr, 1, groups.data()}, 0, {}, false, nullptr);
+      cuda::step<Sgd>({{entries.data(), nullptr, 1}, groups.data()}, 0, {}, false, nullptr);
       expect(emulated::launches.size() == 1, "huge: one launch");
       // The same, in front of another tensor, whose chunks have large numbers then.
       if (!is_strided) {
         entries[0].numel = numel / chunk * chunk;
         emulated::first_block = static_cast<unsigned>(numel / chunk);
-        cuda::step({entries.data(), nullptr, 2, groups.data()}, 0, {}, false, nullptr);
+        cuda::step<Sgd>({{entries.data(), nullptr, 2}, groups.data()}, 0, {}, false, nullptr);
       }
       emulated::first_block = 0;
 
@@ -709,10 +711,10 @@ void test_huge(const std::vector<Hyperparams>& groups) {
   std::vector<TensorEntry> entries = entries_of(list, groups, false, 0);
   entries[0].param = memory[0];
   entries[0].grad = memory[1];
-  entries[0].momentum_buffer = memory[2];
+  entries[0].state[0] = memory[2];
   entries[0].numel = 150;
   entries[0].layout = &layout;
-  cuda::step({entries.data(), nullptr, 1, groups.data()}, 0, {}, false, nullptr);
+  cuda::step<Sgd>({{entries.data(), nullptr, 1}, groups.data()}, 0, {}, false, nullptr);
   cpu_step(list, groups);
   copy(false, same);
   expect(same, "strides beyond 2^31");
@@ -720,13 +722,13 @@ void test_huge(const std::vector<Hyperparams>& groups) {
 }
 
 // A gradient that is its own parameter, and a launch that fails.
-void test_rest(const std::vector<Hyperparams>& groups) {
+void test_rest(const std::vector<Hyperparams<Sgd>>& groups) {
   std::vector<Tensors> list;
   list.push_back(
       flat(1000, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, {1, 1, 1}, 9, false));
   std::vector<TensorEntry> entries = entries_of(list, groups, false, 0);
   entries[0].grad = entries[0].param;
-  cuda::step({entries.data(), nullptr, 1, groups.data()}, 0, {}, false, nullptr);
+  cuda::step<Sgd>({{entries.data(), nullptr, 1}, groups.data()}, 0, {}, false, nullptr);
   list[0].grad.twin = list[0].param.twin;
   cpu_step(list, groups);
   expect(list[0].param.same() && list[0].buffer.same(), "a gradient that is its own parameter");
@@ -739,7 +741,7 @@ void test_rest(const std::vector<Hyperparams>& groups) {
   // Tensors of other devices and empty ones launch nothing.
   std::vector<TensorEntry> elsewhere = entries_of(list, groups, false, 3);
   emulated::launches.clear();
-  cuda::step({elsewhere.data(), nullptr, 1, groups.data()}, 0, {}, false, nullptr);
+  cuda::step<Sgd>({{elsewhere.data(), nullptr, 1}, groups.data()}, 0, {}, false, nullptr);
   expect(emulated::launches.empty(), "another device's tensors are left alone");
 }
 
@@ -750,7 +752,7 @@ int main() {
     std::printf("0 checks, 0 failures: this machine has no fma to compare with\n");
     return 0;
   }
-  const std::vector<Hyperparams> groups = all_hyperparams();
+  const std::vector<Hyperparams<Sgd>> groups = all_hyperparams();
   test_sizes(groups);
   test_alignment(groups);
   test_mixes(groups);

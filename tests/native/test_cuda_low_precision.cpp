@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cpu/backend.h"
 #include "../../csrc/cuda/low_precision.cu"
 #include "../../csrc/cuda/step.cu"
-#include "../../csrc/momentum.h"
 #include "checks.h"
 
 using namespace momentum_ext;
@@ -140,14 +140,14 @@ struct Tensors {
     for (Array* each : {&param, &grad, &buffer, &master, &scale, &average}) each->upload();
   }
 
-  TensorEntry entry(const std::vector<Hyperparams>& groups, bool cpu) {
+  TensorEntry entry(const std::vector<Hyperparams<Sgd>>& groups, bool cpu) {
     LowPrecision& mine = low[cpu ? 0 : 1];
-    mine = {master.on(cpu), static_cast<float*>(scale.on(cpu)), 1000 + 7 * group, mix.master};
+    mine = {master.on(cpu), {static_cast<float*>(scale.on(cpu))}, 1000 + 7 * group, mix.master};
     layout = {dims.data(), static_cast<int>(dims.size())};
     TensorEntry made{};
     made.param = param.on(cpu);
     made.grad = grad.on(cpu);
-    if (groups[group].has_momentum) made.momentum_buffer = buffer.on(cpu);
+    if (groups[group].has_momentum) made.state[0] = buffer.on(cpu);
     made.average = average.on(cpu);
     made.layout = dims.empty() ? nullptr : &layout;
     made.low_precision = &mine;
@@ -155,7 +155,7 @@ struct Tensors {
     made.group = group;
     made.param_dtype = mix.param;
     made.grad_dtype = mix.grad;
-    made.buffer_dtype = mix.buffer;
+    made.state_dtype[0] = mix.buffer;
     made.is_first_step = is_first_step;
     made.device = cpu ? kCpu : int16_t{0};
     made.cohort = cpu ? 0 : cohort;
@@ -193,7 +193,7 @@ Tensors strided(const Mix& mix, int64_t rows, int64_t columns, uint32_t group, b
 
 constexpr uint32_t kStep = 77;
 
-void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups,
+void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams<Sgd>>& groups,
               double average_weight = 0, uint32_t step = kStep) {
   std::vector<TensorEntry> entries;
   std::vector<int64_t> first_element{0};
@@ -201,21 +201,25 @@ void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups
     entries.push_back(each.entry(groups, true));
     first_element.push_back(first_element.back() + each.numel);
   }
-  cpu::step({entries.data(), first_element.data(), static_cast<int64_t>(entries.size()),
-             groups.data(), average_weight, step},
-            1);
+  cpu::step<Sgd>({{entries.data(), first_element.data(), static_cast<int64_t>(entries.size())},
+                  groups.data(),
+                  average_weight,
+                  step},
+                 1);
 }
 
-void cuda_step(std::vector<Tensors>& list, const std::vector<Hyperparams>& groups,
-               double average_weight = 0, const Overflow& overflow = {}, bool one_by_one = false,
+void cuda_step(std::vector<Tensors>& list, const std::vector<Hyperparams<Sgd>>& groups,
+               double average_weight = 0, const StepScalars& scalars = {}, bool one_by_one = false,
                uint32_t step = kStep) {
   std::vector<TensorEntry> entries;
   for (Tensors& each : list) entries.push_back(each.entry(groups, false));
   emulated::launches.clear();
   const cudaError_t error =
-      cuda::step({entries.data(), nullptr, static_cast<int64_t>(entries.size()), groups.data(),
-                  average_weight, step},
-                 0, overflow, one_by_one, nullptr);
+      cuda::step<Sgd>({{entries.data(), nullptr, static_cast<int64_t>(entries.size())},
+                       groups.data(),
+                       average_weight,
+                       step},
+                      0, scalars, one_by_one, nullptr);
   expect(error == cudaSuccess, "launched");
 }
 
@@ -235,13 +239,13 @@ void check_same(const std::vector<Tensors>& list, const std::string& name) {
 }
 
 // The second half of the groups rounds at random.
-std::vector<Hyperparams> all_groups() {
-  std::vector<Hyperparams> all;
+std::vector<Hyperparams<Sgd>> all_groups() {
+  std::vector<Hyperparams<Sgd>> all;
   for (const bool at_random : {false, true}) {
     for (const WeightDecay decay :
          {WeightDecay::kNone, WeightDecay::kL2, WeightDecay::kDecoupled}) {
       for (int kind = 0; kind < 3; ++kind) {
-        Hyperparams h;
+        Hyperparams<Sgd> h;
         h.weight_decay = decay;
         h.has_momentum = kind != 0;
         h.nesterov = kind == 2;
@@ -282,7 +286,7 @@ std::vector<Mix> all_mixes() {
 // ---- the tests ----------------------------------------------------------------------------------
 
 // Sizes around every vector, block and chunk edge, two steps each.
-void test_sizes(const std::vector<Hyperparams>& groups) {
+void test_sizes(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Mix& mix : all_mixes()) {
     std::vector<Tensors> list;
     for (const int64_t numel :
@@ -306,7 +310,7 @@ void test_sizes(const std::vector<Hyperparams>& groups) {
 }
 
 // Every group; pointers that are unaligned in all ways; tensors that lie in different orders.
-void test_layouts(const std::vector<Hyperparams>& groups) {
+void test_layouts(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Mix& mix : all_mixes()) {
     std::vector<Tensors> list;
     for (uint32_t group = 0; group < groups.size(); ++group) {
@@ -328,7 +332,7 @@ void test_layouts(const std::vector<Hyperparams>& groups) {
 }
 
 // Blocks that are zero, tiny, or have an Inf or a NaN; and steps after them.
-void test_special_values(const std::vector<Hyperparams>& groups) {
+void test_special_values(const std::vector<Hyperparams<Sgd>>& groups) {
   const double specials[] = {0.0,   std::numeric_limits<double>::infinity(),
                              NAN,   -std::numeric_limits<double>::infinity(),
                              1e-38, 1e-42,
@@ -357,7 +361,7 @@ void test_special_values(const std::vector<Hyperparams>& groups) {
   }
 }
 
-void test_averages(const std::vector<Hyperparams>& groups) {
+void test_averages(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Mix& mix : all_mixes()) {
     for (const double weight : {1.0, 0.25}) {
       std::vector<Tensors> list;
@@ -369,12 +373,12 @@ void test_averages(const std::vector<Hyperparams>& groups) {
         }
         list.push_back(flat(mix, 77, group, false));
       }
-      Overflow overflow;
-      cuda_step(list, groups, weight, overflow);
+      StepScalars scalars;
+      cuda_step(list, groups, weight, scalars);
       cpu_step(list, groups, weight);
       check_same(list, "averages");
-      overflow.average_weight = &weight;
-      cuda_step(list, groups, 99, overflow);
+      scalars.average_weight = &weight;
+      cuda_step(list, groups, 99, scalars);
       cpu_step(list, groups, weight);
       check_same(list, "averages, weight on the device");
     }
@@ -397,7 +401,7 @@ void test_averages(const std::vector<Hyperparams>& groups) {
 }
 
 // An overflow leaves everything; the device knows which step is the first; numbers in its memory.
-void test_device_values(const std::vector<Hyperparams>& groups) {
+void test_device_values(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Mix& mix : all_mixes()) {
     std::vector<Tensors> list;
     for (const uint32_t group : {2u, 4u, 10u, 14u}) {
@@ -417,9 +421,9 @@ void test_device_values(const std::vector<Hyperparams>& groups) {
     const float grad_scale = 1024;
     const float lr = 0.5f;
     uint32_t settled = 0, settled_on_host = 0;
-    Overflow overflow = {&found_inf, &grad_scale, &settled, &settled_on_host, 1};
-    std::vector<Hyperparams> on_device = groups;
-    std::vector<Hyperparams> on_host = groups;
+    StepScalars scalars = {&found_inf, &grad_scale, &settled, &settled_on_host, 1};
+    std::vector<Hyperparams<Sgd>> on_device = groups;
+    std::vector<Hyperparams<Sgd>> on_host = groups;
     for (size_t g = 0; g < groups.size(); ++g) {
       on_device[g].on_device.lr = {&lr, Dtype::kFloat32};
       on_host[g].f64.step = lr;
@@ -427,23 +431,23 @@ void test_device_values(const std::vector<Hyperparams>& groups) {
       if (groups[g].weight_decay == WeightDecay::kL2) continue;
       on_device[g].weight_decay = on_host[g].weight_decay = WeightDecay::kNone;
     }
-    for (Hyperparams& each : on_host) round_to_float(each);
-    cuda_step(list, on_device, 0.5, overflow);
+    for (Hyperparams<Sgd>& each : on_host) round_to_float(each);
+    cuda_step(list, on_device, 0.5, scalars);
     check_same(list, "an overflow changes nothing");
     found_inf = 0;
-    cuda_step(list, on_device, 0.5, overflow);
+    cuda_step(list, on_device, 0.5, scalars);
     for (Tensors& each : list) each.is_first_step = each.cohort != 0;
     cpu_step(list, on_host, 0.5);
     check_same(list, "the first step after an overflow");
     for (Tensors& each : list) each.is_first_step = false;
-    cuda_step(list, on_device, 0.5, overflow);
+    cuda_step(list, on_device, 0.5, scalars);
     cpu_step(list, on_host, 0.5);
     check_same(list, "the step after it");
   }
 }
 
 // 510 tensors of one group take one launch; one by one, each takes its own, with the same numbers.
-void test_long_lists(const std::vector<Hyperparams>& groups) {
+void test_long_lists(const std::vector<Hyperparams<Sgd>>& groups) {
   const Mix mix = {Dtype::kBFloat16, Master::kNone, Dtype::kBFloat16, Dtype::kInt8};
   for (const int64_t count : {510, 511}) {
     std::vector<Tensors> list;
@@ -470,7 +474,7 @@ int main() {
     std::printf("0 checks, 0 failures: this machine has no fma to compare with\n");
     return 0;
   }
-  const std::vector<Hyperparams> groups = all_groups();
+  const std::vector<Hyperparams<Sgd>> groups = all_groups();
   test_sizes(groups);
   test_layouts(groups);
   test_special_values(groups);

@@ -83,8 +83,7 @@ Result run(Norm kind, const std::vector<Grad>& list, int16_t device = 0,
   conclusion.clips = true;
   conclusion.max_norm = 1;
   emulated::launches.clear();
-  const TensorTable table = {entries.data(), nullptr, static_cast<int64_t>(entries.size()),
-                             nullptr};
+  const TensorTable table = {entries.data(), nullptr, static_cast<int64_t>(entries.size())};
   expect(cuda::norm(kind, table, device, workspace.get(), conclusion, nullptr, max_blocks) ==
              cudaSuccess,
          "launched");
@@ -266,7 +265,7 @@ void test_conclusions() {
   unscale.found_inf = &found_inf;
   unscale.new_factor = &factors[0];
   const TensorEntry entry = list[0].entry(0);
-  const TensorTable table = {&entry, nullptr, 1, nullptr};
+  const TensorTable table = {&entry, nullptr, 1};
   cuda::norm(Norm::kSumOfSquares, table, 0, workspace.get(), unscale, nullptr);
   expect(workspace->norm == 1024 && found_inf == 0 && factors[0] == 1.0 / 1024, "unscaled");
 

@@ -14,15 +14,13 @@
 #include <vector>
 
 #include "../../csrc/cpu/isa.h"
-#include "../../csrc/momentum.h"
 #include "checks.h"
 
 using namespace momentum_ext;
 
 namespace {
 
-// ---- a tensor as the test sees it: values in double, exact, and their bytes in memory
-// ------------
+// ---- a tensor as the test sees it: values in double, exact, and their bytes in memory -----------
 
 struct Array {
   Dtype dtype;
@@ -63,13 +61,12 @@ std::vector<int64_t> contiguous(int64_t numel) {
   return offsets;
 }
 
-// ---- the rule, written down once more
-// ------------------------------------------------------------
+// ---- the rule, written down once more -----------------------------------------------------------
 
 template <typename T>
-void reference_element(const Hyperparams& h, bool first, bool has_fma, double grad, double& param,
-                       double& buffer) {
-  const Coefficients<T>& c = coefficients<T>(h);
+void reference_element(const Hyperparams<Sgd>& h, bool first, bool has_fma, double grad,
+                       double& param, double& buffer) {
+  const Sgd::Coefficients<T>& c = coefficients<T>(h);
   const auto fma = [&](T x, T y, T z) -> T { return has_fma ? std::fma(x, y, z) : x * y + z; };
   T p = static_cast<T>(param);
   T g = c.grad_coef * static_cast<T>(grad);
@@ -93,23 +90,23 @@ struct Case {
   bool is_first_step = false;
   uint32_t group = 0;
 
-  TensorEntry entry(const std::vector<Hyperparams>& groups) {
+  TensorEntry entry(const std::vector<Hyperparams<Sgd>>& groups) {
     layout = {dims.data(), static_cast<int>(dims.size())};
     TensorEntry made{};
     made.param = param.data();
     made.grad = grad.data();
-    made.momentum_buffer = groups[group].has_momentum ? buffer.data() : nullptr;
+    made.state[0] = groups[group].has_momentum ? buffer.data() : nullptr;
     made.layout = dims.empty() ? nullptr : &layout;
     made.numel = static_cast<int64_t>(param.offsets.size());
     made.group = group;
     made.param_dtype = param.dtype;
     made.grad_dtype = grad.dtype;
-    made.buffer_dtype = buffer.dtype;
+    made.state_dtype[0] = buffer.dtype;
     made.is_first_step = is_first_step;
     return made;
   }
 
-  void expect_result_of(const Hyperparams& h, bool has_fma) {
+  void expect_result_of(const Hyperparams<Sgd>& h, bool has_fma) {
     const bool in_double = param.dtype == Dtype::kFloat64 || grad.dtype == Dtype::kFloat64 ||
                            (h.has_momentum && buffer.dtype == Dtype::kFloat64);
     for (size_t i = 0; i < param.offsets.size(); ++i) {
@@ -139,14 +136,14 @@ struct Case {
   }
 };
 
-std::vector<Hyperparams> all_hyperparams() {
-  std::vector<Hyperparams> all;
+std::vector<Hyperparams<Sgd>> all_hyperparams() {
+  std::vector<Hyperparams<Sgd>> all;
   for (const WeightDecay decay : {WeightDecay::kNone, WeightDecay::kL2, WeightDecay::kDecoupled}) {
     for (const double momentum : {0.0, 0.9}) {
       for (const bool nesterov : {false, true}) {
         for (const double sign : {1.0, -0.0078125}) {
           if (nesterov && momentum == 0.0) continue;
-          Hyperparams h;
+          Hyperparams<Sgd> h;
           h.weight_decay = decay;
           h.has_momentum = momentum != 0.0;
           h.nesterov = nesterov;
@@ -155,8 +152,8 @@ std::vector<Hyperparams> all_hyperparams() {
                                                                 : 0.99;
           // torch's numbers, then some that tell all coefficients apart.
           h.f64 = sign == 1.0
-                      ? Coefficients<double>{sign, decay_coef, momentum, 0.7, 1.0, 1.0, 0.1}
-                      : Coefficients<double>{sign, decay_coef, momentum, 0.7, 0.3, 0.45, 0.1};
+                      ? Sgd::Coefficients<double>{sign, decay_coef, momentum, 0.7, 1.0, 1.0, 0.1}
+                      : Sgd::Coefficients<double>{sign, decay_coef, momentum, 0.7, 0.3, 0.45, 0.1};
           round_to_float(h);
           all.push_back(h);
         }
@@ -204,7 +201,7 @@ Case permuted_case(const Orders& orders, Dtype p, Dtype g, Dtype b, uint32_t gro
   made.dims = orders.dims();
   std::vector<int64_t> offsets[] = {{0}, {0}, {0}};
   for (const StridedDim& dim : made.dims) {
-    for (int t = 0; t < kNumOperands; ++t) {
+    for (int t = 0; t <= kState; ++t) {
       std::vector<int64_t> longer;
       for (const int64_t offset : offsets[t]) {
         for (int64_t i = 0; i < dim.size; ++i) longer.push_back(offset + i * dim.strides[t]);
@@ -214,16 +211,16 @@ Case permuted_case(const Orders& orders, Dtype p, Dtype g, Dtype b, uint32_t gro
   }
   made.param = make_array(p, offsets[kParam], 1);
   made.grad = make_array(g, offsets[kGrad], 0);
-  made.buffer = make_array(b, offsets[kBuffer], 3);
+  made.buffer = make_array(b, offsets[kState], 3);
   made.group = group;
   made.is_first_step = first;
   return made;
 }
 
-using Runner = std::function<void(const TensorTable&)>;
+using Runner = std::function<void(const StepTable<Sgd>&)>;
 
-void run_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& groups, bool has_fma,
-                   const Runner& run, const std::string& name) {
+void run_and_check(std::vector<Case>& cases, const std::vector<Hyperparams<Sgd>>& groups,
+                   bool has_fma, const Runner& run, const std::string& name) {
   std::vector<TensorEntry> entries;
   std::vector<int64_t> first_element{0};
   for (Case& each : cases) {
@@ -237,7 +234,8 @@ void run_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& gro
     const char* begin = static_cast<char*>(each.param.data());
     gaps.emplace_back(begin, begin + each.param.size * itemsize(each.param.dtype));
   }
-  run({entries.data(), first_element.data(), static_cast<int64_t>(entries.size()), groups.data()});
+  run({{entries.data(), first_element.data(), static_cast<int64_t>(entries.size())},
+       groups.data()});
   for (size_t k = 0; k < cases.size(); ++k) {
     Case& each = cases[k];
     each.check(name + ", tensor " + std::to_string(k));
@@ -261,7 +259,7 @@ const cpu::Loops& loops_of(const std::string& isa) {
 }
 
 // As threads would divide it, at random places.
-void run_divided(cpu::RunFn run, const TensorTable& table) {
+void run_divided(cpu::RunFn run, const StepTable<Sgd>& table) {
   const int64_t end = table.first_element[table.num_entries];
   for (int64_t from = 0; from < end;) {
     const int64_t to = std::min<int64_t>(end, from + static_cast<int64_t>(generator() % 200));
@@ -273,8 +271,8 @@ void run_divided(cpu::RunFn run, const TensorTable& table) {
 void test_instruction_set(const std::string& isa) {
   cpu::set_isa(isa);
   const bool has_fma = isa != "baseline";
-  const std::vector<Hyperparams> groups = all_hyperparams();
-  const Runner one_thread = [](const TensorTable& table) { cpu::step(table, 1); };
+  const std::vector<Hyperparams<Sgd>> groups = all_hyperparams();
+  const Runner one_thread = [](const StepTable<Sgd>& table) { cpu::step(table, 1); };
   const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
 
   // Sizes around every vector and tile edge, each dtype, each formula, aligned or not.
@@ -317,7 +315,7 @@ void test_instruction_set(const std::string& isa) {
         cases.push_back(
             permuted_case(orders, dtype, divided ? other : dtype, dtype, group, k % 7 == 0));
       }
-      const Runner in_parts = [&](const TensorTable& table) {
+      const Runner in_parts = [&](const StepTable<Sgd>& table) {
         run_divided(loops_of(isa).step, table);
       };
       run_and_check(cases, groups, has_fma, divided ? in_parts : one_thread, isa + " layouts");
@@ -335,7 +333,7 @@ void test_instruction_set(const std::string& isa) {
                                   k % 5 == 0));
       }
       run_and_check(
-          cases, groups, has_fma, [&](const TensorTable& table) { cpu::step(table, threads); },
+          cases, groups, has_fma, [&](const StepTable<Sgd>& table) { cpu::step(table, threads); },
           isa + " table of " + std::to_string(count));
     }
   }
@@ -349,13 +347,12 @@ void test_instruction_set(const std::string& isa) {
           flat_case(numel, Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32, 0, 9, false));
     }
     run_and_check(
-        cases, groups, has_fma, [&](const TensorTable& table) { run_divided(run, table); },
+        cases, groups, has_fma, [&](const StepTable<Sgd>& table) { run_divided(run, table); },
         isa + " divided");
   }
 }
 
-// ---- between Nesterov's two points
-// ------------------------------------------------------------
+// ---- between Nesterov's two points --------------------------------------------------------------
 
 // from + distance * buffer, as the kernels compute it for these dtypes.
 double moved(const Case& each, double distance, double from, double buffer, bool has_fma) {
@@ -385,8 +382,9 @@ void expect_values(Array& array, const std::vector<double>& expected, const std:
 }
 
 // There, a few elements changed by someone else, and back.
-void move_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& groups, bool has_fma,
-                    const Runner& to_iterate, const Runner& to_lookahead, const std::string& name) {
+void move_and_check(std::vector<Case>& cases, const std::vector<Hyperparams<Sgd>>& groups,
+                    bool has_fma, const Runner& to_iterate, const Runner& to_lookahead,
+                    const std::string& name) {
   std::vector<TensorEntry> entries;
   std::vector<int64_t> first_element{0};
   std::vector<std::vector<double>> starts, iterates;
@@ -405,8 +403,8 @@ void move_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& gr
           moved(each, distance, each.param.get(i), each.buffer.get(i), has_fma));
     }
   }
-  const TensorTable table{entries.data(), first_element.data(),
-                          static_cast<int64_t>(entries.size()), groups.data()};
+  const StepTable<Sgd> table{
+      {entries.data(), first_element.data(), static_cast<int64_t>(entries.size())}, groups.data()};
   to_iterate(table);
   for (size_t k = 0; k < cases.size(); ++k) {
     const std::string what = name + ", tensor " + std::to_string(k);
@@ -443,9 +441,9 @@ void move_and_check(std::vector<Case>& cases, const std::vector<Hyperparams>& gr
 void test_moves(const std::string& isa) {
   cpu::set_isa(isa);
   const bool has_fma = isa != "baseline";
-  std::vector<Hyperparams> groups;
+  std::vector<Hyperparams<Sgd>> groups;
   for (const double distance : {0.9, 0.0437, 1e-30, 3000.0}) {
-    Hyperparams h;
+    Hyperparams<Sgd> h;
     h.has_momentum = true;
     h.f64.momentum = distance;
     round_to_float(h);
@@ -471,8 +469,8 @@ void test_moves(const std::string& isa) {
                                std::to_string(static_cast<int>(b));
       move_and_check(
           cases, groups, has_fma,
-          [&](const TensorTable& table) { run_divided(loops.to_iterate, table); },
-          [&](const TensorTable& table) { run_divided(loops.to_lookahead, table); }, name);
+          [&](const StepTable<Sgd>& table) { run_divided(loops.to_iterate, table); },
+          [&](const StepTable<Sgd>& table) { run_divided(loops.to_lookahead, table); }, name);
     }
   }
   for (const int threads : {1, 3}) {
@@ -483,14 +481,13 @@ void test_moves(const std::string& isa) {
     }
     move_and_check(
         cases, groups, has_fma,
-        [&](const TensorTable& table) { cpu::move_to_iterate(table, threads); },
-        [&](const TensorTable& table) { cpu::move_to_lookahead(table, 4 - threads); },
+        [&](const StepTable<Sgd>& table) { cpu::move_to_iterate(table, threads); },
+        [&](const StepTable<Sgd>& table) { cpu::move_to_lookahead(table, 4 - threads); },
         isa + " moves on threads");
   }
 }
 
-// ---- conversions
-// ---------------------------------------------------------------------------------
+// ---- conversions --------------------------------------------------------------------------------
 
 // The nearest of all values of a 16-bit type, ties to the even one, found by search.
 template <typename Half>

@@ -3,18 +3,20 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "hyperparams.h"
+#include "formats/dtype.h"
+#include "formats/master.h"
 
 namespace momentum_ext {
 
-// The tensors of an entry that may lie differently.
-enum Operand : int { kParam, kGrad, kBuffer, kNumOperands };
+constexpr int kMaxStates = 3;  // of a tensor, as many as a rule may have
 
-// One dimension of a tensor whose parameter, gradient and buffer do not share one dense layout.
+// The tensors of an entry that may lie differently. State k is operand kState + k.
+enum Operand : int { kParam, kGrad, kState, kNumOperands = kState + kMaxStates };
+
+// One dimension of an entry whose operands do not share one dense layout.
 struct StridedDim {
   int64_t size;
-  int64_t strides[kNumOperands];  // in elements
+  int64_t strides[kNumOperands];  // in elements; of a state that there is not: 0
 };
 
 // Dimensions from the outermost to the innermost of the parameter. Element i of the table's range
@@ -33,7 +35,7 @@ struct StridedLayout {
   StridedLayout() : dims(nullptr), ndim(0) {}
   StridedLayout(const StridedDim* dims_, int ndim_) : dims(dims_), ndim(ndim_) {
     for (const bool alike : {false, true}) {  // those that lie like the parameter come last
-      for (const Operand operand : {kBuffer, kGrad, kParam}) {
+      for (int operand = kNumOperands - 1; operand >= 0; --operand) {
         if ((innermost(operand, 0) == ndim - 1) == alike) fill_lines(operand);
       }
     }
@@ -43,7 +45,7 @@ struct StridedLayout {
   static constexpr int64_t kLineElements = 16;
 
   // Takes the dimensions that a line of this operand's memory has.
-  void fill_lines(Operand operand) {
+  void fill_lines(int operand) {
     int64_t reach = 1;  // elements in a row that the dimensions so far have
     int64_t above = 0;  // the strides that were had, and those of 0, which fill no line
     while (reach < kLineElements) {
@@ -56,7 +58,7 @@ struct StridedLayout {
   }
 
   // The dimension with the smallest stride above this one; -1: none.
-  int innermost(Operand operand, int64_t above) const {
+  int innermost(int operand, int64_t above) const {
     int found = -1;
     for (int d = ndim - 1; d >= 0; --d) {
       const int64_t stride = dims[d].strides[operand];
@@ -66,19 +68,12 @@ struct StridedLayout {
   }
 };
 
-// Where the exact value of a 16-bit parameter is kept.
-enum class Master : uint8_t {
-  kNone,       // the parameter is all there is
-  kRemainder,  // int16: what rounding to bf16 has cut off, see split() in low_precision.h
-  kCopy,       // fp32
-};
-
-// What low-precision state needs besides the three tensors. Its arrays are dense, in the order in
+// What low-precision state needs besides the tensors. Its arrays are dense, in the order in
 // which the parameter is walked: its own order in memory.
 struct LowPrecision {
   void* master;
-  float* scale;     // of an 8-bit momentum buffer: one for each kScaleBlock elements
-  uint32_t tensor;  // its place among the optimizer's parameters, for random numbers
+  float* scale[kMaxStates];  // of an 8-bit state: one for each kScaleBlock elements
+  uint32_t tensor;           // its place among the optimizer's parameters, for random numbers
   Master master_kind;
 };
 
@@ -87,51 +82,61 @@ constexpr int16_t kCpu = -1;
 struct TensorEntry {
   void* param;
   const void* grad;
-  void* momentum_buffer;        // nullptr when the group has no momentum
+  void* state[kMaxStates];      // nullptr where the rule's variant has none
   void* average;                // of the parameter, in its dtype and layout; nullptr: none is kept
-  const StridedLayout* layout;  // nullptr when all three share one dense layout
+  const StridedLayout* layout;  // nullptr when all operands share one dense layout
   const LowPrecision* low_precision;  // nullptr: values are stored as they are, rounded to nearest
   int64_t numel;
-  uint32_t group;  // index into TensorTable::groups
+  uint32_t group;  // index into StepTable::groups
   Dtype param_dtype;
   Dtype grad_dtype;
-  Dtype buffer_dtype;
+  Dtype state_dtype[kMaxStates];
   bool is_first_step;
   int16_t device = kCpu;  // or the index of a CUDA device
-  uint32_t
-      cohort;  // not 0: whether this tensor has had its first step is known on its device alone
+  uint32_t cohort;        // not 0: only the device knows whether this tensor has had its first step
 };
-
-// What a step on a CUDA device reads from its memory, because the host does not know it: what
-// torch.amp.GradScaler hands over, the coefficient of a clipping, the weight of an average. nullptr
-// where there is none.
-//
-// The host does not know whether a step that it launches will overflow and so be left out. A tensor
-// whose first step is launched like this therefore belongs to a cohort: cohorts are numbered from 1
-// in the order of their first launches, and the device keeps the number of the newest one that has
-// truly been updated. A tensor of a later cohort has yet to have its first step, one of an earlier
-// cohort has had it: a step without all tensors of its cohorts puts the missing ones into new ones.
-struct Overflow {
-  const float* found_inf = nullptr;     // not 0: the launch changes nothing
-  const float* grad_scale = nullptr;    // gradients have been multiplied by it
-  uint32_t* settled = nullptr;          // the newest cohort that has been updated
-  uint32_t* settled_on_host = nullptr;  // a copy in pinned memory that the host may look at
-  uint32_t newest_cohort = 0;           // among this step's tensors; 0: nothing to record
-  const double* grad_factor = nullptr;  // in place of grad_scale: what to multiply gradients with
-  const double* average_weight = nullptr;  // in place of the table's
-};
+// Whoever walks a table of thousands of small tensors waits for its cache lines.
+static_assert(sizeof(TensorEntry) == 88);
 
 // Dimensions that a strided tensor on a CUDA device may have, after those that run on into each
 // other were joined.
 constexpr int kMaxStridedDimsCuda = 8;
 
+// A parameter group, as a backend wants it: what chooses a kernel, and numbers for it.
+template <typename Rule>
+struct Hyperparams : Rule::Options {
+  typename Rule::template Coefficients<double> f64{};
+  typename Rule::template Coefficients<float> f32{};
+  typename Rule::OnDevice on_device;
+  bool stochastic_rounding = false;  // of what is stored in 16 or 8 bits
+  uint64_t rounding_seed = 0;
+};
+
+template <typename opmath_t, typename Rule>
+inline const auto& coefficients(const Hyperparams<Rule>& h) {
+  if constexpr (sizeof(opmath_t) == sizeof(double)) {
+    return h.f64;
+  } else {
+    return h.f32;
+  }
+}
+
+template <typename Rule>
+inline void round_to_float(Hyperparams<Rule>& h) {
+  h.f32 = Rule::rounded(h.f64);
+}
+
 struct TensorTable {
   const TensorEntry* entries;
   const int64_t* first_element;  // prefix sum of numel: num_entries + 1 values
   int64_t num_entries;
-  const Hyperparams* groups;
-  double average_weight =
-      0;  // of the new parameter in its average; 1: the average becomes the parameter
+};
+
+// The tensors of a step, and what is to be done with them.
+template <typename Rule>
+struct StepTable : TensorTable {
+  const Hyperparams<Rule>* groups;
+  double average_weight = 0;   // of the new parameter in its average
   uint32_t rounding_step = 0;  // how many steps there have been, for random numbers
 };
 

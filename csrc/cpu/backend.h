@@ -1,31 +1,28 @@
-// What a backend offers. No torch here: raw pointers, sizes and numbers.
+// What the CPU backend offers. No torch here: raw pointers, sizes and numbers.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "tensor_table.h"
-
-namespace momentum_ext {
-
-// What is summed over a list of gradients.
-enum class Norm : uint8_t { kSumOfSquares, kSumOfAbs, kMax };
-constexpr int64_t kNormBlock = 16384;  // elements
-
-}  // namespace momentum_ext
+#include "../rules/clip.h"
+#include "../rules/sgd.h"
+#include "../table.h"
 
 namespace momentum_ext::cpu {
 
 // Updates every tensor of the table in one parallel region of at most max_threads threads. Entries
 // must not overlap in memory, except that a gradient may be its own parameter.
-void step(const TensorTable& table, int max_threads);
+template <typename Rule>
+void step(const StepTable<Rule>& table, int max_threads);
 
 // Moves parameters that were trained with Nesterov from the look-ahead point to the iterate and
 // back. Entries have a momentum buffer; grad is a tensor that keeps the look-ahead point in
 // between, and a group's momentum the distance. The way back restores the very bits of what was not
 // changed.
-void move_to_iterate(const TensorTable& table, int max_threads);
-void move_to_lookahead(const TensorTable& table, int max_threads);
+void move_to_iterate(const StepTable<Sgd>& table, int max_threads);
+void move_to_lookahead(const StepTable<Sgd>& table, int max_threads);
+
+constexpr int64_t kNormBlock = 16384;  // elements
 
 // Elements are multiplied by `scale` first (sum of squares only). The table's entries have grad,
 // numel, grad_dtype and layout; its first_element is the prefix sum of the number of blocks of

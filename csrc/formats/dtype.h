@@ -1,15 +1,15 @@
-// The dtypes of parameters, gradients and momentum buffers, and how 16-bit values are loaded and
-// stored.
+// The dtypes of parameters, gradients and states, how their values are loaded and stored, and the
+// visitor that makes a type of a dtype.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "update_rule.h"
+#include "../rules/math.h"
 
 namespace momentum_ext {
 
-// The 8-bit ones are for momentum buffers alone, see low_precision.h.
+// The 8-bit ones are for states alone, see block8.h.
 enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kFloat8E4M3 };
 
 struct BFloat16 {
@@ -74,8 +74,8 @@ MOMENTUM_EXT_INLINE float load(Float16 value) {
 #endif
 }
 
-// Storing rounds once, to nearest, ties to even. NaN stays NaN. GPUs have instructions for this
-// that give the same bits, but for which NaN it is.
+// Storing rounds once, to nearest, ties to even. A NaN stays a NaN. GPUs have instructions for this
+// that give the same bits for all but a NaN.
 MOMENTUM_EXT_INLINE void store(float& out, float value) { out = value; }
 MOMENTUM_EXT_INLINE void store(double& out, double value) { out = value; }
 MOMENTUM_EXT_INLINE void store(BFloat16& out, float value) {
@@ -99,14 +99,25 @@ MOMENTUM_EXT_INLINE void store(Float16& out, float value) {
     result = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to Inf
     result = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: subnormal; adding 0.5 makes the hardware
-                                         // round at bit 2^-24
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: subnormal
+    // Adding 0.5 makes the hardware round at bit 2^-24.
     result = detail::bits_of(detail::float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     result = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   }
   out.bits = static_cast<uint16_t>(sign | result);
 #endif
+}
+
+// Calls visit(scalar_t()) with the type of a dtype of 16 bits or more that is computed in opmath_t or
+// in less. The only place that asks a dtype which type it is, but for visit_8_bit() in block8.h.
+template <typename opmath_t, typename Visit>
+MOMENTUM_EXT_INLINE decltype(auto) visit_dtype(Dtype dtype, const Visit& visit) {
+  if (dtype == Dtype::kFloat32) return visit(float());
+  if constexpr (sizeof(opmath_t) == sizeof(double)) {
+    if (dtype == Dtype::kFloat64) return visit(double());
+  }
+  return dtype == Dtype::kBFloat16 ? visit(BFloat16()) : visit(Float16());
 }
 
 }  // namespace momentum_ext

@@ -1,0 +1,41 @@
+// The exact fp32 value of a 16-bit parameter, kept beside it: 16 bits more, or a copy. Who writes the
+// parameter between two steps is believed, wherever the two no longer fit together.
+#pragma once
+
+#include "dtype.h"
+
+namespace momentum_ext {
+
+enum class Master : uint8_t {
+  kNone,       // the parameter is all there is
+  kRemainder,  // int16: what rounding to bf16 has cut off, see split()
+  kCopy,       // fp32, of an fp16 parameter
+};
+
+// To nearest, ties away from zero. With ties to even, 65,537 values would share one even upper
+// half, which 16 bits cannot tell apart.
+MOMENTUM_EXT_INLINE void split(float value, BFloat16& param, int16_t& remainder) {
+  uint32_t bits = detail::bits_of(value);
+  bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
+  param.bits = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+  remainder = static_cast<int16_t>(static_cast<uint16_t>(bits));
+}
+
+// split() never makes a zero with a negative remainder nor an infinity with a positive one: someone
+// else has written such a parameter, and adding would turn it into a NaN.
+MOMENTUM_EXT_INLINE float join(BFloat16 param, int16_t remainder) {
+  const uint32_t upper = static_cast<uint32_t>(param.bits) << 16;
+  const uint32_t magnitude = upper & 0x7fffffffu;
+  const auto rest = static_cast<int32_t>(remainder);
+  const bool is_foreign = magnitude == 0 ? rest < 0 : magnitude == 0x7f800000u && rest > 0;
+  return detail::float_from_bits(upper + static_cast<uint32_t>(is_foreign ? 0 : rest));
+}
+
+// The exact value of an fp16 parameter whose copy, rounded to fp16, is `rounded`. `widened` is the
+// parameter as a float.
+MOMENTUM_EXT_INLINE float exact_value(Float16 param, float widened, float copy, Float16 rounded) {
+  const bool both_nan = widened != widened && copy != copy;
+  return rounded.bits == param.bits || both_nan ? copy : widened;
+}
+
+}  // namespace momentum_ext

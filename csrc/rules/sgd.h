@@ -1,0 +1,125 @@
+// SGD with momentum: one element's update.
+//
+//   g = grad_coef * grad                       unscaled and negated where asked for; else exactly grad
+//   g = fma(weight_decay, p, g)                L2 weight decay
+//   p = weight_decay * p                       decoupled: weight_decay holds 1 - lr * weight_decay
+//   b = fma(alpha, g, round(momentum * b))     on a tensor's first step: b = first_alpha * g
+//   d = fma(momentum, b, nesterov_alpha * g)   Nesterov; else d = b, and without momentum d = g
+//   p = fma(-step, d, p)
+//
+// With alpha = 1 - dampening, first_alpha = nesterov_alpha = 1 and step = lr this is torch.optim.SGD, to
+// the bit. Other formulations are other numbers, chosen on the host; the kernels never know which one
+// runs. (nesterov_alpha is a number of its own because torch does not dampen the gradient that Nesterov
+// adds.)
+#pragma once
+
+#include "../step_scalars.h"
+#include "math.h"
+
+namespace momentum_ext {
+
+enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
+enum class Momentum : uint8_t { kNone, kFirstStep, kLaterStep };
+
+// The ways in which the field writes momentum.
+enum class Formulation : uint8_t {
+  kTorch,      // b = mu b + (1 - dampening) g, from b = g;   p = p - lr b
+  kClassical,  // v = mu v + lr g, from 0;                    p = p - v
+  kEma,        // v = mu v + (1 - mu) g, from 0;              p = p - lr v
+};
+
+struct Sgd {
+  static constexpr int kMaxStates = 1;
+  static constexpr const char* kStateKeys[kMaxStates] = {"momentum_buffer"};
+
+  // What of a parameter group chooses the variant.
+  struct Options {
+    WeightDecay weight_decay = WeightDecay::kNone;
+    bool has_momentum = false;
+    bool nesterov = false;
+  };
+
+  // What the formulas need, rounded once from double to the type they are computed in.
+  template <typename opmath_t>
+  struct Coefficients {
+    opmath_t grad_coef;     // (maximize ? -1 : 1) / grad_scale
+    opmath_t weight_decay;  // decoupled: 1 - lr * weight_decay
+    opmath_t momentum;
+    opmath_t alpha;
+    opmath_t first_alpha;
+    opmath_t nesterov_alpha;
+    opmath_t step;
+  };
+
+  // Those hyperparameters of a group that lie in a device's memory. Each replaces a coefficient; a
+  // momentum there counts as not zero.
+  struct OnDevice {
+    DeviceNumber lr;
+    DeviceNumber weight_decay;
+    DeviceNumber momentum;
+    bool any() const { return lr.data || weight_decay.data || momentum.data; }
+  };
+
+  static Coefficients<float> rounded(const Coefficients<double>& c) {
+    return {static_cast<float>(c.grad_coef),   static_cast<float>(c.weight_decay),
+            static_cast<float>(c.momentum),    static_cast<float>(c.alpha),
+            static_cast<float>(c.first_alpha), static_cast<float>(c.nesterov_alpha),
+            static_cast<float>(c.step)};
+  }
+
+  template <WeightDecay kWeightDecay_, Momentum kMomentum_, bool kNesterov_>
+  struct Variant {
+    static constexpr WeightDecay kWeightDecay = kWeightDecay_;
+    static constexpr Momentum kMomentum = kMomentum_;
+    static constexpr bool kNesterov = kNesterov_;
+  };
+
+  template <typename Fma, typename Variant, typename opmath_t>
+  static MOMENTUM_EXT_INLINE void update(Variant, const Coefficients<opmath_t>& c, opmath_t grad,
+                                         opmath_t& param, opmath_t& buffer) {
+    opmath_t g = c.grad_coef * grad;
+    if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
+      g = Fma::apply(c.weight_decay, param, g);
+    } else if constexpr (Variant::kWeightDecay == WeightDecay::kDecoupled) {
+      param = decayed(c.weight_decay, param);
+    }
+    opmath_t direction = g;
+    if constexpr (Variant::kMomentum != Momentum::kNone) {
+      if constexpr (Variant::kMomentum == Momentum::kFirstStep) {
+        buffer = c.first_alpha * g;
+      } else {
+        buffer = Fma::apply(c.alpha, g, c.momentum * buffer);
+      }
+      direction = buffer;
+      if constexpr (Variant::kNesterov) {
+        direction = Fma::apply(c.momentum, buffer, c.nesterov_alpha * g);
+      }
+    }
+    param = Fma::apply(-c.step, direction, param);
+  }
+
+  // Decoupled weight decay, with factor 1 - lr * weight_decay.
+  template <typename opmath_t>
+  static MOMENTUM_EXT_INLINE opmath_t decayed(opmath_t factor, opmath_t param) {
+    return factor * param;
+  }
+};
+
+// Fills in alpha, first_alpha, nesterov_alpha and step. Without momentum all formulations are plain
+// gradient descent.
+inline void choose_coefficients(Formulation formulation, double lr, double dampening,
+                                Sgd::Coefficients<double>& c) {
+  if (formulation == Formulation::kTorch || c.momentum == 0) {
+    c.alpha = 1 - dampening;
+    c.first_alpha = c.nesterov_alpha = 1;
+    c.step = lr;
+  } else if (formulation == Formulation::kClassical) {
+    c.alpha = c.first_alpha = c.nesterov_alpha = lr;
+    c.step = 1;
+  } else {
+    c.alpha = c.first_alpha = c.nesterov_alpha = 1 - c.momentum;
+    c.step = lr;
+  }
+}
+
+}  // namespace momentum_ext
