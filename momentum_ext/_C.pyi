@@ -1,70 +1,85 @@
-"""The compiled module: csrc/bindings.cpp."""
+"""The compiled module: csrc/binding/module.cpp."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-class StepPlan:
-    """What a step needs to know about every parameter, built once and refreshed by comparing."""
+class PreparedStep:
+    """A step that was checked and has written nothing; as a context manager it is discarded on leaving, unless it ran."""
 
-    def __init__(self) -> None: ...
-    def step(
-        self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        inv_grad_scale: float = 1.0,
-        all_for_torch: bool = False,
-    ) -> list[tuple[int, int]] | None:
-        """Update everything and return None; or write nothing and return the (group, index) that need torch's path.
+    def for_torch(self) -> list[tuple[int, int]]:
+        """The (group, index in group) of tensors that torch is to update, between :meth:`begin` and :meth:`run`."""
 
-        After those have been treated, call :meth:`run`, or :meth:`discard` on an error.
+    def is_on_devices(self, average_count: Tensor | None = None) -> bool:
+        """True where CUDA kernels do all of it: then :meth:`run` takes numbers that only the device knows.
+
+        With a count of the averages' updates on a device, that must be the only one.
         """
 
-    def step_with(
+    def begin(self) -> None:
+        """The first writes: new and converted state, and averages that start with it."""
+
+    def run(
         self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        inv_grad_scale: float = 1.0,
-        all_for_torch: bool = False,
-        average_weight: float | None = None,
-        grads: dict[Tensor, Tensor] | None = None,
+        grad_factor: float = 1.0,
+        average_weight: float = 0.0,
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
-        grad_factor: Tensor | None = None,
+        device_factor: Tensor | None = None,
         average: tuple[Tensor, Tensor] | None = None,
         ema_decay: float = 0.0,
         ema_warmup: bool = False,
-    ) -> Any:
-        """As :meth:`step`, with averages at ``state[p]["ema"]`` and stand-ins for gradients.
+    ) -> None:
+        """Update.
 
-        average_weight is that of the new parameter in its average; 0 makes missing averages and updates none. The
-        tensors are numbers on a CUDA device that nobody waits for: found_inf and grad_scale are a GradScaler's;
-        grad_factor (float64, in place of grad_scale) is what to multiply the gradients with; average (float64 too)
-        holds the averages' weight and the count of their updates: the step counts itself there.
-        When anything but a CUDA kernel would have to know them, nothing is written and NotImplemented is returned.
+        grad_factor multiplies the gradients; average_weight is that of the parameters in their averages. The tensors
+        are numbers on a CUDA device that nobody waits for: found_inf and grad_scale are a GradScaler's; device_factor
+        (float64, in place of grad_scale) multiplies the gradients too; average (float64) holds the averages' weight
+        and the count of their updates: the step counts itself there.
         """
 
-    def begin_torch_step(self) -> None:
-        """The first writes of a prepared step: new and converted state, and averages that start with it."""
+    def __enter__(self) -> PreparedStep: ...
+    def __exit__(self, *error: object) -> None: ...
 
-    def run(self) -> None: ...
-    def discard(self) -> None: ...
+class Plan:
+    """What a step needs to know about every parameter, built once and brought up to date by comparing."""
+
+    def __init__(self) -> None: ...
+    def step(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], all_by_torch: bool = False
+    ) -> PreparedStep | None:
+        """Update everything; where torch has a part in it, return the step that is prepared."""
+
+    def prepare(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        all_by_torch: bool = False,
+        averaging: bool | None = None,
+        grads: dict[Tensor, Tensor] | None = None,
+        may_be_left_out: bool = False,
+    ) -> PreparedStep:
+        """A step with averages at ``state[p]["ema"]`` (False: only make those that are missing).
+
+        grads stand in for gradients of these parameters; may_be_left_out: by the device, for an overflow.
+        """
+
     def pending_changes(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], moved_only: bool = False
     ) -> tuple[list[tuple[Tensor, str, Tensor | None]], list[int]]:
         """What the next step makes of the state before it updates: (parameter, key, tensor; None: the key goes).
 
         And the groups whose buffers are then in their group's formulation. With moved_only: only the buffers of
-        parameters from another group, written as their group's "buffer_formulation" says. Raises where there is no
-        exact conversion; changes nothing.
+        parameters from another group, in the formulation that their group's "buffer_formulation" says. Raises where
+        there is no exact conversion; changes nothing.
         """
 
     def adopt(self, param_groups: list[dict[str, Any]]) -> None:
-        """Take all buffers to be written as their groups' "buffer_formulation" says."""
+        """Take all buffers to be in the formulation that their groups' "buffer_formulation" says."""
 
     def has_moved(self, param_groups: list[dict[str, Any]]) -> bool:
-        """True where a parameter has come from another group and its buffer is not written as its group says."""
+        """True where a parameter has come from another group and its buffer is in another formulation than that says."""
 
     rounding_step: int
     """How many steps there have been: random numbers depend on it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -22,6 +23,17 @@ from momentum_ext.memory import MemorySummary, summarize
 from momentum_ext.state import StatefulOptimizer
 
 __all__ = ["FusedOptimizer"]
+
+
+@dataclass
+class _Numbers:
+    """What a step multiplies gradients with, and what a GradScaler knows on a CUDA device alone."""
+
+    factor: float | Tensor
+    grads: StandIns | None  # gradients that have factors of their own, multiplied
+    norm: Tensor | None  # of all gradients, where max_grad_norm asks for it
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
 
 class FusedOptimizer(StatefulOptimizer):
@@ -106,9 +118,9 @@ class FusedOptimizer(StatefulOptimizer):
             and "found_inf" not in attributes
             and "grad_scale" not in attributes
         ):
-            for_torch = self._plan.step(self.param_groups, self.state, 1.0, self.defaults["differentiable"])
-            if for_torch is not None:
-                self._step_by_torch(for_torch, 1.0, None)
+            prepared = self._plan.step(self.param_groups, self.state, self.defaults["differentiable"])
+            if prepared is not None:
+                self._finish(prepared, 1.0, {})
         else:
             self._step_and_more(attributes.get("found_inf"), attributes.get("grad_scale"))
         return loss
@@ -117,101 +129,94 @@ class FusedOptimizer(StatefulOptimizer):
         """The step with what a GradScaler hands over, clipping and averages."""
         # A step with lr 0 makes state, and is otherwise no step: see the class.
         trains = any(_is_nonzero(group["lr"]) for group in self.param_groups)
-        done, norm = False, None
-        if found_inf is not grad_scale and _is_on_device(found_inf) and _is_on_device(grad_scale):
-            done, norm = self._step_on_device(found_inf, grad_scale, trains)
-        if not done:
+        numbers = self._numbers_on_device(found_inf, grad_scale)
+        if numbers is None or not self._run(numbers, trains):
             if found_inf is not None and float(found_inf) != 0:
                 self._grad_factor.clear()
                 return
             inv_grad_scale = 1.0 if grad_scale is None else _C.inverse_scale(float(grad_scale))
             factor, grads, norm = self._grad_factor.in_step(self.param_groups, self.max_grad_norm, inv_grad_scale)
-            if inv_grad_scale != 1.0 or not self._launch(None, None, factor, grads, trains):
-                self._step_on_host(inv_grad_scale * float(factor), grads, trains)
+            if inv_grad_scale != 1.0:
+                factor = inv_grad_scale * float(factor)
+            numbers = _Numbers(factor, grads, norm)
+            self._run(numbers, trains)
         if trains and self.max_grad_norm is not None:
-            self.grad_norm = norm
+            self.grad_norm = numbers.norm
         if self._grad_factor.is_active:
             self._grad_factor.end_step(self.param_groups)
         if trains and self.ema_decay is not None:
             self._ema_count.add()
 
-    def _step_on_host(self, inv_grad_scale: float, grads: StandIns | None, trains: bool) -> None:
-        weight = None
-        if self.ema_decay is not None:
-            if self._ema_count.is_on_device:
-                self._ema_count.bring_back()
-            weight = average_weight(self.ema_decay, self.ema_warmup, int(self._ema_count)) if trains else 0.0
-        for_torch = self._plan.step_with(
-            self.param_groups, self.state, inv_grad_scale, self.defaults["differentiable"], weight, grads
-        )
-        if for_torch is not None:
-            self._step_by_torch(for_torch, inv_grad_scale, grads)
-
-    def _step_on_device(
-        self, found_inf: Tensor | None, grad_scale: Tensor | None, trains: bool
-    ) -> tuple[bool, Tensor | None]:
-        """A step whose numbers the host never learns; False, and nothing has been written, where it must."""
+    def _numbers_on_device(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> _Numbers | None:
+        """Those of a GradScaler that only a device knows; None where the host must know them, or there is none."""
+        if found_inf is grad_scale or not (_is_on_device(found_inf) and _is_on_device(grad_scale)):
+            return None
         in_step = self._grad_factor.in_step_on_device(self.param_groups, self.max_grad_norm, grad_scale)
         if in_step is None:
-            return False, None
+            return None
         factor, grads, norm = in_step
         if isinstance(factor, Tensor):
             grad_scale = None  # it is in the factor
-        return self._launch(found_inf, grad_scale, factor, grads, trains), norm
+        elif factor != 1.0:
+            return None
+        return _Numbers(factor, grads, norm, found_inf, grad_scale)
 
-    def _launch(
-        self,
-        found_inf: Tensor | None,
-        grad_scale: Tensor | None,
-        factor: float | Tensor,
-        grads: StandIns | None,
-        trains: bool,
-    ) -> bool:
-        """The step, where all numbers that only a device knows stay there; False where the host must know them."""
+    def _run(self, numbers: _Numbers, trains: bool) -> bool:
+        """The step; False, and nothing has been written, where a GradScaler's numbers cannot stay on their device."""
+        averaging = None if self.ema_decay is None else trains
+        scaled_on_device = numbers.found_inf is not None or numbers.grad_scale is not None
+        count = self._ema_count
         average = None
-        weight: float | None = None
-        if self.ema_decay is not None:
-            left_out_by_device = found_inf is not None
-            average = self._ema_count.on_device(self._first_device(), left_out_by_device or self.ema_warmup)
-            if not trains:
-                average, weight = None, 0.0
-            elif average is not None:
-                weight = 1.0
-            elif left_out_by_device:
+        if averaging:
+            may_warm_up_there = numbers.found_inf is not None or self.ema_warmup
+            average = count.on_device(self._first_device(), may_warm_up_there)
+            if average is None and numbers.found_inf is not None:
                 return False
-            else:
-                weight = average_weight(self.ema_decay, self.ema_warmup, int(self._ema_count))
-        on_device = factor if isinstance(factor, Tensor) else None
-        if on_device is None and factor != 1.0:
-            return False
-        if found_inf is None and grad_scale is None and on_device is None and average is None:
-            return False
-        done = self._plan.step_with(
+        with self._plan.prepare(
             self.param_groups,
             self.state,
-            1.0,
             self.defaults["differentiable"],
-            weight,
-            grads,
-            found_inf,
-            grad_scale,
-            on_device,
-            average,
-            self.ema_decay or 0.0,
-            self.ema_warmup,
-        )
-        return done is not NotImplemented
+            averaging,
+            numbers.grads,
+            numbers.found_inf is not None,
+        ) as prepared:
+            factor, on_device = numbers.factor, None
+            if isinstance(factor, Tensor):
+                factor, on_device = 1.0, factor
+            if (scaled_on_device or on_device is not None or average is not None) and not prepared.is_on_devices(
+                None if average is None else average[1]
+            ):
+                if scaled_on_device:
+                    return False
+                factor, on_device = float(numbers.factor), None
+                if average is not None:
+                    count.bring_back()
+                    average = None
+            weight = 0.0
+            if averaging and self.ema_decay is not None and average is None:
+                weight = average_weight(self.ema_decay, self.ema_warmup, int(count))
+            self._finish(
+                prepared,
+                factor,
+                numbers.grads or {},
+                average_weight=weight,
+                found_inf=numbers.found_inf,
+                grad_scale=numbers.grad_scale,
+                device_factor=on_device,
+                average=average,
+                ema_decay=self.ema_decay or 0.0,
+                ema_warmup=self.ema_warmup,
+            )
+        return True
 
-    def _step_by_torch(self, positions: list[tuple[int, int]], inv_grad_scale: float, grads: StandIns | None) -> None:
-        """The second half of a prepared step: what only torch can update, and then the rest."""
-        try:
-            self._check_torch_step(positions)
-            self._plan.begin_torch_step()
-            self._torch_step(positions, inv_grad_scale, grads or {})
-        except BaseException:
-            self._plan.discard()
-            raise
-        self._plan.run()
+    def _finish(self, prepared: _C.PreparedStep, factor: float, grads: StandIns, **numbers: Any) -> None:
+        """What only torch can update, and then the rest."""
+        with prepared:
+            if positions := prepared.for_torch():
+                self._check_torch_step(positions)
+                prepared.begin()
+                self._torch_step(positions, factor, grads)
+            prepared.run(factor, **numbers)
 
     def _first_device(self) -> torch.device:
         params = (param for group in self.param_groups for param in group["params"])

@@ -34,14 +34,14 @@ class StatefulOptimizer(Optimizer):
     ema_decay: float | None
     ema_warmup: bool
     _own_defaults: dict[str, Any]
-    _plan: _C.StepPlan
+    _plan: _C.Plan
     _held_weights: HeldWeights
     _grad_factor: GradFactor
     _step_supports_amp_scaling: bool
 
     def _start(self) -> None:
         """What is not part of the state."""
-        self._plan = _C.StepPlan()
+        self._plan = _C.Plan()
         self._plan.adopt(self.param_groups)
         counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
         self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])

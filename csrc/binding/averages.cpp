@@ -92,8 +92,7 @@ void StepAverages::attach(Plan& plan, Averaging averaging, bool in_order, StateC
   }
 }
 
-void StepAverages::update_by_torch(const Plan& plan, const py::object& state,
-                                   double weight) const {
+void StepAverages::update_by_torch(const Plan& plan, const py::object& state, double weight) const {
   const at::NoGradGuard no_grad;
   for (const size_t i : by_torch_) {
     const at::Tensor& param = plan.param(i);

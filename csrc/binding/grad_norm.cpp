@@ -241,7 +241,8 @@ bool GradNorm::add(const at::Tensor& grad, bool complex_too, const Name& name) {
     if (layouts_.back() != nullptr) entry.layout = &layouts_.back()->layout;
   }
   entries_.push_back(entry);
-  first_block_.push_back(first_block_.back() + (entry.numel + cpu::kNormBlock - 1) / cpu::kNormBlock);
+  first_block_.push_back(first_block_.back() +
+                         (entry.numel + cpu::kNormBlock - 1) / cpu::kNormBlock);
   const at::ScalarType real = c10::toRealValueType(scalar_type);
   if (dtype_ == at::ScalarType::Undefined) {
     dtype_ = real;
@@ -263,10 +264,9 @@ double GradNorm::sum(Norm kind, double scale) {
 
 std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm) {
   // Only what is returned may overflow a 16-bit dtype.
-  const double coefficient =
-      dtype == at::kDouble
-          ? clip_coefficient(max_norm, norm)
-          : clip_coefficient(static_cast<float>(max_norm), static_cast<float>(norm));
+  const double coefficient = dtype == at::kDouble ? clip_coefficient(max_norm, norm)
+                                                  : clip_coefficient(static_cast<float>(max_norm),
+                                                                     static_cast<float>(norm));
   const double precise = dtype == at::kDouble ? norm : static_cast<float>(norm);
   return {at::scalar_tensor(precise, at::TensorOptions().dtype(dtype)), coefficient};
 }

@@ -41,9 +41,8 @@ std::vector<StridedDim> dims_in_memory_order(const Operands& operands) {
   std::vector<StridedDim> dims;
   for (int64_t d = 0; d < operands.param.dim(); ++d) {
     if (operands.param.size(d) == 1) continue;
-    dims.push_back(dim_of(operands.param.size(d), [&](const at::Tensor& tensor) {
-      return tensor.stride(d) * reals;
-    }));
+    dims.push_back(dim_of(operands.param.size(d),
+                          [&](const at::Tensor& tensor) { return tensor.stride(d) * reals; }));
   }
   std::stable_sort(dims.begin(), dims.end(), [](const StridedDim& a, const StridedDim& b) {
     return a.strides[kParam] > b.strides[kParam];
@@ -81,7 +80,8 @@ bool is_flat(const std::vector<StridedDim>& dims, const Operands& operands) {
   const int64_t* const strides = dims[0].strides;
   bool flat = strides[kParam] == 1 && strides[kGrad] == 1;
   for (int k = 0; k < operands.num_states; ++k) {
-    flat = flat && (strides[operand_of_state(k)] == 1 || is_8_bit(operands.states[k].scalar_type()));
+    flat =
+        flat && (strides[operand_of_state(k)] == 1 || is_8_bit(operands.states[k].scalar_type()));
   }
   return flat;
 }

@@ -18,10 +18,7 @@ std::string name_of(const char* list, size_t i) {
 }
 
 std::string name_of(Operand operand, size_t i) {
-  return name_of(operand == kParam  ? "params"
-                 : operand == kGrad ? "grads"
-                                    : "momentum_buffers",
-                 i);
+  return name_of(operand == kParam ? "params" : operand == kGrad ? "grads" : "momentum_buffers", i);
 }
 
 void check_length(const char* list, size_t length, size_t expected) {
@@ -57,7 +54,9 @@ ListStep::ListStep(const py::list& groups, Lists lists, double inv_grad_scale,
     for (size_t k = 0; k < static_cast<size_t>(size); ++k, ++i) {
       if (i >= count) check_length("params", count, i + 1);
       const std::optional<at::Tensor>& buffer = lists_.momentum_buffers[i];
-      Operands operands{lists_.params[i], lists_.grads[i], {buffer.value_or(at::Tensor())},
+      Operands operands{lists_.params[i],
+                        lists_.grads[i],
+                        {buffer.value_or(at::Tensor())},
                         buffer.has_value() ? 1 : 0};
       check(i, operands);
       if (hyperparams_[g].has_momentum != buffer.has_value()) {

@@ -35,7 +35,8 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
   plan.has_low_precision = true;
   LowPrecision& low = plan.low_precision[i];
   low.master = start.master.defined() ? mutable_data_of(start.master) : nullptr;
-  low.scale[0] = start.scale.defined() ? static_cast<float*>(mutable_data_of(start.scale)) : nullptr;
+  low.scale[0] =
+      start.scale.defined() ? static_cast<float*>(mutable_data_of(start.scale)) : nullptr;
   low.tensor = static_cast<uint32_t>(i);
   low.master_kind = !start.master.defined() ? Master::kNone
                     : is_split              ? Master::kRemainder

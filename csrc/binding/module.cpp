@@ -13,8 +13,8 @@
 #include "grad_norm.h"
 #include "list_step.h"
 #include "lookahead.h"
-#include "quantization.h"
 #include "prepared_step.h"
+#include "quantization.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -61,8 +61,10 @@ void run(PreparedStep& step, double grad_factor, double average_weight,
          const std::optional<std::pair<at::Tensor, at::Tensor>>& average, double decay,
          bool warms_up) {
   PreparedStep::Numbers numbers{grad_factor, average_weight, {}};
-  numbers.on_device = {found_inf.value_or(at::Tensor()), grad_scale.value_or(at::Tensor()),
-                       device_factor.value_or(at::Tensor()), {}};
+  numbers.on_device = {found_inf.value_or(at::Tensor()),
+                       grad_scale.value_or(at::Tensor()),
+                       device_factor.value_or(at::Tensor()),
+                       {}};
   if (average) {
     numbers.on_device.average = {average->first, average->second, decay, warms_up};
   }
@@ -92,9 +94,9 @@ void define_steps(py::module_& m) {
             const Averaging how = !averaging.has_value() ? Averaging::kNone
                                   : *averaging           ? Averaging::kUpdate
                                                          : Averaging::kStart;
-            PreparedStep step(plan, param_groups, state,
-                              {all_by_torch, may_be_left_out, how,
-                               grads.is_none() ? py::object() : grads});
+            PreparedStep step(
+                plan, param_groups, state,
+                {all_by_torch, may_be_left_out, how, grads.is_none() ? py::object() : grads});
             step.keep_plan();
             return step;
           },

@@ -186,8 +186,8 @@ void Plan::find_shared_memory() {
     if (slot.companions == nullptr) continue;
     for (const Companion* const each : {&slot.companions->master, &slot.companions->scale}) {
       if (each->key == nullptr) continue;
-      written.add({each->data, num_bytes(each->shape, static_cast<int64_t>(each->dtype.itemsize()))},
-                  i);
+      written.add(
+          {each->data, num_bytes(each->shape, static_cast<int64_t>(each->dtype.itemsize()))}, i);
     }
   }
   written.close();

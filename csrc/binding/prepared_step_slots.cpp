@@ -6,6 +6,7 @@
 #include "low_precision.h"
 #include "operands.h"
 #include "prepared_step.h"
+#include "quantization.h"
 
 namespace momentum_ext::binding {
 
@@ -198,7 +199,8 @@ int64_t bytes_to_move(const Plan& plan, const StepAverages& averages) {
       if (low->master_kind != Master::kNone) {
         per_element += low->master_kind == Master::kRemainder ? 4 : 8;
       }
-      if (low->scale[0] != nullptr) bytes += (entry.is_first_step ? 4 : 8) * num_scales(entry.numel);
+      if (low->scale[0] != nullptr)
+        bytes += (entry.is_first_step ? 4 : 8) * num_scales(entry.numel);
     }
     bytes += per_element * entry.numel;
   }

@@ -110,8 +110,7 @@ ByteRange Slot::bytes_of_param() const {
           shapes != nullptr ? num_bytes(shapes->param, param.itemsize) : numel * param.itemsize};
 }
 ByteRange Slot::bytes_of_grad(const void* data) const {
-  return {data,
-          shapes != nullptr ? num_bytes(shapes->grad, grad_itemsize) : numel * grad_itemsize};
+  return {data, shapes != nullptr ? num_bytes(shapes->grad, grad_itemsize) : numel * grad_itemsize};
 }
 ByteRange Slot::bytes_of_state(int k) const {
   return {states[k].data, shapes != nullptr ? num_bytes(shapes->states[k], states[k].itemsize)

@@ -32,7 +32,7 @@ class StepMutex {
   void lock() {
     if (owner_.load() == std::this_thread::get_id()) {
       throw std::runtime_error(
-          "this optimizer is in the middle of a step(), which has called what calls it again; let the step finish first");
+          "called from inside a step() of the same optimizer, which must finish first");
     }
     if (!free_.try_acquire()) {
       const GilReleased released(true);
@@ -46,7 +46,8 @@ class StepMutex {
   }
 
  private:
-  std::binary_semaphore free_{1};  // unlike a mutex, any thread may release it: a step may be destroyed in another
+  std::binary_semaphore free_{
+      1};  // unlike a mutex, any thread may release it: a step may be destroyed in another
   std::atomic<std::thread::id> owner_{};
 };
 
