@@ -41,7 +41,7 @@ class StatefulOptimizer(Optimizer):
 
     def _start(self) -> None:
         """What is not part of the state."""
-        self._plan = _C.Plan()
+        self._plan = _C.Plan("sgd")
         self._plan.adopt(self.param_groups)
         counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
         self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])

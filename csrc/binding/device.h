@@ -10,7 +10,6 @@
 #include <unordered_set>
 #include <vector>
 
-#include "../rules/sgd.h"
 #include "../table.h"
 
 namespace momentum_ext::binding {
@@ -118,7 +117,8 @@ class FirstSteps {
 bool is_capturing(int16_t device);
 
 // Launches the share's update on its device's current stream. Throws std::runtime_error.
-void launch(const StepTable<Sgd>& table, const DeviceShare& share, const ScalerTensors& scaler,
+template <typename Rule>
+void launch(const StepTable<Rule>& table, const DeviceShare& share, const ScalerTensors& scaler,
             FirstSteps& first_steps, bool one_by_one);
 
 // Before the launches of a step: counts it and works out the averages' weight, on the device.

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "../cuda/backend.h"
+#include "../rules/rules.h"
 #include "device.h"
 #include "device_values.h"
 
@@ -127,7 +128,8 @@ bool is_capturing(int16_t device) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void launch(const StepTable<Sgd>& table, const DeviceShare& share, const ScalerTensors& scaler,
+template <typename Rule>
+void launch(const StepTable<Rule>& table, const DeviceShare& share, const ScalerTensors& scaler,
             FirstSteps& first_steps, bool one_by_one) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(share.device));
   ScalerTensors here = scaler;
@@ -142,9 +144,14 @@ void launch(const StepTable<Sgd>& table, const DeviceShare& share, const ScalerT
     scalars.settled_on_host = first_steps.settled_on_host(share.device);
   }
   check(
-      cuda::step<Sgd>(table, share.device, scalars, one_by_one, c10::cuda::getCurrentCUDAStream()),
+      cuda::step<Rule>(table, share.device, scalars, one_by_one, c10::cuda::getCurrentCUDAStream()),
       share.device, "launching the update");
 }
+
+#define MOMENTUM_EXT_INSTANTIATE(Rule)                                                   \
+  template void launch(const StepTable<Rule>&, const DeviceShare&, const ScalerTensors&, \
+                       FirstSteps&, bool);
+MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_INSTANTIATE)
 
 void count_average(const ScalerTensors& scaler) {
   const DeviceAverage& average = scaler.average;

@@ -1,6 +1,7 @@
 // In place of device_cuda.cpp, in a build without CUDA kernels: nothing here is ever reached.
 #if !defined(MOMENTUM_EXT_WITH_CUDA)
 
+#include "../rules/rules.h"
 #include "device.h"
 #include "device_norm.h"
 
@@ -23,7 +24,12 @@ DeviceNorm::Result DeviceNorm::conclude(int16_t, const TensorTable*, Norm, const
                                         std::optional<double>, at::ScalarType) {
   return {};
 }
-void launch(const StepTable<Sgd>&, const DeviceShare&, const ScalerTensors&, FirstSteps&, bool) {}
+template <typename Rule>
+void launch(const StepTable<Rule>&, const DeviceShare&, const ScalerTensors&, FirstSteps&, bool) {}
+#define MOMENTUM_EXT_INSTANTIATE(Rule)                                                   \
+  template void launch(const StepTable<Rule>&, const DeviceShare&, const ScalerTensors&, \
+                       FirstSteps&, bool);
+MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_INSTANTIATE)
 std::string cuda_build_info() { return "none"; }
 
 }  // namespace momentum_ext::binding

@@ -5,9 +5,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <iterator>
 #include <optional>
-#include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "layout.h"
@@ -15,59 +14,31 @@
 namespace momentum_ext::binding {
 namespace {
 
-enum Key {
-  kParams,
-  kLr,
-  kMomentum,
-  kDampening,
-  kWeightDecay,
-  kNesterov,
-  kMaximize,
-  kDecoupledWeightDecay,
-  kFormulation,
-  kBufferFormulation,
-  kMomentumDtype,
-  kMasterWeights,
-  kStochasticRounding,
-  kRoundingSeed,
-  kNumKeys
-};
-constexpr const char* kNames[kNumKeys] = {"params",
-                                          "lr",
-                                          "momentum",
-                                          "dampening",
-                                          "weight_decay",
-                                          "nesterov",
-                                          "maximize",
-                                          "decoupled_weight_decay",
-                                          "formulation",
-                                          "buffer_formulation",
-                                          "momentum_dtype",
-                                          "master_weights",
-                                          "stochastic_rounding",
-                                          "rounding_seed"};
+constexpr const char* kParams = "params";
+constexpr const char* kFormulation = "formulation";
+constexpr const char* kBufferFormulation = "buffer_formulation";
+constexpr const char* kRoundingSeed = "rounding_seed";
 
-PyObject* interned(Key key) {
-  static PyObject* const* const strings = [] {
-    static PyObject* made[kNumKeys];
-    for (int i = 0; i < kNumKeys; ++i) made[i] = PyUnicode_InternFromString(kNames[i]);
-    return made;
-  }();
-  return strings[key];
+// Of a string literal. Keys of a loaded state_dict need not be interned.
+PyObject* interned(const char* name) {
+  static std::unordered_map<const char*, PyObject*> strings;
+  PyObject*& string = strings[name];
+  if (string == nullptr) string = PyUnicode_InternFromString(name);
+  return string;
 }
 
-std::string where(size_t group, Key key) {
-  return "param_groups[" + std::to_string(group) + "]['" + kNames[key] + "']";
+std::string where(size_t group, const char* key) {
+  return "param_groups[" + std::to_string(group) + "]['" + key + "']";
 }
 
 // nullptr when the key is missing.
-PyObject* find(PyObject* group, Key key) {
+PyObject* find(PyObject* group, const char* key) {
   PyObject* value = PyDict_GetItemWithError(group, interned(key));
   if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
 }
 
-PyObject* get(PyObject* group, size_t index, Key key) {
+PyObject* get(PyObject* group, size_t index, const char* key) {
   PyObject* value = find(group, key);
   if (value == nullptr) {
     throw py::key_error(where(index, key) + " is missing; every group needs it");
@@ -120,44 +91,25 @@ bool as_bool(PyObject* value) {
   return truth != 0;
 }
 
-// False when the key is missing.
-bool find_bool(PyObject* group, Key key) {
-  PyObject* const value = find(group, key);
-  return value != nullptr && as_bool(value);
-}
-
 bool is_immutable(PyObject* value) {
   return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
          PyUnicode_CheckExact(value) || THPDtype_Check(value) || value == Py_None;
 }
 
-uint64_t read_rounding_seed(PyObject* group, size_t index) {
-  PyObject* const seed = find(group, kRoundingSeed);
+uint64_t read_rounding_seed(HyperparamReader& reader) {
+  PyObject* const seed = reader.object(kRoundingSeed);
   if (seed == nullptr) return 0;
   if (!PyLong_Check(seed)) {
-    throw py::type_error(where(index, kRoundingSeed) + ": expected an int, got " +
+    throw py::type_error(reader.where(kRoundingSeed) + ": expected an int, got " +
                          std::string(py::repr(seed)));
   }
   return PyLong_AsUnsignedLongLongMask(seed);
 }
 
-// Which of ours a dict's key is; kNumKeys when it is none. Keys of a loaded state_dict need not be
-// interned.
-Key identify(PyObject* key) {
-  for (int i = 0; i < kNumKeys; ++i) {
-    if (key == interned(static_cast<Key>(i))) return static_cast<Key>(i);
-  }
-  if (!PyUnicode_Check(key) || PyUnicode_CHECK_INTERNED(key)) return kNumKeys;
-  for (int i = 0; i < kNumKeys; ++i) {
-    if (PyUnicode_CompareWithASCIIString(key, kNames[i]) == 0) return static_cast<Key>(i);
-  }
-  return kNumKeys;
-}
-
 // Groups without low-precision state have none of these keys.
-Storage read_storage(PyObject* group, size_t index) {
+Storage read_storage(HyperparamReader& reader) {
   Storage storage;
-  PyObject* const dtype = find(group, kMomentumDtype);
+  PyObject* const dtype = reader.object("momentum_dtype");
   if (dtype != nullptr && dtype != Py_None) {
     constexpr std::pair<const char*, at::ScalarType> kDtypes[] = {
         {"float32", at::kFloat}, {"bfloat16", at::kBFloat16},           {"float16", at::kHalf},
@@ -171,19 +123,20 @@ Storage read_storage(PyObject* group, size_t index) {
       if (is_it) storage.momentum_dtype = type;
     }
     if (!storage.momentum_dtype.has_value()) {
-      throw py::value_error(where(index, kMomentumDtype) +
-                            ": expected None or float32, bfloat16, float16, int8 or float8_e4m3fn, "
-                            "as a torch.dtype or its name, got " +
-                            std::string(py::repr(dtype)));
+      reader.refuse("momentum_dtype",
+                    "expected None or float32, bfloat16, float16, int8 or float8_e4m3fn, as a "
+                    "torch.dtype or its name, got " +
+                        std::string(py::repr(dtype)));
     }
   }
-  storage.master_weights = find_bool(group, kMasterWeights);
-  storage.stochastic_rounding = find_bool(group, kStochasticRounding);
+  reader.optional_flag("master_weights", storage.master_weights);
+  reader.optional_flag("stochastic_rounding", storage.stochastic_rounding);
+  storage.rounding_seed = read_rounding_seed(reader);
   return storage;
 }
 
 // Groups that torch.optim.SGD has made have no such key.
-Formulation read_formulation(PyObject* group, size_t index, Key key) {
+Formulation read_formulation(PyObject* group, size_t index, const char* key) {
   PyObject* const value = find(group, key);
   if (value == nullptr) return Formulation::kTorch;
   const char* const name = PyUnicode_Check(value) ? PyUnicode_AsUTF8(value) : nullptr;
@@ -197,6 +150,63 @@ Formulation read_formulation(PyObject* group, size_t index, Key key) {
 }
 
 }  // namespace
+
+HyperparamReader::HyperparamReader(PyObject* group, size_t index, Formulation formulation)
+    : group_(group),
+      index_(index),
+      formulation_(formulation),
+      params_(momentum_ext::binding::get(group, index, kParams)),
+      keys_{interned(kFormulation), interned(kBufferFormulation)} {}
+
+std::string HyperparamReader::where(const char* name) const {
+  return momentum_ext::binding::where(index_, name);
+}
+
+PyObject* HyperparamReader::object(const char* name) {
+  keys_.push_back(interned(name));
+  return find(group_, name);
+}
+
+PyObject* HyperparamReader::get(const char* name) {
+  keys_.push_back(interned(name));
+  return momentum_ext::binding::get(group_, index_, name);
+}
+
+void HyperparamReader::number(const char* name, double& value, MayBe may_be,
+                              DeviceNumber* on_device) {
+  PyObject* const object = get(name);
+  const bool any_shape = may_be == kOneElementTensor;
+  const std::optional<DeviceNumber> found_on_device =
+      on_device != nullptr ? as_device_number(object, params_, any_shape) : std::nullopt;
+  value = 1;  // stands for what the host does not know
+  if (found_on_device.has_value()) {
+    *on_device = *found_on_device;
+    return;
+  }
+  const std::optional<double> found = as_number(object, may_be != kNumber, any_shape);
+  if (!found.has_value()) {
+    needs_torch_ = true;
+    return;
+  }
+  value = *found;
+  if (name == std::string_view("lr")) lr_is_zero_ = value == 0;
+}
+
+void HyperparamReader::flag(const char* name, bool& value) { value = as_bool(get(name)); }
+
+void HyperparamReader::optional_flag(const char* name, bool& value) {
+  PyObject* const found = object(name);
+  value = found != nullptr && as_bool(found);
+}
+
+void HyperparamReader::refuse(const char* name, const std::string& why) const {
+  throw py::value_error(where(name) + ": " + why);
+}
+
+void HyperparamReader::refuse_with_formulation(const char* name, double value) const {
+  refuse(name, std::string("formulation '") + to_string(formulation_) + "' has no " + name +
+                   ", got " + std::to_string(value) + "; set it to 0 or use formulation 'torch'");
+}
 
 void GroupReader::note_converted(PyObject* group) {
   buffer_formulation_ = formulation_;
@@ -215,14 +225,9 @@ Formulation read_buffer_formulation(PyObject* group, size_t index) {
 }
 
 double read_lr(PyObject* group, size_t index) {
-  const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(get(group, index, kLr)));
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(get(group, index, "lr")));
   if (!number) throw py::error_already_set();
   return PyFloat_AS_DOUBLE(number.ptr());
-}
-
-void GroupReader::scale(double grad_factor, Hyperparams<Sgd>& hyperparams) const {
-  hyperparams.f64.grad_coef = maximize_ ? -grad_factor : grad_factor;
-  round_to_float(hyperparams);
 }
 
 PyObject* GroupReader::compare(PyObject* group) const noexcept {
@@ -244,74 +249,43 @@ PyObject* GroupReader::compare(PyObject* group) const noexcept {
   return i == items_.size() ? params : nullptr;
 }
 
-PyObject* GroupReader::parse(PyObject* group, size_t index, Hyperparams<Sgd>& hyperparams) {
-  PyObject* const params = get(group, index, kParams);
+PyObject* GroupReader::parse(PyObject* group, size_t index,
+                             const std::function<void(HyperparamReader&)>& read) {
   immutable_ = false;
   needs_torch_ = false;
-  const auto number = [&](Key key, bool may_be_tensor, bool any_shape,
-                          DeviceNumber* on_device = nullptr) {
-    PyObject* const value = get(group, index, key);
-    if (on_device != nullptr) {
-      if (const auto found = as_device_number(value, params, any_shape)) {
-        *on_device = *found;
-        return 1.0;  // stands for what the host does not know
-      }
-    }
-    const std::optional<double> found = as_number(value, may_be_tensor, any_shape);
-    needs_torch_ = needs_torch_ || !found.has_value();
-    return found.value_or(1.0);
-  };
   formulation_ = read_formulation(group, index, kFormulation);
   buffer_formulation_ = read_buffer_formulation(group, index);
-  const bool decoupled = find_bool(group, kDecoupledWeightDecay);
-  Hyperparams<Sgd> h;
-  // The kernels read torch's numbers by themselves; others are made of several, on the host.
-  const bool as_torch = formulation_ == Formulation::kTorch && !decoupled;
-  const auto device = [&](DeviceNumber& slot) { return as_torch ? &slot : nullptr; };
-  const double lr = number(kLr, true, true, device(h.on_device.lr));
-  lr_is_zero_ = lr == 0;
-  const double momentum = number(kMomentum, false, false, device(h.on_device.momentum));
-  const double dampening = number(kDampening, false, false);
-  const double weight_decay = number(kWeightDecay, true, false, device(h.on_device.weight_decay));
-  if (formulation_ != Formulation::kTorch && dampening != 0 && !needs_torch_) {
-    throw py::value_error(where(index, kDampening) + ": formulation '" + to_string(formulation_) +
-                          "' has no dampening, got " + std::to_string(dampening) +
-                          "; set it to 0 or use formulation 'torch'");
-  }
-  h.nesterov = as_bool(get(group, index, kNesterov));
-  maximize_ = as_bool(get(group, index, kMaximize));
-  h.has_momentum = momentum != 0;
-  h.f64.momentum = momentum;
-  choose_coefficients(formulation_, lr, dampening, h.f64);
-  h.f64.weight_decay = weight_decay;
-  if (weight_decay == 0) {
-    h.weight_decay = WeightDecay::kNone;
-  } else if (decoupled) {
-    h.weight_decay = WeightDecay::kDecoupled;
-    h.f64.weight_decay = 1 - lr * weight_decay;
-  } else {
-    h.weight_decay = WeightDecay::kL2;
-  }
-  storage_ = read_storage(group, index);
-  h.stochastic_rounding = storage_.stochastic_rounding;
-  h.rounding_seed = read_rounding_seed(group, index);
-  hyperparams = h;
+  HyperparamReader reader(group, index, formulation_);
+  storage_ = read_storage(reader);
+  read(reader);
+  needs_torch_ = reader.needs_torch_;
+  lr_is_zero_ = reader.lr_is_zero_;
+  keep_items(group, reader.keys_);
+  return reader.params_;
+}
 
+void GroupReader::keep_items(PyObject* group, const std::vector<PyObject*>& read_keys) {
+  const auto is_read = [&](PyObject* key) {
+    return std::any_of(read_keys.begin(), read_keys.end(), [key](PyObject* each) {
+      return key == each || (!PyUnicode_CHECK_INTERNED(key) && PyUnicode_Compare(key, each) == 0);
+    });
+  };
   items_.clear();
   immutable_ = true;
   PyObject* key;
   PyObject* value;
   Py_ssize_t position = 0;
   while (PyDict_Next(group, &position, &key, &value)) {
-    const Key which = identify(key);
-    Item item{py::reinterpret_borrow<py::object>(key), py::object(), which == kParams};
-    if (which != kParams && which != kNumKeys) {
+    const bool is_string = PyUnicode_Check(key);
+    const bool is_params = is_string && (key == interned(kParams) ||
+                                         PyUnicode_CompareWithASCIIString(key, kParams) == 0);
+    Item item{py::reinterpret_borrow<py::object>(key), py::object(), is_params};
+    if (is_string && is_read(key)) {
       item.value = py::reinterpret_borrow<py::object>(value);
       immutable_ = immutable_ && is_immutable(value);
     }
     items_.push_back(std::move(item));
   }
-  return params;
 }
 
 }  // namespace momentum_ext::binding

@@ -1,13 +1,15 @@
-// Reads a parameter group's hyperparameters, and notices at the price of a few pointer comparisons
-// that nothing changed.
+// Reads a parameter group, and notices at the price of a few pointer comparisons that nothing
+// changed. What a rule's hyperparameters are, the rule says (Rule::read()); the options that every
+// rule has are read here.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <functional>
+#include <string>
 #include <vector>
 
 #include "../rules/sgd.h"
-#include "../table.h"
 #include "formulation.h"
 #include "storage.h"
 
@@ -15,11 +17,53 @@ namespace momentum_ext::binding {
 
 namespace py = pybind11;
 
-// How the buffers of a group's tensors are written.
+// The formulation that the buffers of a group's tensors are in.
 Formulation read_buffer_formulation(PyObject* group, size_t index);
 
 // A group's lr, of whatever kind it is.
 double read_lr(PyObject* group, size_t index);
+
+// Reads hyperparameters from one group's dict, by name, and notes which they were.
+class HyperparamReader {
+ public:
+  // What a number may be besides a Python float or int: where torch reads a tensor's value as it
+  // is, a floating-point tensor of one element.
+  enum MayBe { kNumber, kScalarTensor, kOneElementTensor };
+
+  HyperparamReader(PyObject* group, size_t index, Formulation formulation);
+
+  // A number; in a CUDA device's memory too where there is a place for that and all parameters are
+  // on the device: `value` is then 1. Anything else, from a bool to a tensor that requires grad,
+  // needs torch: it gives it its meaning or its error.
+  void number(const char* name, double& value, MayBe may_be, DeviceNumber* on_device = nullptr);
+  void flag(const char* name, bool& value);
+  void optional_flag(const char* name, bool& value);  // false where the key is missing
+  PyObject* object(const char* name);                 // nullptr where the key is missing
+
+  Formulation formulation() const { return formulation_; }
+
+  // True when a hyperparameter is of a kind that only torch can read.
+  bool needs_torch() const { return needs_torch_; }
+
+  // "param_groups[0]['lr']".
+  std::string where(const char* name) const;
+
+  // Raise ValueError.
+  [[noreturn]] void refuse(const char* name, const std::string& why) const;
+  [[noreturn]] void refuse_with_formulation(const char* name, double value) const;
+
+ private:
+  friend class GroupReader;
+  PyObject* get(const char* name);
+
+  PyObject* group_;
+  size_t index_;
+  Formulation formulation_;
+  PyObject* params_;
+  bool needs_torch_ = false;
+  bool lr_is_zero_ = false;
+  std::vector<PyObject*> keys_;  // interned
+};
 
 class GroupReader {
  public:
@@ -27,18 +71,14 @@ class GroupReader {
   // when anything differs.
   PyObject* compare(PyObject* group) const noexcept;
 
-  // Reads everything anew; returns the dict's "params", borrowed. `index` names the group in
-  // errors.
-  PyObject* parse(PyObject* group, size_t index, Hyperparams<Sgd>& hyperparams);
+  // Reads everything anew, the rule's hyperparameters by `read`; returns the dict's "params",
+  // borrowed. `index` names the group in errors.
+  PyObject* parse(PyObject* group, size_t index,
+                  const std::function<void(HyperparamReader&)>& read);
 
-  // Rounds the coefficients of what was parsed, with what gradients are multiplied with.
-  void scale(double grad_factor, Hyperparams<Sgd>& hyperparams) const;
-
-  // True when a hyperparameter is of a kind that only torch can read, such as an lr that requires
-  // grad.
   bool needs_torch() const { return needs_torch_; }
 
-  // How the group wants its momentum written, and how the buffers of the group are written.
+  // The formulation that the group wants, and the one that its buffers are in.
   Formulation formulation() const { return formulation_; }
   Formulation buffer_formulation() const { return buffer_formulation_; }
 
@@ -59,6 +99,7 @@ class GroupReader {
     py::object value;  // null for what is not a hyperparameter
     bool is_params;
   };
+  void keep_items(PyObject* group, const std::vector<PyObject*>& read_keys);
 
   std::vector<Item> items_;
   bool immutable_ = false;  // all values are numbers; a tensor's value may change in place
@@ -67,7 +108,6 @@ class GroupReader {
   Formulation formulation_ = Formulation::kTorch;
   Formulation buffer_formulation_ = Formulation::kTorch;
   Storage storage_;
-  bool maximize_ = false;
 };
 
 }  // namespace momentum_ext::binding

@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/backend.h"
 #include "aliasing.h"
 
 namespace momentum_ext::binding {
@@ -37,18 +36,18 @@ void check_device(const at::Tensor& tensor, const at::Tensor& param, const std::
 
 ListStep::ListStep(const py::list& groups, Lists lists, double inv_grad_scale,
                    double average_weight)
-    : lists_(std::move(lists)), average_weight_(average_weight) {
+    : lists_(std::move(lists)), average_weight_(average_weight), rule_(make_rule_groups("sgd")) {
   const size_t count = lists_.params.size();
   check_length("grads", lists_.grads.size(), count);
   check_length("momentum_buffers", lists_.momentum_buffers.size(), count);
   check_length("averages", lists_.averages.size(), count);
   check_length("is_first_step", lists_.is_first_step.size(), count);
-  hyperparams_.resize(groups.size());
+  rule_->resize(groups.size());
+  rule_->scale(inv_grad_scale);
   size_t i = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     GroupReader reader;
-    PyObject* const params = reader.parse(groups[g].ptr(), g, hyperparams_[g]);
-    reader.scale(inv_grad_scale, hyperparams_[g]);
+    PyObject* const params = rule_->parse(reader, groups[g].ptr(), g);
     const Py_ssize_t size = PyObject_Size(params);
     if (size < 0) throw py::error_already_set();
     for (size_t k = 0; k < static_cast<size_t>(size); ++k, ++i) {
@@ -59,7 +58,7 @@ ListStep::ListStep(const py::list& groups, Lists lists, double inv_grad_scale,
                         {buffer.value_or(at::Tensor())},
                         buffer.has_value() ? 1 : 0};
       check(i, operands);
-      if (hyperparams_[g].has_momentum != buffer.has_value()) {
+      if ((rule_->num_states(g) != 0) != buffer.has_value()) {
         throw std::runtime_error(name_of(operand_of_state(0), i) + ": expected " +
                                  (buffer.has_value() ? "none, because its group has no momentum"
                                                      : "a tensor, because its group has momentum"));
@@ -170,8 +169,7 @@ void ListStep::run() {
   const auto count = static_cast<int64_t>(entries_.size());
   FirstSteps first_steps;  // without a GradScaler the host knows them all
   for (const DeviceShare& share : shares_) {
-    launch({{entries_.data(), nullptr, count}, hyperparams_.data()}, share, {}, first_steps,
-           in_order);
+    rule_->launch({entries_.data(), nullptr, count}, {}, share, {}, first_steps, in_order);
   }
   std::vector<TensorEntry> on_cpu;
   std::vector<int64_t> first_element{0};
@@ -182,10 +180,8 @@ void ListStep::run() {
   }
   const int threads = in_order || at::in_parallel_region() ? 1 : at::get_num_threads();
   if (first_element.back() != 0) {
-    cpu::step<Sgd>({{on_cpu.data(), first_element.data(), static_cast<int64_t>(on_cpu.size())},
-                    hyperparams_.data(),
-                    average_weight_},
-                   threads);
+    rule_->step_on_cpu({on_cpu.data(), first_element.data(), static_cast<int64_t>(on_cpu.size())},
+                       {average_weight_}, threads);
   }
   average_by_torch();
 }

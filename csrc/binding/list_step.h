@@ -13,6 +13,7 @@
 #include "device.h"
 #include "group_reader.h"
 #include "operands.h"
+#include "rule_groups.h"
 
 namespace momentum_ext::binding {
 
@@ -46,7 +47,7 @@ class ListStep {
 
   Lists lists_;
   double average_weight_;
-  std::vector<Hyperparams<Sgd>> hyperparams_;
+  std::unique_ptr<RuleGroups> rule_;
   std::vector<TensorEntry> entries_;  // of those that the kernels update
   std::vector<size_t> updated_;       // their places in the lists
   std::vector<DeviceShare> shares_;

@@ -7,7 +7,8 @@
 
 namespace momentum_ext::binding {
 
-Plan::Plan() : spare_vectors(std::make_unique<StepVectors>()) {}
+Plan::Plan(const std::string& rule_name)
+    : rule(make_rule_groups(rule_name)), spare_vectors(std::make_unique<StepVectors>()) {}
 Plan::~Plan() = default;
 
 void Plan::compare(const py::list& param_groups, const py::dict& state) {
@@ -21,7 +22,7 @@ bool Plan::read_groups(const py::list& param_groups) {
   if (readers.size() != num_groups) {
     readers.clear();
     readers.resize(num_groups);
-    hyperparams.resize(num_groups);
+    rule->resize(num_groups);
   }
   groups.resize(num_groups);
   params_.resize(num_groups);
@@ -40,20 +41,13 @@ bool Plan::read_groups(const py::list& param_groups) {
   return same;
 }
 
-void Plan::scale(double grad_factor) {
-  if (grad_factor == grad_factor_) return;
-  grad_factor_ = grad_factor;
-  for (size_t g = 0; g < readers.size(); ++g) readers[g].scale(grad_factor, hyperparams[g]);
-}
-
 PyObject* Plan::parse_group(size_t g) {
   if (!PyDict_Check(groups[g])) {
     throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
                          Py_TYPE(groups[g])->tp_name);
   }
   const Storage storage = readers[g].storage();
-  PyObject* const params = readers[g].parse(groups[g], g, hyperparams[g]);
-  readers[g].scale(grad_factor_, hyperparams[g]);
+  PyObject* const params = rule->parse(readers[g], groups[g], g);
   // What the group wants of its tensors is no longer what they were examined for.
   const size_t end = g + 1 < first_slot.size() ? first_slot[g + 1] : 0;
   for (size_t i = g < first_slot.size() ? first_slot[g] : 0; i < end; ++i) {
@@ -169,7 +163,7 @@ bool Plan::has_moved(const py::list& param_groups) const {
 
 void Plan::note_converted() {
   for (size_t g = 0; g < readers.size(); ++g) {
-    if (!hyperparams[g].has_momentum) continue;
+    if (rule->num_states(g) == 0) continue;
     const Formulation formulation = readers[g].formulation();
     if (readers[g].buffer_formulation() != formulation) readers[g].note_converted(groups[g]);
     for (size_t i = first_slot[g]; i < first_slot[g + 1]; ++i) slots[i].formulation = formulation;
@@ -184,7 +178,9 @@ void Plan::find_shared_memory() {
     written.add(slot.bytes_of_param(), i);
     for (int k = 0; k < slot.num_states; ++k) written.add(slot.bytes_of_state(k), i);
     if (slot.companions == nullptr) continue;
-    for (const Companion* const each : {&slot.companions->master, &slot.companions->scale}) {
+    const Companions& all = *slot.companions;
+    for (const Companion* const each :
+         {&all.master, &all.scales[0], &all.scales[1], &all.scales[2]}) {
       if (each->key == nullptr) continue;
       written.add(
           {each->data, num_bytes(each->shape, static_cast<int64_t>(each->dtype.itemsize()))}, i);

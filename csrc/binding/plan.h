@@ -12,15 +12,16 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "../rules/sgd.h"
 #include "../table.h"
 #include "aliasing.h"
 #include "device.h"
 #include "group_reader.h"
+#include "rule_groups.h"
 #include "slot.h"
 #include "step_lock.h"
 
@@ -32,14 +33,12 @@ struct StepVectors;
 
 class Plan : public std::enable_shared_from_this<Plan> {
  public:
-  Plan();
+  // `rule`: see make_rule_groups().
+  explicit Plan(const std::string& rule);
   ~Plan();
 
   // Brings the plan up to the optimizer's groups, parameter lists and state.
   void compare(const py::list& param_groups, const py::dict& state);
-
-  // What all gradients are multiplied with.
-  void scale(double grad_factor);
 
   // The formulation that all buffers of these groups are in is what their groups say.
   void adopt(const py::list& param_groups);
@@ -57,7 +56,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
   // A slot's parameter, its group, and what stands there.
   const at::Tensor& param(size_t i) const { return THPVariable_Unpack(param_objects[i]); }
   const GroupReader& reader(const Slot& slot) const { return readers[slot.group]; }
-  const Hyperparams<Sgd>& hyperparams_of(const Slot& slot) const { return hyperparams[slot.group]; }
+  int num_states(const Slot& slot) const { return rule->num_states(slot.group); }
   bool wants_conversion(const Slot& slot) const {
     return slot.formulation != reader(slot).formulation();
   }
@@ -67,7 +66,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
   // The groups, as they were read in this step.
   std::vector<PyObject*> groups;  // the dicts, borrowed
   std::vector<GroupReader> readers;
-  std::vector<Hyperparams<Sgd>> hyperparams;  // one for each reader
+  std::unique_ptr<RuleGroups> rule;  // their hyperparameters
 
   // The parameters' slots, in the order of the groups. A vector of this name's kind has one element
   // for each slot; a slot without a gradient has an entry of no elements.
@@ -85,7 +84,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
   };
   struct CompanionTensors {
     c10::TensorImpl* master = nullptr;
-    c10::TensorImpl* scale = nullptr;
+    c10::TensorImpl* scales[kMaxStates] = {};
   };
   std::vector<Tensors> tensors;
   std::vector<TensorEntry> entries;

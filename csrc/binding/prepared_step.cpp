@@ -6,7 +6,6 @@
 
 #include <algorithm>
 
-#include "../cpu/backend.h"
 #include "low_precision.h"
 #include "operands.h"
 
@@ -115,7 +114,7 @@ void PreparedStep::run(const Numbers& numbers) {
   if (vectors_ == nullptr) throw std::runtime_error("run(): this step has run or was discarded");
   begin();
   Plan& plan = *plan_;
-  plan.scale(numbers.grad_factor);
+  plan.rule->scale(numbers.grad_factor);
   std::optional<at::RecordFunction> range;
   if (at::hasCallbacks()) {
     range.emplace(at::RecordScope::USER_SCOPE);
@@ -124,12 +123,10 @@ void PreparedStep::run(const Numbers& numbers) {
   }
   bump_versions();
   if (numbers.on_device.average.count.defined()) count_average(numbers.on_device);
+  const StepNumbers step_numbers{numbers.average_weight, plan.rounding_step};
   for (const DeviceShare& share : vectors_->shares) {
-    launch({{plan.entries.data(), nullptr, static_cast<int64_t>(plan.slots.size())},
-            plan.hyperparams.data(),
-            numbers.average_weight,
-            plan.rounding_step},
-           share, numbers.on_device, plan.first_steps, in_order_);
+    plan.rule->launch({plan.entries.data(), nullptr, static_cast<int64_t>(plan.slots.size())},
+                      step_numbers, share, numbers.on_device, plan.first_steps, in_order_);
   }
   for (const StateChanges::Change& change : vectors_->changes.all()) {
     if (change.cohort != 0) {
@@ -138,7 +135,7 @@ void PreparedStep::run(const Numbers& numbers) {
     }
   }
   vectors_->changes.clear();  // from here on the step takes place
-  if (plan.first_element.back() != 0) update_cpu(numbers.average_weight);
+  if (plan.first_element.back() != 0) update_cpu(step_numbers);
   vectors_->averages.update_by_torch(plan, state_, numbers.average_weight);
   if (converts_) plan.note_converted();
   if (trains(plan)) ++plan.rounding_step;
@@ -165,7 +162,7 @@ void PreparedStep::bump_versions() {
     if (plan_->tensors[i].param == nullptr) continue;
     bump_version(plan_->tensors[i].average);
     bump_version(plan_->companion_tensors[i].master);
-    bump_version(plan_->companion_tensors[i].scale);
+    for (c10::TensorImpl* const scale : plan_->companion_tensors[i].scales) bump_version(scale);
   }
 }
 
@@ -187,15 +184,12 @@ void PreparedStep::restore_versions() noexcept {
   }
 }
 
-void PreparedStep::update_cpu(double average_weight) {
+void PreparedStep::update_cpu(const StepNumbers& numbers) {
   const Plan& plan = *plan_;
   const bool release = plan.first_element.back() >= kElementsToReleaseGil;
   if (release) keep_alive();
-  StepTable<Sgd> table = {
-      {plan.entries.data(), plan.first_element.data(), static_cast<int64_t>(plan.slots.size())},
-      plan.hyperparams.data(),
-      average_weight,
-      plan.rounding_step};
+  TensorTable table = {plan.entries.data(), plan.first_element.data(),
+                       static_cast<int64_t>(plan.slots.size())};
   if (!vectors_->shares.empty()) {
     std::vector<TensorEntry>& entries = vectors_->cpu_entries;
     std::vector<int64_t>& first_element = vectors_->cpu_first_element;
@@ -210,7 +204,7 @@ void PreparedStep::update_cpu(double average_weight) {
     table.num_entries = static_cast<int64_t>(entries.size());
   }
   const GilReleased released(release);
-  cpu::step(table, in_order_ ? 1 : max_threads());
+  plan.rule->step_on_cpu(table, numbers, in_order_ ? 1 : max_threads());
 }
 
 // Holds on to this step's tensors while other code may run: Python's, or another thread's.
@@ -231,7 +225,7 @@ void PreparedStep::keep_alive() {
     keep(tensors.average);
     if (!plan_->has_low_precision) continue;
     keep(plan_->companion_tensors[i].master);
-    keep(plan_->companion_tensors[i].scale);
+    for (c10::TensorImpl* const scale : plan_->companion_tensors[i].scales) keep(scale);
   }
 }
 

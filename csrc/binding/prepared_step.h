@@ -80,10 +80,11 @@ class PreparedStep {
   void prepare_slot(size_t i, const Options& options);
   at::Tensor find_grad(size_t i, const Options& options);
   uint32_t cohort_of_first_step(const Slot& slot, const Options& options);
+  void fill_in(size_t i, const Operands& operands, bool is_first_step, uint32_t cohort);
   void put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort);
   bool some_grad_meets_another_slot() const;
   void bump_versions();
-  void update_cpu(double average_weight);
+  void update_cpu(const StepNumbers& numbers);
   void keep_alive();
 
   std::shared_ptr<Plan> kept_plan_;

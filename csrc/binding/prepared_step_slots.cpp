@@ -9,6 +9,22 @@
 #include "quantization.h"
 
 namespace momentum_ext::binding {
+namespace {
+
+// Those that are not there yet, as torch makes them. A step that overflows leaves new state as it
+// is: then it is zeros.
+void make_states(StartingState& start, const at::Tensor& param, int num_states, bool zero) {
+  for (int k = 0; k < num_states; ++k) {
+    if (!start.states[k].defined()) {
+      start.states[k] = at::empty_like(param, {}, at::MemoryFormat::Preserve);
+    }
+    if (!zero) continue;
+    start.states[k].zero_();
+    if (start.scales[k].defined()) start.scales[k].zero_();
+  }
+}
+
+}  // namespace
 
 // One pass, because a tensor's fields lie in a dozen cache lines: what is as the plan says gets its
 // version bumped at once (restore_versions() takes it back) and its place among the elements.
@@ -17,7 +33,7 @@ void PreparedStep::look_at_slots(const Options& options) {
   versions_are_bumped_ = true;
   for (size_t g = 0; g < plan.readers.size(); ++g) {
     const GroupReader& reader = plan.readers[g];
-    const int num_states = plan.hyperparams[g].has_momentum ? 1 : 0;
+    const int num_states = plan.rule->num_states(g);
     const bool all_changed = options.all_by_torch || options.grads || reader.needs_torch();
     for (size_t i = plan.first_slot[g]; i < plan.first_slot[g + 1]; ++i) {
       if (all_changed || !is_as_planned(i, num_states, reader)) vectors_->changed.push_back(i);
@@ -41,10 +57,10 @@ bool PreparedStep::is_as_planned(size_t i, int num_states, const GroupReader& re
     return true;
   }
   Plan::Tensors found{param, grad_tensor.unsafeGetTensorImpl()};
-  if (num_states != 0) {
-    PyObject* const value = find_item(slot.state_dict, state_keys().buffer);
+  for (int k = 0; k < num_states; ++k) {
+    PyObject* const value = find_item(slot.state_dict, plan.rule->state_keys[k]);
     if (value == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(value))) return false;
-    found.states[0] = THPVariable_Unpack(value).unsafeGetTensorImpl();
+    found.states[k] = THPVariable_Unpack(value).unsafeGetTensorImpl();
   }
   try {
     if (!slot.is_unchanged(*param, *found.grad, found.states, num_states)) return false;
@@ -59,7 +75,7 @@ bool PreparedStep::is_as_planned(size_t i, int num_states, const GroupReader& re
   entry.is_first_step = false;
   if (has_shared_storage(*found.grad)) vectors_->shared_grads.push_back(i);
   bump_version(param);
-  bump_version(found.states[0]);
+  for (int k = 0; k < num_states; ++k) bump_version(found.states[k]);
   return true;
 }
 
@@ -89,55 +105,67 @@ void PreparedStep::prepare_slot(size_t i, const Options& options) {
   }
   const at::Tensor& param = plan.param(i);
   const at::Tensor grad = find_grad(i, options);
-  const bool has_momentum = plan.hyperparams_of(slot).has_momentum;
+  const int num_states = plan.num_states(slot);
   const SlotState state{plan, i, &vectors_->changes};
-  const at::Tensor* const found = has_momentum ? state.find_buffer() : nullptr;
-  const bool wants_conversion = has_momentum && plan.wants_conversion(slot);
+  const at::Tensor* found[kMaxStates] = {};
+  for (int k = 0; k < num_states; ++k) found[k] = state.find_state(k);
+  const bool has_state = found[0] != nullptr;
+  const bool wants_conversion = num_states != 0 && plan.wants_conversion(slot);
   converts_ = converts_ || wants_conversion;
-  if (!grad.defined() && !(wants_conversion && found != nullptr)) return;
+  if (!grad.defined() && !(wants_conversion && has_state)) return;
 
-  StartingState start = starting_state(state, param, found);
-  const bool is_first_step = has_momentum && found == nullptr;
-  const auto examine = [&] {
-    const Operands operands{param, grad, {start.buffer}, start.buffer.defined() ? 1 : 0};
-    plan.memory_has_changed = true;
-    slot.examine(operands, options.all_by_torch || state.reader().needs_torch());
-    return operands;
-  };
+  StartingState start = starting_state(state, param, num_states, found);
   Operands operands;
-  if (grad.defined()) operands = examine();
+  const auto examine = [&] {
+    operands = {param, grad, {}, 0};
+    for (; operands.num_states < num_states; ++operands.num_states) {
+      const at::Tensor& each = start.states[operands.num_states];
+      if (!each.defined()) break;
+      operands.states[operands.num_states] = each;
+    }
+    plan.memory_has_changed = true;
+    slot.examine(
+        operands, [&](Operand operand) { return state.name_of(operand); },
+        options.all_by_torch || state.reader().needs_torch());
+  };
+  if (grad.defined()) examine();
   // Torch makes its own state on a first step.
-  if (slot.path == Path::kTorch && found == nullptr) return vectors_->for_torch.push_back(i);
-  uint32_t cohort = found == nullptr ? 0 : plan.first_steps.cohort_of(*found);
+  if (slot.path == Path::kTorch && !has_state) return vectors_->for_torch.push_back(i);
+  const bool is_first_step = num_states != 0 && !has_state;
+  uint32_t cohort = has_state ? plan.first_steps.cohort_of(*found[0]) : 0;
   if (is_first_step) {
     slot.path = Path::kUnknown;
     cohort = cohort_of_first_step(slot, options);
-    if (!start.buffer.defined()) {
-      start.buffer = at::empty_like(param, {}, at::MemoryFormat::Preserve);
-    }
-    if (cohort != 0) {  // a step that overflows leaves the new buffer as it is
-      start.buffer.zero_();
-      if (start.scale.defined()) start.scale.zero_();
-    }
-    operands = examine();
+    make_states(start, param, num_states, /*zero=*/cohort != 0);
+    examine();
     if (slot.path == Path::kTorch) return vectors_->for_torch.push_back(i);
-    put(i, state_keys().buffer, start.buffer, cohort);
+    for (int k = 0; k < num_states; ++k) put(i, plan.rule->state_keys[k], start.states[k], cohort);
   }
-  // A converted buffer is as old as the one that it comes from.
+  // A converted state is as old as the one that it comes from.
   for (const auto& [key, tensor] : start.changes) {
-    put(i, key, tensor, key == state_keys().buffer ? cohort : 0);
+    put(i, key, tensor, key == plan.rule->state_keys[0] ? cohort : 0);
   }
   if (!grad.defined()) return;
   if (slot.path == Path::kTorch) return vectors_->for_torch.push_back(i);
+  fill_in(i, operands, is_first_step, cohort);
+  attach_companions(plan, i, param, start);
+}
+
+// What the kernels read of a slot that was examined.
+void PreparedStep::fill_in(size_t i, const Operands& operands, bool is_first_step,
+                           uint32_t cohort) {
+  Plan& plan = *plan_;
+  const Slot& slot = plan.slots[i];
   TensorEntry& entry = plan.entries[i];
   entry = entry_of(operands, slot.shapes != nullptr ? slot.shapes->layout.get() : nullptr);
   entry.group = slot.group;
   entry.is_first_step = is_first_step;
   entry.cohort = cohort;
-  plan.tensors[i] = {param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl()};
-  if (operands.num_states != 0) plan.tensors[i].states[0] = start.buffer.unsafeGetTensorImpl();
-  if (has_shared_storage(*grad.unsafeGetTensorImpl())) vectors_->shared_grads.push_back(i);
-  attach_companions(plan, i, param, start);
+  plan.tensors[i] = {operands.param.unsafeGetTensorImpl(), operands.grad.unsafeGetTensorImpl()};
+  for (int k = 0; k < operands.num_states; ++k) {
+    plan.tensors[i].states[k] = operands.states[k].unsafeGetTensorImpl();
+  }
+  if (has_shared_storage(*plan.tensors[i].grad)) vectors_->shared_grads.push_back(i);
 }
 
 // The gradient to use; undefined: there is none.

@@ -11,8 +11,6 @@ namespace py = pybind11;
 
 // Interned, so that a key is mostly found by its address.
 struct StateKeys {
-  PyObject* buffer = PyUnicode_InternFromString("momentum_buffer");
-  PyObject* scale = PyUnicode_InternFromString("momentum_scale");
   PyObject* average = PyUnicode_InternFromString("ema");
   PyObject* remainder = PyUnicode_InternFromString("param_remainder");
   PyObject* master = PyUnicode_InternFromString("master_param");

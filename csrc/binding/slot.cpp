@@ -2,27 +2,19 @@
 
 #include <string>
 
-#include "operands.h"
-
 namespace momentum_ext::binding {
 
 std::string Slot::name() const {
   return "param_groups[" + std::to_string(group) + "]['params'][" + std::to_string(index) + "]";
 }
 
-std::string Slot::name_of(Operand operand) const {
-  if (operand == kParam) return name();
-  return (operand == kGrad ? "gradient of " : "momentum_buffer of ") + name();
-}
-
-// Raises for operands that no step could update.
-void Slot::examine(const Operands& operands, bool by_torch) {
+void Slot::examine(const Operands& operands, const NameOf& name_of, bool by_torch) {
   const auto& [param_tensor, grad, state, count] = operands;
   path = Path::kUnknown;
   shapes.reset();
   companions.reset();
   has_companions = false;
-  check_operands(operands, [this](Operand operand) { return name_of(operand); });
+  check_operands(operands, name_of);
   if (by_torch || !has_kernel(operands)) {
     path = Path::kTorch;
     return;

@@ -6,9 +6,8 @@
 #include <optional>
 
 #include "formulation.h"
-#include "layout.h"
+#include "operands.h"
 #include "py_state.h"
-#include "tensor_access.h"
 
 namespace momentum_ext::binding {
 
@@ -43,7 +42,7 @@ struct Companion {
 };
 struct Companions {
   Companion master;
-  Companion scale;
+  Companion scales[kMaxStates];
 };
 
 struct SlotOperand {
@@ -77,11 +76,9 @@ struct Slot {
 
   std::string name() const;
 
-  // "momentum_buffer of param_groups[0]['params'][3]".
-  std::string name_of(Operand operand) const;
-
-  // Takes the path that these operands go, and what the next step compares them with.
-  void examine(const Operands& operands, bool by_torch);
+  // Takes the path that these operands go, and what the next step compares them with. Raises for
+  // operands that no step could update.
+  void examine(const Operands& operands, const NameOf& name_of, bool by_torch);
 
   // True when everything that the path was chosen for still holds. The gradient's address alone may
   // differ. May throw where torch refuses to tell a tensor's sizes or memory.

@@ -13,6 +13,8 @@
 namespace momentum_ext::binding {
 namespace {
 
+std::string name_of_key(PyObject* key) { return PyUnicode_AsUTF8(key); }
+
 std::string describe(const at::Tensor& tensor) {
   std::string shape;
   for (const int64_t size : tensor.sizes()) {
@@ -47,18 +49,19 @@ at::Tensor converted(const SlotState& state, const at::Tensor& value, Formulatio
   return wanted == Formulation::kClassical ? exact.mul(lr) : exact.div(lr);
 }
 
-// The scales of a buffer of 8 bits.
-at::Tensor find_scale(const SlotState& state, const at::Tensor& buffer) {
-  const at::Tensor* const scale = state.find(state_keys().scale);
+// The scales of a state k of 8 bits.
+at::Tensor find_scale(const SlotState& state, int k, const at::Tensor& buffer) {
+  PyObject* const key = state.plan.rule->scale_keys[k];
+  const at::Tensor* const scale = state.find(key);
   const int64_t count = num_scales(buffer.numel());
-  const std::string remedy =
-      "; delete \"momentum_buffer\" from the optimizer's state to start from no momentum";
+  const std::string remedy = "; delete \"" + name_of_key(state.plan.rule->state_keys[k]) +
+                             "\" from the optimizer's state to start from no momentum";
   if (scale == nullptr) {
-    throw std::runtime_error(state.slot().name_of(operand_of_state(0)) + ": it is " +
+    throw std::runtime_error(state.name_of(operand_of_state(k)) + ": it is " +
                              std::string(c10::toString(buffer.scalar_type())) +
-                             " and there is no \"momentum_scale\" beside it" + remedy);
+                             " and there is no \"" + name_of_key(key) + "\" beside it" + remedy);
   }
-  const auto name = [&] { return "momentum_scale of " + state.slot().name(); };
+  const auto name = [&] { return state.name_of(key); };
   if (scale->scalar_type() != at::kFloat || scale->dim() != 1 || scale->size(0) != count ||
       !scale->is_contiguous() || kernel_device(*scale) != kernel_device(buffer)) {
     throw std::runtime_error(name() + ": expected Float [" + std::to_string(count) + "] on " +
@@ -68,51 +71,54 @@ at::Tensor find_scale(const SlotState& state, const at::Tensor& buffer) {
   return *scale;
 }
 
-// A buffer for a first step, where it is not as torch makes it.
-void make_buffer(StartingState& start, const at::Tensor& param, at::ScalarType dtype) {
-  start.buffer = empty_dense_like(param, dtype);
+// A state for a first step, where it is not as torch makes it.
+void make_state(const SlotState& state, StartingState& start, int k, const at::Tensor& param,
+                at::ScalarType dtype) {
+  start.states[k] = empty_dense_like(param, dtype);
   if (!is_8_bit(dtype)) return;
-  start.scale = at::empty({num_scales(param.numel())}, param.options().dtype(at::kFloat));
-  start.changes.emplace_back(state_keys().scale, start.scale);
+  start.scales[k] = at::empty({num_scales(param.numel())}, param.options().dtype(at::kFloat));
+  start.changes.emplace_back(state.plan.rule->scale_keys[k], start.scales[k]);
 }
 
-// A buffer that the kernels take, in the group's formulation and format.
-void convert_buffer(const SlotState& state, StartingState& start, const at::Tensor& param,
-                    at::ScalarType dtype, bool converts) {
-  at::Tensor& buffer = start.buffer;
+// A state that the kernels take, in the group's formulation and format.
+void convert_state(const SlotState& state, StartingState& start, int k, const at::Tensor& param,
+                   at::ScalarType dtype, bool converts) {
+  at::Tensor& value = start.states[k];
+  at::Tensor& scale = start.scales[k];
+  PyObject* const scale_key = state.plan.rule->scale_keys[k];
   const Formulation formulation = state.reader().formulation();
-  const bool was_8_bit = is_8_bit(buffer.scalar_type());
-  if (was_8_bit) start.scale = find_scale(state, buffer);
+  const bool was_8_bit = is_8_bit(value.scalar_type());
+  if (was_8_bit) scale = find_scale(state, k, value);
   const bool keeps_format =
-      buffer.scalar_type() == dtype && (!was_8_bit || is_dense_like(buffer, param));
+      value.scalar_type() == dtype && (!was_8_bit || is_dense_like(value, param));
   if (keeps_format && !converts) return;
   if (keeps_format && was_8_bit) {
-    start.scale = converted(state, start.scale, formulation);
-    start.changes.emplace_back(state_keys().scale, start.scale);
+    scale = converted(state, scale, formulation);
+    start.changes.emplace_back(scale_key, scale);
     return;
   }
-  if (was_8_bit && !buffer.is_non_overlapping_and_dense()) {
-    throw std::runtime_error(state.slot().name_of(operand_of_state(0)) +
+  if (was_8_bit && !value.is_non_overlapping_and_dense()) {
+    throw std::runtime_error(state.name_of(operand_of_state(k)) +
                              ": its elements do not lie without gaps, so its blocks of 256 cannot "
                              "be told; delete it from the optimizer's state to start from no "
                              "momentum");
   }
-  at::Tensor value = was_8_bit ? dequantize(buffer, start.scale) : buffer;
-  if (converts) value = converted(state, value, formulation);
-  start.scale = at::Tensor();
+  at::Tensor exact = was_8_bit ? dequantize(value, scale) : value;
+  if (converts) exact = converted(state, exact, formulation);
+  scale = at::Tensor();
   if (is_8_bit(dtype)) {
-    std::tie(buffer, start.scale) = quantize(value, dtype, param);
-    start.changes.emplace_back(state_keys().scale, start.scale);
+    std::tie(value, scale) = quantize(exact, dtype, param);
+    start.changes.emplace_back(scale_key, scale);
   } else {
-    buffer = keeps_format ? value.to(dtype) : empty_dense_like(param, dtype).copy_(value);
-    if (was_8_bit) start.changes.emplace_back(state_keys().scale, at::Tensor());
+    value = keeps_format ? exact.to(dtype) : empty_dense_like(param, dtype).copy_(exact);
+    if (was_8_bit) start.changes.emplace_back(scale_key, at::Tensor());
   }
-  start.changes.emplace_back(state_keys().buffer, buffer);
+  start.changes.emplace_back(state.plan.rule->state_keys[k], value);
 }
 
-void start_buffer(const SlotState& state, StartingState& start, const at::Tensor& param) {
+void start_state(const SlotState& state, StartingState& start, int k, const at::Tensor& param) {
   const Slot& slot = state.slot();
-  at::Tensor& buffer = start.buffer;
+  at::Tensor& value = start.states[k];
   const Storage& wanted = state.reader().storage();
   if (param.is_complex() && wanted.momentum_dtype.has_value()) {
     throw py::value_error(slot.name() +
@@ -121,22 +127,22 @@ void start_buffer(const SlotState& state, StartingState& start, const at::Tensor
   }
   const bool is_plain = kernel_device(param).has_value() && kernel_dtype(param.scalar_type());
   const at::ScalarType dtype = wanted.dtype_of_buffer(param);
-  if (!buffer.defined()) {
-    if (is_plain && dtype != param.scalar_type()) make_buffer(start, param, dtype);
+  if (!value.defined()) {
+    if (is_plain && dtype != param.scalar_type()) make_state(state, start, k, param, dtype);
     return;
   }
-  check_memory(buffer, [&] { return slot.name_of(operand_of_state(0)); });
+  check_memory(value, [&] { return state.name_of(operand_of_state(k)); });
   const bool converts = state.plan.wants_conversion(slot) && !slot.is_repeated;
-  const bool is_8_bit_now = is_8_bit(buffer.scalar_type());
-  const bool is_ours = is_plain && kernel_device(buffer) == kernel_device(param) &&
-                       buffer.sizes() == param.sizes() &&
-                       (is_8_bit_now || kernel_dtype(buffer.scalar_type()).has_value()) &&
-                       buffer.is_complex() == param.is_complex();
-  if (is_ours) return convert_buffer(state, start, param, dtype, converts);
+  const bool is_8_bit_now = is_8_bit(value.scalar_type());
+  const bool is_ours = is_plain && kernel_device(value) == kernel_device(param) &&
+                       value.sizes() == param.sizes() &&
+                       (is_8_bit_now || kernel_dtype(value.scalar_type()).has_value()) &&
+                       value.is_complex() == param.is_complex();
+  if (is_ours) return convert_state(state, start, k, param, dtype, converts);
   // check_operands() has a word for what is wrong, and torch's path for its format.
   if (!converts || is_8_bit_now) return;
-  buffer = converted(state, buffer, state.reader().formulation()).to(buffer.scalar_type());
-  start.changes.emplace_back(state_keys().buffer, buffer);
+  value = converted(state, value, state.reader().formulation()).to(value.scalar_type());
+  start.changes.emplace_back(state.plan.rule->state_keys[k], value);
 }
 
 void start_master(const SlotState& state, StartingState& start, const at::Tensor& param) {
@@ -176,18 +182,28 @@ void start_master(const SlotState& state, StartingState& start, const at::Tensor
   start.changes.emplace_back(key, start.master);
 }
 
-// What stands for a buffer, itself or its scales, in the formulation that the group says it is in.
-std::pair<PyObject*, at::Tensor> as_stored(const SlotState& state) {
+// What stands for state 0, itself or its scales, in the formulation that the group says it is in.
+std::pair<PyObject*, at::Tensor> as_stored(const SlotState& state, const at::Tensor& found) {
   const at::NoGradGuard no_grad;
-  const at::Tensor& buffer = *state.find_buffer();
-  const bool has_scale = is_8_bit(buffer.scalar_type());
-  const at::Tensor value = has_scale ? find_scale(state, buffer) : buffer;
-  check_memory(value, [&] { return state.slot().name_of(operand_of_state(0)); });
-  return {has_scale ? state_keys().scale : state_keys().buffer,
+  const RuleGroups& rule = *state.plan.rule;
+  const bool has_scale = is_8_bit(found.scalar_type());
+  const at::Tensor value = has_scale ? find_scale(state, 0, found) : found;
+  check_memory(value, [&] { return state.name_of(operand_of_state(0)); });
+  return {has_scale ? rule.scale_keys[0] : rule.state_keys[0],
           converted(state, value, state.reader().buffer_formulation()).to(value.scalar_type())};
 }
 
 }  // namespace
+
+std::string SlotState::name_of(PyObject* key) const {
+  return name_of_key(key) + " of " + slot().name();
+}
+
+std::string SlotState::name_of(Operand operand) const {
+  if (operand == kParam) return slot().name();
+  if (operand == kGrad) return "gradient of " + slot().name();
+  return name_of(plan.rule->state_keys[operand - kState]);
+}
 
 const at::Tensor* SlotState::find(PyObject* key) const {
   if (changes != nullptr && slot().is_repeated) {
@@ -198,30 +214,33 @@ const at::Tensor* SlotState::find(PyObject* key) const {
   return find_tensor(slot().state_dict, key);
 }
 
-const at::Tensor* SlotState::find_buffer() const {
+const at::Tensor* SlotState::find_state(int k) const {
   PyObject* const dict = slot().state_dict;
+  PyObject* const key = plan.rule->state_keys[k];
   if (dict == nullptr) return nullptr;
   if (!PyDict_Check(dict)) {
     throw py::type_error("state of " + slot().name() + ": expected a dict, got " +
                          Py_TYPE(dict)->tp_name);
   }
-  PyObject* const buffer = PyDict_GetItemWithError(dict, state_keys().buffer);
-  if (buffer == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  if (buffer == nullptr || buffer == Py_None) return nullptr;
-  if (!THPVariable_Check(buffer)) {
-    throw py::type_error("state of " + slot().name() +
-                         ": expected a tensor as \"momentum_buffer\", got " +
-                         Py_TYPE(buffer)->tp_name + "; delete the entry to start from no momentum");
+  PyObject* const found = PyDict_GetItemWithError(dict, key);
+  if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  if (found == nullptr || found == Py_None) return nullptr;
+  if (!THPVariable_Check(found)) {
+    throw py::type_error("state of " + slot().name() + ": expected a tensor as \"" +
+                         name_of_key(key) + "\", got " + Py_TYPE(found)->tp_name +
+                         "; delete the entry to start from no momentum");
   }
-  return find(state_keys().buffer);
+  return find(key);
 }
 
-StartingState starting_state(const SlotState& state, const at::Tensor& param,
-                             const at::Tensor* buffer) {
+StartingState starting_state(const SlotState& state, const at::Tensor& param, int num_states,
+                             const at::Tensor* const* found) {
   const at::NoGradGuard no_grad;
   StartingState start;
-  if (buffer != nullptr) start.buffer = *buffer;
-  if (state.plan.hyperparams_of(state.slot()).has_momentum) start_buffer(state, start, param);
+  for (int k = 0; k < num_states; ++k) {
+    if (found[k] != nullptr) start.states[k] = *found[k];
+    start_state(state, start, k, param);
+  }
   const std::optional<int16_t> device = kernel_device(param);
   if (device.has_value() && kernel_dtype(param.scalar_type())) start_master(state, start, param);
   if (!start.changes.empty() && device.value_or(kCpu) != kCpu && is_capturing(*device)) {
@@ -254,23 +273,23 @@ py::tuple pending_changes(Plan& plan, const py::list& param_groups, const py::di
           tensor.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor))
                            : py::object(py::none())));
     };
-    const bool has_momentum = plan.hyperparams_of(slot).has_momentum && !moved_only;
-    const at::Tensor* const found = slot_state.find_buffer();
-    if (!has_momentum && found != nullptr &&
+    const int num_states = moved_only ? 0 : plan.num_states(slot);
+    const at::Tensor* found[kMaxStates] = {};
+    for (int k = 0; k < plan.rule->max_states; ++k) found[k] = slot_state.find_state(k);
+    if (num_states == 0 && found[0] != nullptr &&
         slot.formulation != slot_state.reader().buffer_formulation()) {
-      const auto [key, tensor] = as_stored(slot_state);
+      const auto [key, tensor] = as_stored(slot_state, *found[0]);
       add(key, tensor);
     }
     if (moved_only) continue;
-    const StartingState start =
-        starting_state(slot_state, plan.param(i), has_momentum ? found : nullptr);
+    const StartingState start = starting_state(slot_state, plan.param(i), num_states, found);
     for (const auto& [key, tensor] : start.changes) {
-      const bool is_first_step = (found == nullptr || !has_momentum) && tensor.defined();
+      const bool is_first_step = (found[0] == nullptr || num_states == 0) && tensor.defined();
       if (!is_first_step) add(key, tensor);  // else the first step makes it
     }
   }
   for (size_t g = 0; g < plan.readers.size(); ++g) {
-    if (plan.hyperparams[g].has_momentum && !moved_only) converted_groups.append(g);
+    if (plan.rule->num_states(g) != 0 && !moved_only) converted_groups.append(g);
   }
   return py::make_tuple(changes, converted_groups);
 }

@@ -3,6 +3,7 @@
 // writes: a step puts the changes into the state, a look returns them.
 #pragma once
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -24,22 +25,26 @@ struct SlotState {
   // parameter is going to put there in this step counts.
   const at::Tensor* find(PyObject* key) const;
 
-  // The same for the momentum buffer; nullptr when it is None. Raises for what is no tensor.
-  const at::Tensor* find_buffer() const;
+  // The same for state k; nullptr when it is None. Raises for what is no tensor.
+  const at::Tensor* find_state(int k) const;
+
+  // "momentum_buffer of param_groups[0]['params'][3]".
+  std::string name_of(Operand operand) const;
+  std::string name_of(PyObject* key) const;
 };
 
 struct StartingState {
-  at::Tensor buffer;  // undefined: there is none
+  at::Tensor states[kMaxStates];  // undefined: there is none
+  at::Tensor scales[kMaxStates];  // of states of 8 bits
   at::Tensor master;
-  at::Tensor scale;
   // What must be put into the state for that; an undefined tensor: the key goes.
   std::vector<std::pair<PyObject*, at::Tensor>> changes;
 };
 
-// `has_buffer`: false where a step makes no use of it. Raises where there is no exact conversion,
-// and for state that is not whole.
-StartingState starting_state(const SlotState& state, const at::Tensor& param,
-                             const at::Tensor* buffer);
+// From the states that were found; nullptr: none. Raises where there is no exact conversion, and
+// for state that is not whole.
+StartingState starting_state(const SlotState& state, const at::Tensor& param, int num_states,
+                             const at::Tensor* const* found);
 
 // What the next step would make of the state before it updates: a list of (parameter, key, tensor or
 // None for a key that goes), and the indices of the groups whose buffers are then in their group's

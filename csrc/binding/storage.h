@@ -13,6 +13,7 @@ struct Storage {
   std::optional<at::ScalarType> momentum_dtype;  // none: see dtype_of_buffer()
   bool master_weights = false;
   bool stochastic_rounding = false;
+  uint64_t rounding_seed = 0;
 
   // A parameter whose exact value is kept beside it.
   bool has_master(const at::Tensor& param) const {

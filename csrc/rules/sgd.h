@@ -29,8 +29,10 @@ enum class Formulation : uint8_t {
 };
 
 struct Sgd {
+  static constexpr const char* kName = "sgd";
   static constexpr int kMaxStates = 1;
   static constexpr const char* kStateKeys[kMaxStates] = {"momentum_buffer"};
+  static constexpr const char* kScaleKeys[kMaxStates] = {"momentum_scale"};  // of 8 bits
 
   // What of a parameter group chooses the variant.
   struct Options {
@@ -59,6 +61,56 @@ struct Sgd {
     DeviceNumber momentum;
     bool any() const { return lr.data || weight_decay.data || momentum.data; }
   };
+
+  // Fills in alpha, first_alpha, nesterov_alpha and step. Without momentum all formulations are plain
+  // gradient descent.
+  static void choose_coefficients(Formulation formulation, double lr, double dampening,
+                                  Coefficients<double>& c) {
+    if (formulation == Formulation::kTorch || c.momentum == 0) {
+      c.alpha = 1 - dampening;
+      c.first_alpha = c.nesterov_alpha = 1;
+      c.step = lr;
+    } else if (formulation == Formulation::kClassical) {
+      c.alpha = c.first_alpha = c.nesterov_alpha = lr;
+      c.step = 1;
+    } else {
+      c.alpha = c.first_alpha = c.nesterov_alpha = 1 - c.momentum;
+      c.step = lr;
+    }
+  }
+
+  // Reads a parameter group's hyperparameters; returns maximize.
+  template <typename Reader>
+  static bool read(Reader& group, Options& options, Coefficients<double>& c, OnDevice& on_device) {
+    double lr, dampening;
+    bool decoupled, maximize;
+    group.optional_flag("decoupled_weight_decay", decoupled);
+    // The kernels read torch's numbers by themselves; others are made of several, on the host.
+    const bool as_torch = group.formulation() == Formulation::kTorch && !decoupled;
+    const auto device = [&](DeviceNumber& number) { return as_torch ? &number : nullptr; };
+    group.number("lr", lr, Reader::kOneElementTensor, device(on_device.lr));
+    group.number("momentum", c.momentum, Reader::kNumber, device(on_device.momentum));
+    group.number("dampening", dampening, Reader::kNumber);
+    group.number("weight_decay", c.weight_decay, Reader::kScalarTensor,
+                 device(on_device.weight_decay));
+    group.flag("nesterov", options.nesterov);
+    group.flag("maximize", maximize);
+    if (group.formulation() != Formulation::kTorch && dampening != 0 && !group.needs_torch()) {
+      group.refuse_with_formulation("dampening", dampening);
+    }
+    options.has_momentum = c.momentum != 0;
+    options.weight_decay = c.weight_decay == 0 ? WeightDecay::kNone
+                           : decoupled         ? WeightDecay::kDecoupled
+                                               : WeightDecay::kL2;
+    if (options.weight_decay == WeightDecay::kDecoupled) c.weight_decay = 1 - lr * c.weight_decay;
+    choose_coefficients(group.formulation(), lr, dampening, c);
+    return maximize;
+  }
+
+  // How many states an update has.
+  static MOMENTUM_EXT_INLINE int num_states(const Options& options) {
+    return options.has_momentum ? 1 : 0;
+  }
 
   static Coefficients<float> rounded(const Coefficients<double>& c) {
     return {static_cast<float>(c.grad_coef),   static_cast<float>(c.weight_decay),
@@ -104,22 +156,5 @@ struct Sgd {
     return factor * param;
   }
 };
-
-// Fills in alpha, first_alpha, nesterov_alpha and step. Without momentum all formulations are plain
-// gradient descent.
-inline void choose_coefficients(Formulation formulation, double lr, double dampening,
-                                Sgd::Coefficients<double>& c) {
-  if (formulation == Formulation::kTorch || c.momentum == 0) {
-    c.alpha = 1 - dampening;
-    c.first_alpha = c.nesterov_alpha = 1;
-    c.step = lr;
-  } else if (formulation == Formulation::kClassical) {
-    c.alpha = c.first_alpha = c.nesterov_alpha = lr;
-    c.step = 1;
-  } else {
-    c.alpha = c.first_alpha = c.nesterov_alpha = 1 - c.momentum;
-    c.step = lr;
-  }
-}
 
 }  // namespace momentum_ext
