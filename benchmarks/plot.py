@@ -232,7 +232,7 @@ def memory_claim(entries: Sequence[WorkloadReport]) -> str:
     claims = [f"{entry.workload}: {share:.0%}" for entry, share in shares if entry.elements < LARGE]
     if large:
         whose = "the memory's" if entries[0].device == "cpu" else "a copy's"
-        claims.insert(0, f"Large models: {span([f'{share:.0%}' for share in sorted(large)])} of {whose} speed")
+        claims.insert(0, f"{span([f'{share:.0%}' for share in sorted(large)])} of {whose} speed")
     return "; ".join(claims)
 
 

@@ -55,7 +55,7 @@ def draw_shares(axes: Axes, rows: list[ModeRow], device: str) -> None:
     shares = sorted(row.of_memory_limit for row in rows if not is_torch(row) and row.of_memory_limit is not None)
     whose = "the memory's" if device == "cpu" else "a copy's"
     title = f"{span(f'{shares[0]:.0%}', f'{shares[-1]:.0%}')} of {whose} speed" if shares else "Not measured"
-    plain_axes(axes, title, "share of the memory limit's GB/s, each mode with its own bytes")
+    plain_axes(axes, title, "share of the limit's GB/s, each mode with its own bytes")
     bars(axes, rows, [row.of_memory_limit for row in rows], [number(row.of_memory_limit, ".0%") for row in rows])
     axes.axvline(1, color=INK, linewidth=1.2)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

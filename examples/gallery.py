@@ -55,7 +55,7 @@ def reached(paths: Sequence[descent.Path], landscape: Landscape, floor: float) -
 def ravine(directory: Path) -> list[Fact]:
     """The ravine: gradient descent with two learning rates, momentum and Nesterov with the smaller one."""
     card = Card(
-        "The ravine: plain descent bounces or creeps, momentum gains speed along the bottom",
+        "The ravine: gradient descent bounces or creeps, momentum gains speed along the bottom",
         f"A quadratic {RAVINE_CONDITION:.0f} times as steep across as along. The circle is the start, the star the "
         "minimum. Large steps bounce from wall to wall,\nsmall ones creep along the bottom. Momentum takes the small "
         "steps: along the ravine they have one sign and add up, across it they change sign and cancel.",
@@ -219,7 +219,7 @@ def easy() -> Panel:
         distances = descent.quadratic_distances(method, condition, UNTIL)
         curves.append(Curve(method, distances, f"{method.name}: {len(distances) - 1}"))
     return Panel(
-        "An easy problem: momentum 0.9 needs many times the steps",
+        "An easy problem: momentum 0.9 is slower",
         f"condition number {condition:.0f}, lr {plain.lr:.2g}; distance to the minimum, logarithmic; steps to "
         f"{power(UNTIL)}",
         f"Steps to {power(UNTIL)}",
@@ -275,7 +275,7 @@ def shelf() -> Panel:
         values = path.points[:, 0].tolist()
         curves.append(Curve(method, values, f"{method.name}: {values[-1]:.1f}"))
     return Panel(
-        "No slope: momentum coasts for a few steps, then stands still",
+        "No slope: momentum coasts, then stands still",
         "x against steps; slope -1 up to x = 0, none beyond; lr 0.05, momentum 0.9; where it stops",
         "Where it stops",
         curves,

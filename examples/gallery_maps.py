@@ -197,7 +197,7 @@ def draw_losses(axes: Axes, paths: Sequence[Path], lowest: float, card: Card) ->
         labels = ends if arrived is None else arrivals
         labels.append((float(steps), float(shown[-1]), f"{path.method.name}: {count}", look.color))
     logarithmic_heights(axes)
-    over_steps(axes, longest, card.along, room=1.36)
+    over_steps(axes, longest, card.along, room=1.75 if card.along == "log" else 1.36)
     # Below the floor there is room for the labels.
     low, high = math.log10(card.floor), math.log10(axes.get_ylim()[1])
     axes.set_ylim(10 ** (low - 0.25 * (high - low)), 10**high)

@@ -168,7 +168,7 @@ def draw(trials: Sequence[Trial], steps: int, path: Path) -> None:
     )
     style(
         axes,
-        "A master keeps bf16 parameters within one rounding of exact",
+        "Plain bf16 loses most of the way; with a master it does not",
         "logarithmic; rings: the parameter beside a master; at 1 the error is as large as the distance moved",
     )
     for y, trial in enumerate(trials):
