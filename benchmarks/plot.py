@@ -226,10 +226,14 @@ def speed_claim(entries: Sequence[WorkloadReport]) -> str:
 
 
 def memory_claim(entries: Sequence[WorkloadReport]) -> str:
-    """The memory panel's title: the range of ours, where lists are long enough for it."""
-    large = [entry for entry in entries if entry.elements >= LARGE] or entries
-    shares = [row.of_memory_limit for entry in large if (row := entry.row("ours")) and row.of_memory_limit]
-    return f"Large models: {span([f'{share:.0%}' for share in sorted(shares)])} of the memory's speed"
+    """The memory panel's title: the range of ours on large models, and each of the others by name."""
+    shares = [(entry, row.of_memory_limit) for entry in entries if (row := entry.row("ours")) and row.of_memory_limit]
+    large = [share for entry, share in shares if entry.elements >= LARGE]
+    claims = [f"{entry.workload}: {share:.0%}" for entry, share in shares if entry.elements < LARGE]
+    if large:
+        whose = "the memory's" if entries[0].device == "cpu" else "a copy's"
+        claims.insert(0, f"{span([f'{share:.0%}' for share in sorted(large)])} of {whose} speed")
+    return "; ".join(claims)
 
 
 def span(texts: Sequence[str]) -> str:
@@ -290,7 +294,7 @@ def draw(report: Report, path: Path) -> None:
         plain_axes(
             panels["limits"],
             memory_claim(against_memory),
-            f"share of what {yardstick} bytes reaches",
+            f"share of the speed of {yardstick} bytes",
         )
         draw_limits(panels["limits"], against_memory)
     if costs:

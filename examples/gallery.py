@@ -55,11 +55,11 @@ def reached(paths: Sequence[descent.Path], landscape: Landscape, floor: float) -
 def ravine(directory: Path) -> list[Fact]:
     """The ravine: gradient descent with two learning rates, momentum and Nesterov with the smaller one."""
     card = Card(
-        "The ravine: plain descent bounces or creeps, momentum gains speed along the bottom",
+        "The ravine: gradient descent bounces or creeps, momentum gains speed along the bottom",
         f"A quadratic {RAVINE_CONDITION:.0f} times as steep across as along. The circle is the start, the star the "
-        "minimum. Large steps are thrown from wall to wall,\nsmall ones creep along the bottom. Momentum takes the "
-        "small steps: along the ravine they push the same way and add up, across it they change sign and cancel.",
-        "So momentum arrives first",
+        "minimum. Large steps bounce from wall to wall,\nsmall ones creep along the bottom. Momentum takes the small "
+        "steps: along the ravine they have one sign and add up, across it they change sign and cancel.",
+        "Momentum and Nesterov arrive first",
         1e-6,
         "linear",
     )
@@ -82,11 +82,11 @@ def rosenbrock(directory: Path) -> list[Fact]:
     hessian = torch.func.hessian(landscapes.rosenbrock)(torch.tensor(landscapes.ROSENBROCK.start, dtype=torch.float64))
     share = lr * float(torch.linalg.eigvalsh(hessian)[-1]) / 2
     card = Card(
-        "Rosenbrock's valley: momentum follows the bend, plain descent creeps along the floor",
-        f"All three at the same learning rate, {share:.0%} of the largest at which plain descent is stable where it "
+        "Rosenbrock's valley: momentum follows the bend, gradient descent creeps along the floor",
+        f"All three at the same learning rate, {share:.0%} of the largest at which gradient descent is stable where it "
         "starts. Circle: start; star: minimum.\nThe valley's floor is nearly flat: a step is tiny there unless earlier "
         "steps are added up.",
-        "The same learning rate; plain descent needs many times the steps",
+        "With the same learning rate gradient descent needs many times the steps",
         1e-6,
     )
     paths = descents(landscapes.ROSENBROCK, descent.alike(lr), 40_000)
@@ -99,7 +99,7 @@ def saddle(directory: Path) -> list[Fact]:
     card = Card(
         "The saddle: all slow down beside it, momentum leaves it sooner",
         "The start lies almost on the ridge: a thousandth to one side. Circle: start; stars: the two minima.\n"
-        "What little slope leads away from the saddle adds up in the momentum; the price is a swing past the minimum.",
+        "The small slope that leads away from the saddle adds up in the momentum, which then swings past the minimum.",
         "Each first falls to the saddle's height, waits there, then finds a way down",
         1e-6,
         "linear",
@@ -112,11 +112,11 @@ def saddle(directory: Path) -> list[Fact]:
 def plateau(directory: Path) -> list[Fact]:
     """A plain with a slight slope."""
     card = Card(
-        "The plateau: slopes too small to see add up",
-        "A plain that leans ever so slightly towards a well. With momentum 0.9 a steady slope moves the point ten "
-        "times as far per step;\nso would a learning rate ten times as high, as long as the well allows one. Circle: "
-        "start; star: minimum.",
-        "A long wait on the plain, short with momentum; in the well it swings where plain descent settles",
+        "The plateau: small slopes add up",
+        "A plain that slopes slightly towards a well. With momentum 0.9 a steady slope moves the point ten times as "
+        "far per step.\nA learning rate ten times as high does the same, where the well allows one. Circle: start; "
+        "star: minimum.",
+        "Momentum leaves the plain sooner; in the well it swings, and gradient descent does not",
         1e-6,
         "linear",
     )
@@ -129,10 +129,10 @@ def double_well(directory: Path) -> list[Fact]:
     """Over the barrier, from one start."""
     card = Card(
         "The double well: momentum can carry over the barrier",
-        "Two wells, the right one deeper. Plain descent settles in the first that it meets; with enough speed momentum "
-        "rolls through it.\nFrom this start that is a gain. The next picture shows that it is luck. Circle: start; "
-        "black star: the deeper minimum.",
-        "Plain descent stays at the shallower well's height for good",
+        "Two wells, the right one deeper. Gradient descent ends in the first well that it meets; with enough speed "
+        "momentum rolls through it.\nFrom this start that is a gain. The next picture shows that it is luck. Circle: "
+        "start; black star: the deeper minimum.",
+        "Gradient descent stays at the shallower well's height",
         1e-6,
         "linear",
     )
@@ -151,9 +151,9 @@ def basins(directory: Path) -> list[Fact]:
     deeper = [(descent.ends(landscape.function, starts, method, 500)[..., 0] > 0).numpy() for method in methods]
     words = (
         "Which well? With momentum it is luck",
-        "White: descents from here end in the deeper well; dark: in the shallower one. Plain descent keeps to the side "
-        "on which it starts.\nMomentum crosses the barrier both ways: the dark stripes in the right half are starts "
-        "that had the deeper well and left it.",
+        "White: descents from here end in the deeper well; dark: in the shallower one. Gradient descent stays on the "
+        "side on which it starts.\nMomentum crosses the barrier both ways: from the dark stripes in the right half it "
+        "leaves the deeper well.",
     )
     draw_basins(landscape, methods, deeper, words, directory / "basins.png")
     plain = deeper[0]
@@ -183,8 +183,8 @@ def conditions(directory: Path) -> list[Fact]:
     words = (
         "On quadratics momentum takes the square root of the condition number",
         "Quadratics of 50 dimensions with eigenvalues from 1 to the condition number, each method at its best "
-        "constants for them.\nNesterov's form is a little slower than heavy ball here; on functions that are smooth "
-        "and strongly convex but not quadratic it keeps its promise, and heavy ball need not.",
+        "constants for them.\nNesterov's form is a little slower than heavy ball here. Its rate holds for all smooth, "
+        "strongly convex functions; heavy ball's holds for quadratics.",
     )
     draw_conditions(counts, drawn, DRAWN_CONDITION, UNTIL, words, directory / "conditions.png")
     return [("steps", gallery_page.table(counts, UNTIL))]
@@ -195,8 +195,7 @@ def limits(directory: Path) -> list[Fact]:
     panels = [easy(), noisy(), overshoot(), shelf()]
     words = (
         "Where momentum does not help",
-        "Four cases from the same optimizer. Momentum is memory: it costs where there is nothing to remember, and "
-        "where what it remembers is noise or out of date.",
+        "Four cases, each with the same optimizer: an easy problem, noisy gradients, too much momentum, and no slope.",
     )
     draw_limits(panels, words, directory / "limits.png")
     return [
@@ -220,7 +219,7 @@ def easy() -> Panel:
         distances = descent.quadratic_distances(method, condition, UNTIL)
         curves.append(Curve(method, distances, f"{method.name}: {len(distances) - 1}"))
     return Panel(
-        "An easy problem: the usual 0.9 is the brake",
+        "An easy problem: momentum 0.9 is slower",
         f"condition number {condition:.0f}, lr {plain.lr:.2g}; distance to the minimum, logarithmic; steps to "
         f"{power(UNTIL)}",
         f"Steps to {power(UNTIL)}",
@@ -242,7 +241,7 @@ def noisy() -> Panel:
         name = method.name if method.momentum else f"Gradient descent, lr {method.lr:.2g}"
         curves.append(Curve(method, losses.tolist(), f"{name}: {float(losses[-last:].mean()):.4f}"))
     return Panel(
-        "Noise: sooner down, to the higher floor of a larger step",
+        "Noise: momentum comes down sooner, to a higher floor",
         f"w²/2, noisy gradients; lr {lr}, momentum {momentum.momentum}; mean loss of {copies:,} runs, and its floor",
         f"Mean loss of the last {last} steps",
         curves,
@@ -251,7 +250,7 @@ def noisy() -> Panel:
 
 
 def overshoot() -> Panel:
-    """Too much momentum rings."""
+    """Too much momentum swings."""
     lr, momentum = 0.02, 0.99
     curves = []
     for method in descent.alike(lr, momentum):
@@ -260,7 +259,7 @@ def overshoot() -> Panel:
         past = -min(values)
         curves.append(Curve(method, values, f"{method.name}: {max(past, 0.0):.0%}"))
     return Panel(
-        f"Overshoot: momentum {momentum} rings for hundreds of steps",
+        f"Overshoot: momentum {momentum} swings for hundreds of steps",
         f"w against steps for the loss w²/2, lr {lr}; how far it swings past the minimum",
         "How far past the minimum, as a share of the way to it",
         curves,
@@ -269,14 +268,14 @@ def overshoot() -> Panel:
 
 
 def shelf() -> Panel:
-    """No slope, no way on."""
+    """No slope."""
     curves = []
     for method in descent.alike(0.05):
         path = descent.descend(lambda x: torch.relu(-x).sum(-1), -torch.ones(1, dtype=torch.float64), method, 80)
         values = path.points[:, 0].tolist()
         curves.append(Curve(method, values, f"{method.name}: {values[-1]:.1f}"))
     return Panel(
-        "A shelf without slope: it coasts a little, then stands",
+        "No slope: momentum coasts, then stands still",
         "x against steps; slope -1 up to x = 0, none beyond; lr 0.05, momentum 0.9; where it stops",
         "Where it stops",
         curves,

@@ -163,8 +163,8 @@ def draw_across(axes: Axes, path: Path, steps: int) -> None:
     look = LOOKS[path.method.name]
     across = path.points[: steps + 1, 1].numpy()
     wide = np.flatnonzero(np.abs(across) > 0.1)[-1] + 1
-    settled = f"within a tenth of the start from step {wide} on" if wide <= steps else f"still wide after {steps} steps"
-    style(axes, "Across the ravine", f"y against steps; {settled}", size=11)
+    swing = f"within a tenth of the start from step {wide} on" if wide <= steps else f"still wide after {steps} steps"
+    style(axes, "Across the ravine", f"y against steps; {swing}", size=11)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.plot(
         np.arange(steps + 1), across, color=look.color, linewidth=1.2, marker=look.marker, markersize=3.2,
@@ -180,13 +180,14 @@ def draw_losses(axes: Axes, paths: Sequence[Path], lowest: float, card: Card) ->
     """The height above the deepest minimum against steps, one line for each method, labelled at its end."""
     arrivals: list[tuple[float, float, str, str]] = []
     ends: list[tuple[float, float, str, str]] = []
-    longest = max(len(path.losses) for path in paths) - 1
+    longest = 0
     for path in paths:
         look = LOOKS[path.method.name]
         heights = (path.losses - lowest).numpy()
         arrived = path.arrives(lowest + card.floor)
         shown = np.maximum(heights if arrived is None else heights[: arrived + 1], card.floor)
         steps = len(shown) - 1
+        longest = max(longest, steps)
         axes.plot(np.arange(steps + 1), shown, color=look.color, linestyle=look.dash, linewidth=1.8)
         axes.plot(
             steps, shown[-1], marker=look.marker, color=look.color, markeredgecolor="white", markersize=8,
@@ -196,7 +197,7 @@ def draw_losses(axes: Axes, paths: Sequence[Path], lowest: float, card: Card) ->
         labels = ends if arrived is None else arrivals
         labels.append((float(steps), float(shown[-1]), f"{path.method.name}: {count}", look.color))
     logarithmic_heights(axes)
-    over_steps(axes, longest, card.along, room=1.36)
+    over_steps(axes, longest, card.along, room=1.75 if card.along == "log" else 1.36)
     # Below the floor there is room for the labels.
     low, high = math.log10(card.floor), math.log10(axes.get_ylim()[1])
     axes.set_ylim(10 ** (low - 0.25 * (high - low)), 10**high)

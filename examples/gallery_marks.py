@@ -83,7 +83,7 @@ def label_arrivals(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) 
             text, (x, y), xytext=(-4, -9), va="top", textcoords="offset points", fontsize=9.5, fontweight="bold",
             color=color, annotation_clip=False, path_effects=HALO, zorder=8,
         )  # fmt: skip
-        while any(label.get_window_extent(renderer).padded(2).overlaps(other) for other in placed):
+        while any(label.get_window_extent(renderer).padded(12, 2).overlaps(other) for other in placed):
             left, up = label.get_position()
             label.set_position((left, up - 1))
         placed.append(label.get_window_extent(renderer))

@@ -24,8 +24,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from picture_style import BLUE, GRAY, GRID, HALO, INK, headline, style
+from picture_style import BLUE, GRAY, GRID, INK, headline, style
 from precision_modes import BF16, MODES, Mode, truth
 from torch import Tensor
 from tqdm import tqdm
@@ -165,7 +166,11 @@ def draw(trials: Sequence[Trial], steps: int, path: Path) -> None:
         f"{ELEMENTS:,} elements, lr {HYPER['lr']:g}, momentum {HYPER['momentum']:g}; root mean square error against "
         f"fp64, relative to how far fp64 has moved; torch {torch.__version__}",
     )
-    style(axes, "At 1 all that was learned was lost again", "logarithmic; rings: the parameter where it has a master")
+    style(
+        axes,
+        "Plain bf16 loses most of the way; with a master it does not",
+        "logarithmic; rings: the parameter beside a master; at 1 the error is as large as the distance moved",
+    )
     for y, trial in enumerate(trials):
         is_torch = trial.mode.options is None
         color = GRAY if is_torch else BLUE
@@ -173,16 +178,17 @@ def draw(trials: Sequence[Trial], steps: int, path: Path) -> None:
             axes.plot([trial.of_truth, trial.of_param], [y, y], color=color, linewidth=0.8, zorder=3)
             axes.plot(trial.of_param, y, "o", color=color, markersize=8, markerfacecolor="white", zorder=4)
         axes.plot(trial.of_truth, y, "^" if is_torch else "o", color=color, markersize=8, zorder=5)
-        axes.annotate(
-            f"{trial.of_truth:.1e}", (max(trial.of_truth, trial.of_param), y), xytext=(9, 0),
-            textcoords="offset points", va="center", fontsize=9, color=INK, path_effects=HALO, zorder=6,
-        )  # fmt: skip
+        if trial.of_param > 1.5 * trial.of_truth:  # there is room for both
+            label(axes, trial.of_truth, y, "right")
+            label(axes, trial.of_param, y, "left")
+        else:
+            label(axes, max(trial.of_truth, trial.of_param), y, "left", trial.of_truth)
         if is_torch and y:
             axes.axhline(y - 0.5, color=GRID, linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(trials)), [trial.mode.name for trial in trials], fontsize=9.5, color=INK)
     axes.set_ylim(len(trials) - 0.4, -0.6)
-    axes.set_xlim(min(trial.of_truth for trial in trials) / 2, 4)
+    axes.set_xlim(min(trial.of_truth for trial in trials) / 6, 4)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.xaxis.set_major_locator(LogLocator(numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -191,6 +197,15 @@ def draw(trials: Sequence[Trial], steps: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
+
+
+def label(axes: Axes, x: float, y: float, ha: str, value: float | None = None) -> None:
+    """The figure beside a mark; `ha` is the side of the text that is at the mark."""
+    axes.annotate(
+        f"{x if value is None else value:.1e}".replace("e-0", "e-"), (x, y), xytext=(9 if ha == "left" else -9, 0),
+        textcoords="offset points", ha=ha, va="center", fontsize=9, color=INK, zorder=6,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+    )  # fmt: skip
 
 
 def split_is_fp32(trials: Sequence[Trial]) -> bool | None:
