@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ends
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("tqdm")
 
 
@@ -117,7 +117,7 @@ def test_the_stages_are_commands_that_their_programs_take(h100, monkeypatch, tmp
             assert stage.env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
     assert files[0] == "2026-11-27-h100.json" and len(set(files)) == len(files)
     assert files[1:] == [f"2026-11-27-h100-{n}.json" for n in ("precision", "clip", "amp_clip", "ema", "busy")]
-    tests = (ROOT / "tests" / "test_cuda.py").read_text()
+    tests = (ROOT / "tests" / "cuda" / "test_cuda.py").read_text()
     assert all(f"def {name}" in tests for name in (*gpu_check.QUICK_SANITIZED, *gpu_check.SANITIZED))
 
 

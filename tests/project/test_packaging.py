@@ -19,7 +19,7 @@ import momentum_ext
 from momentum_ext import _C
 
 PACKAGE = Path(momentum_ext.__file__).parent
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "pip install --no-build-isolation ."
 
 STAND_IN = r"""

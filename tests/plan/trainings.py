@@ -1,4 +1,4 @@
-"""Random trainings with every option at once, each step of them compared with tests/model.py.
+"""Random trainings with every option at once, each step of them compared with model.py.
 
 Between any two actions there may be any other: edits of options with momentum 0 and not, steps that are refused or
 fail, copies, pickles, reloads, gradients that come, go, are replaced or written, clips, scalers, averages, iterates.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = [
     ".ci/house", "csrc/bindings.cpp", "csrc/update_rule.h", "csrc/binding/layout.h", "csrc/cpu/norm_fma.h",
     "momentum_ext/__init__.py", "tests/native/checks.h",

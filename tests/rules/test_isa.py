@@ -11,7 +11,8 @@ from helpers import Pair, assert_same, matching_isas
 
 from momentum_ext import _C, FusedMomentum
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent
 ORDER = ["avx512", "avx2", "neon", "baseline"]
 
 
@@ -125,7 +126,7 @@ def test_baseline_is_torch_without_fma_bit_for_bit():
     environment.pop("PYTEST_ADDOPTS", None)
     environment.pop("PYTEST_XDIST_WORKER", None)
     probe = "import torch, helpers; print(torch.backends.cpu.get_cpu_capability(), helpers.matching_isas())"
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     assert run(probe, **{**environment, "PYTHONPATH": path}).stdout.strip() in (
         "DEFAULT ['baseline']",
         "NO AVX ['baseline']",
@@ -143,6 +144,6 @@ def test_baseline_is_torch_without_fma_bit_for_bit():
         "not of_a_training and not 1thread",
         *files,
     ]
-    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "[baseline" not in done.stdout and " passed" in done.stdout and "skipped" not in done.stdout

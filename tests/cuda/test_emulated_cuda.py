@@ -16,7 +16,7 @@ import momentum_ext
 from momentum_ext import FusedMomentum
 
 IS_EMULATION = momentum_ext._build_info.CUDA_VERSION == "emulated"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 if IS_EMULATION:
     ops = torch.ops.emulated_cuda

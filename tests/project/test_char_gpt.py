@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 30
 CHECKPOINT_EVERY = 8
 RUNS = ("torch", "classical", "ema", "torch-nesterov")

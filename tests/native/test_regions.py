@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-NATIVE = Path(__file__).parent / "native"
+NATIVE = Path(__file__).parent
 
 PROGRAM = """
 import ctypes, json, sys, torch
