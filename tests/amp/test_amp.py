@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import Oracle, Pair, Snapshot, assert_same, clone_exact
+from harness import Oracle, Pair, Snapshot, assert_same, clone_exact
 
 import momentum_ext
 from momentum_ext import FusedMomentum

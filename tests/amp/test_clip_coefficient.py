@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import Snapshot, assert_same
+from harness import Snapshot, assert_same
 
 import momentum_ext
 from momentum_ext import FusedMomentum

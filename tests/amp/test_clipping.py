@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import LAYOUTS, Snapshot, assert_same, clone_exact, clone_params, in_layout
+from harness import LAYOUTS, Snapshot, assert_same, clone_exact, clone_params, in_layout
 
 import momentum_ext
 from momentum_ext import FusedMomentum

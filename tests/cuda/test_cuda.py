@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import bits
+from harness import bits
 
 import momentum_ext
 from momentum_ext import FusedMomentum

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from precision_twin import FEW, FP8, INT8, MODES, assert_bits, mode_name
-from test_fallback import one_process_group
-from test_precision_checkpoints import options_of_mode, through_file
+from harness import one_process_group, through_file
+from precision_twin import FEW, FP8, INT8, MODES, assert_bits, mode_name, options_of_mode
 
 from momentum_ext import FusedMomentum
 

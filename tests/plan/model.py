@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from helpers import assert_same
+from harness import assert_same
 from torch import Tensor
 
 from momentum_ext import FusedMomentum, reference

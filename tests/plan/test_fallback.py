@@ -1,11 +1,8 @@
 """What the fused pass doesn't take goes through torch's own functional sgd, per tensor, in the same step."""
 
-import contextlib
-import socket
-
 import pytest
 import torch
-from helpers import Pair, Snapshot, assert_same, clone_exact
+from harness import Pair, Snapshot, assert_same, clone_exact
 
 from momentum_ext import FusedMomentum
 
@@ -201,52 +198,6 @@ def test_subclass_with_its_own_dispatch():
             theirs = twin.params[0][1]
             assert_same(getattr(two.data, name), theirs)
             assert_same(getattr(buffer, name), twin.theirs.state[theirs]["momentum_buffer"])
-
-
-@contextlib.contextmanager
-def one_process_group():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = torch.distributed.TCPStore("127.0.0.1", port, 1, True)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def dtensor_training(steps=4):
-    """FusedMomentum on DTensors (and a plain tensor) beside torch on plain ones; yields after each step."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (1,))
-    pair = Pair([torch.randn(40, 6), torch.randn(33), torch.randn(7)], **HYPER)
-    places = ([Shard(0)], [Replicate()])
-    params = pair.mine.param_groups[0]["params"]
-    for index, place in enumerate(places):
-        params[index] = torch.nn.Parameter(distribute_tensor(params[index].detach(), mesh, place))
-    for _ in range(steps):
-        for index, theirs in enumerate(pair.theirs.param_groups[0]["params"]):
-            theirs.grad = pair.random_like(theirs)
-            grad = theirs.grad.clone()
-            params[index].grad = distribute_tensor(grad, mesh, places[index]) if index < 2 else grad
-        pair.both(lambda opt: opt.step())
-        for index, theirs in enumerate(pair.theirs.param_groups[0]["params"]):
-            local = params[index].to_local() if index < 2 else params[index]
-            assert_same(local, theirs)
-            buffer = pair.mine.state[params[index]]["momentum_buffer"]
-            assert type(buffer) is type(params[index].data)
-            local = buffer.to_local() if index < 2 else buffer
-            assert_same(local, pair.theirs.state[theirs]["momentum_buffer"])
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
-def test_dtensor():
-    """FSDP2's parameters, on a group of one process; buffers are DTensors as the parameters are."""
-    with one_process_group():
-        dtensor_training()
 
 
 # ------------------------------------------------------------------------------------------------- refused by torch

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import Pair, Snapshot, assert_same
+from harness import Pair, Snapshot, assert_same
 
 from momentum_ext import FusedMomentum
 

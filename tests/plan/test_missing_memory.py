@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import clone_params, in_layout, memory_of
+from harness import clone_params, in_layout, memory_of
 
 import momentum_ext
 from momentum_ext import FusedMomentum

@@ -6,7 +6,7 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
-from helpers import Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout
+from harness import Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout
 
 from momentum_ext import FusedMomentum
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from helpers import LAYOUTS, Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout, matching_isas, without_repeats
+from harness import LAYOUTS, Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout, matching_isas, without_repeats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same, clone_params
+from harness import assert_same, clone_params
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from momentum_ext import FusedMomentum

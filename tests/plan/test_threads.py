@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import Pair, assert_same
+from harness import Pair, assert_same
 
 from momentum_ext import FusedMomentum
 

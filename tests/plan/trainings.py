@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import Snapshot, assert_same
+from harness import Snapshot, assert_same
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from model import BF16, FP16, FP32, FP64, Memory, Model, Raises, assert_near, clip_coefficient

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from helpers import assert_same, clone_exact
+from harness import assert_same, clone_exact
 from precision_oracle import Options, as_live, options_of, oracle_convert, oracle_step
 from torch import Tensor
 
@@ -59,6 +60,19 @@ def mode_name(mode: dict[str, Any]) -> str:
     parts = [dtype_name(mode["dtype"]), dtype_name(mode["momentum_dtype"])]
     parts += [short for key, short in (("master_weights", "master"), ("stochastic_rounding", "sr")) if mode.get(key)]
     return "-".join(parts)
+
+
+def plain_pickle_takes_fp8() -> bool:
+    """torch 2.13's does not, whoever pickles: an fp8 tensor comes back from torch.save alone."""
+    try:
+        pickle.loads(pickle.dumps(torch.zeros(1).to(FP8)))
+    except AttributeError:
+        return False
+    return True
+
+
+def options_of_mode(mode: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in mode.items() if key != "dtype"}
 
 
 class Entry:

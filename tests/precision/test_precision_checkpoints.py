@@ -1,25 +1,27 @@
 """A resumed training has the bits of one that was not interrupted, through every way to keep an optimizer."""
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
-from helpers import Snapshot, assert_same, clone_params
+from harness import Snapshot, assert_same, clone_params, through_file
 from precision_oracle import Options, buffer_values, oracle_convert, order_of
-from precision_twin import BF16, FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
+from precision_twin import (
+    BF16,
+    FEW,
+    FP8,
+    FP16,
+    FP32,
+    INT8,
+    Twin,
+    dtype_name,
+    mode_name,
+    options_of_mode,
+    plain_pickle_takes_fp8,
+)
 
 from momentum_ext import FusedMomentum
-
-
-def plain_pickle_takes_fp8():
-    """torch 2.13's does not, whoever pickles: an fp8 tensor comes back from torch.save alone."""
-    try:
-        pickle.loads(pickle.dumps(torch.zeros(1).to(FP8)))
-    except AttributeError:
-        return False
-    return True
 
 
 def needs_pickle(way, mode):
@@ -31,22 +33,11 @@ MODES = pytest.mark.parametrize("mode", FEW, ids=mode_name)
 SIZES = (300, 9, 0, 1025)
 
 
-def options_of_mode(mode):
-    return {key: value for key, value in mode.items() if key != "dtype"}
-
-
 def twin_in_training(mode, steps=3, **hyper):
     hyper = {"momentum": 0.9, "weight_decay": 0.01, "rounding_seed": 77, **hyper}
     twin = Twin([torch.randn(size).to(mode["dtype"]) for size in SIZES], **options_of_mode(mode), **hyper)
     twin.step(steps)
     return twin
-
-
-def through_file(value, weights_only=True):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
 
 
 def through_dcp(state, directory):

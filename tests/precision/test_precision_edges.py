@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_same
+from harness import assert_same
 
 from momentum_ext import _C, FusedMomentum
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Snapshot, assert_same
+from harness import Snapshot, assert_same
 from precision_twin import BF16, FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
 
 from momentum_ext import FusedMomentum, GradScaler

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LAYOUTS, in_layout
+from harness import LAYOUTS, in_layout
 from precision_twin import BF16, FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name
 
 SHAPES = [(3, 5, 7, 4), (600,), (17, 33), ()]

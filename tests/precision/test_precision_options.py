@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_same
+from harness import assert_same
 from precision_oracle import buffer_values, order_of
 from precision_twin import BF16, FP8, FP16, FP32, INT8, MOMENTUM_DTYPES, Twin, dtype_name
 

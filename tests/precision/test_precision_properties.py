@@ -4,12 +4,11 @@ import copy
 import pickle
 
 import torch
-from helpers import LAYOUTS, clone_params, in_layout
+from harness import LAYOUTS, clone_params, in_layout
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from precision_twin import BF16, FP8, FP16, FP32, MOMENTUM_DTYPES, Twin
+from precision_twin import BF16, FP8, FP16, FP32, MOMENTUM_DTYPES, Twin, plain_pickle_takes_fp8
 from sequences import NEW, SEQUENCES, run_sequences
-from test_precision_checkpoints import plain_pickle_takes_fp8
 
 from momentum_ext import _C, FusedMomentum
 

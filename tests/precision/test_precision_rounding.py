@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same
+from harness import assert_same
 from precision_twin import BF16, FP8, FP16, FP32, INT8, dtype_name
 
 from momentum_ext import FusedMomentum

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same
+from harness import assert_same
 from precision_oracle import flat as flat_values
 from precision_oracle import join, order_of
 from precision_twin import BF16, FP16, FP32, HYPERS, INT8, Twin, dtype_name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ends
+from harness import ends
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("matplotlib")

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import LAYOUTS, Snapshot, assert_same, clone_params, in_layout, matching_isas
+from harness import LAYOUTS, Snapshot, assert_same, clone_params, in_layout, matching_isas
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import momentum_ext

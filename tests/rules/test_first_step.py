@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Pair, assert_same
+from harness import Pair, assert_same
 
 DAMPENED = {"lr": 0.1, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.01}
 

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, Snapshot, assert_same, clone_exact, clone_params, in_layout
+from harness import LAYOUTS, Snapshot, assert_same, clone_exact, clone_params, in_layout
 
 from momentum_ext import FusedMomentum
 

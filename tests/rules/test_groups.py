@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from helpers import Oracle, Pair
+from harness import Oracle, Pair
 
 
 def hyper(rng):

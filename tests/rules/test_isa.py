@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Pair, assert_same, matching_isas
+from harness import Pair, assert_same, matching_isas
 
 from momentum_ext import _C, FusedMomentum
 
@@ -125,7 +125,7 @@ def test_baseline_is_torch_without_fma_bit_for_bit():
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MOMENTUM_EXT_ISA": "baseline"}
     environment.pop("PYTEST_ADDOPTS", None)
     environment.pop("PYTEST_XDIST_WORKER", None)
-    probe = "import torch, helpers; print(torch.backends.cpu.get_cpu_capability(), helpers.matching_isas())"
+    probe = "import torch, harness; print(torch.backends.cpu.get_cpu_capability(), harness.matching_isas())"
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     assert run(probe, **{**environment, "PYTHONPATH": path}).stdout.strip() in (
         "DEFAULT ['baseline']",

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import DENSE_LAYOUTS, LAYOUTS, Oracle, Pair, assert_same, clone_exact, in_layout
+from harness import DENSE_LAYOUTS, LAYOUTS, Oracle, Pair, assert_same, clone_exact, in_layout
 
 from momentum_ext import FusedMomentum
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import Snapshot, assert_same, clone_params, in_layout, matching_isas
+from harness import Snapshot, assert_same, clone_params, in_layout, matching_isas
 
 from momentum_ext import _C, FusedMomentum
 

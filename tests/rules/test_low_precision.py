@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import Oracle, Pair, assert_same
+from harness import Oracle, Pair, assert_same
 
 from momentum_ext import FusedMomentum
 

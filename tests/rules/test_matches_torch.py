@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Pair
+from harness import Pair
 
 STEPS, MANY_STEPS = 20, 200
 # Three threads' shares in all. No tensor by itself is long enough for torch to split it: its for-loop would start

@@ -6,7 +6,7 @@ mend its defects, and then nothing changes here.
 
 import pytest
 import torch
-from helpers import Oracle, Pair, Snapshot, assert_same, clone_exact
+from harness import Oracle, Pair, Snapshot, assert_same, clone_exact
 
 import momentum_ext
 from momentum_ext import FusedMomentum
@@ -150,15 +150,7 @@ def test_for_loop_makes_a_bf16_buffer_for_an_fp32_parameter_with_bf16_gradients(
     assert pair.mine.state[pair.params[0][0]]["momentum_buffer"].dtype is torch.float32
 
 
-# --------------------------------------------------------------------------------------------- DTensor, sparse, complex
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
-def test_fused_notimplementederror_for_dtensor():
-    from test_fallback import dtensor_training, one_process_group
-
-    with one_process_group():
-        dtensor_training()
+# ------------------------------------------------------- sparse, complex; DTensor: distributed/test_dtensor.py
 
 
 def test_fused_raises_for_sparse_gradients():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_same
+from harness import assert_same
 
 from momentum_ext import FusedMomentum
 from momentum_ext.reference import update

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Oracle, Pair, assert_same, clone_exact
+from harness import Oracle, Pair, assert_same, clone_exact
 
 from momentum_ext import FusedMomentum
 

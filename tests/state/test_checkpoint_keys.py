@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import Snapshot, assert_same
+from harness import Snapshot, assert_same
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Snapshot, assert_same
+from harness import Snapshot, assert_same
 
 from momentum_ext import FusedMomentum
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import Oracle, Pair, assert_same, clone_params, in_layout
+from harness import Oracle, Pair, assert_same, clone_params, in_layout
 
 from momentum_ext import FusedMomentum
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same
+from harness import assert_same
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from momentum_ext import FusedMomentum

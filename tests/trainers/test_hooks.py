@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import Pair, assert_same
+from harness import Pair, assert_same
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
