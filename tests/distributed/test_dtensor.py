@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Pair, assert_same, one_process_group
+from harness import Pair, assert_same, one_process_group
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 HYPER = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}
