@@ -2,11 +2,21 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
-from harness import Oracle, Pair, Snapshot, assert_same, clone_exact
+from harness import (
+    FLOAT_DTYPES,
+    Oracle,
+    Pair,
+    Snapshot,
+    assert_all_same,
+    assert_same,
+    clone_exact,
+    for_loop,
+    params_of,
+    through_pickle,
+)
 
 import momentum_ext
 from momentum_ext import FusedMomentum
@@ -31,13 +41,12 @@ class Trainings:
         torch.manual_seed(0)
         self.models, self.opts, self.scalers = [], [], []
         scaler_kind, fused = WAYS[way]
-        for kind in (FusedMomentum, torch.optim.SGD):
+        for kind in (FusedMomentum, for_loop):
             is_ours = kind is FusedMomentum
             model = torch.nn.Sequential(torch.nn.Linear(19, 70), torch.nn.Tanh(), torch.nn.Linear(70, 3))
             self.models.append(model)
             parts = [list(model.parameters())] if count == 1 else [list(m.parameters()) for m in (model[0], model[2])]
-            extra = {"fused": fused} if is_ours else {"foreach": False}
-            self.opts.append([kind(part, **HYPER, **extra) for part in parts])
+            self.opts.append([kind(part, **HYPER, fused=fused) for part in parts])
             used = scaler_kind if is_ours else torch.amp.GradScaler
             self.scalers.append(used("cpu", init_scale=init_scale, **scaler))
         self.models[1].load_state_dict(self.models[0].state_dict())
@@ -52,65 +61,57 @@ class Trainings:
         self.check()
 
     def check(self):
-        mine, theirs = self.opts
-        for a, b in zip(self.models[0].parameters(), self.models[1].parameters(), strict=True):
-            assert_same(a, b)
-            has, should = (
-                next((o.state[p] for o in opts if p in o.state), None) for opts, p in ((mine, a), (theirs, b))
-            )
-            assert (has is None) == (should is None)
-            if should is not None:
-                assert_same(has["momentum_buffer"], should["momentum_buffer"])
+        for mine, theirs in zip(*self.opts, strict=True):
+            Pair.of(mine, theirs).check()
         assert self.scalers[0].get_scale() == self.scalers[1].get_scale()
 
 
-def plain(model, opts, scaler, loss):
-    for opt in opts:
-        opt.zero_grad()
+def backward(model, opts, scaler, loss):
     scaler.scale(loss()).backward()
-    for opt in opts:
-        scaler.step(opt)
-    scaler.update()
 
 
 def clipped(model, opts, scaler, loss):
-    for opt in opts:
-        opt.zero_grad()
-    scaler.scale(loss()).backward()
+    backward(model, opts, scaler, loss)
     for opt in opts:
         scaler.unscale_(opt)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    for opt in opts:
-        scaler.step(opt)
-    scaler.update()
 
 
 def accumulated(model, opts, scaler, loss):
-    for opt in opts:
-        opt.zero_grad()
     for _ in range(3):
         scaler.scale(loss() / 3).backward()
-    for opt in opts:
-        scaler.step(opt)
-    scaler.update()
 
 
 def penalized(model, opts, scaler, loss):
     """The gradient penalty of torch's AMP examples: gradients of scaled gradients."""
-    for opt in opts:
-        opt.zero_grad()
     value = loss()
     params = list(model.parameters())
     grads = torch.autograd.grad(scaler.scale(value), params, create_graph=True)
     inverse = 1.0 / scaler.get_scale()
     norm = sum((g * inverse).square().sum() for g in grads).sqrt()
     scaler.scale(value + norm).backward()
-    for opt in opts:
-        scaler.step(opt)
-    scaler.update()
 
 
-PROCEDURES = {"plain": plain, "clipped": clipped, "accumulated": accumulated, "penalized": penalized}
+def autocast(model, opts, scaler, loss):
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss()
+    scaler.scale(value.float()).backward()
+
+
+def iteration(gradients):
+    def procedure(model, opts, scaler, loss):
+        for opt in opts:
+            opt.zero_grad()
+        gradients(model, opts, scaler, loss)
+        for opt in opts:
+            scaler.step(opt)
+        scaler.update()
+
+    return procedure
+
+
+plain = iteration(backward)
+PROCEDURES = {each.__name__: iteration(each) for each in (backward, clipped, accumulated, penalized, autocast)}
 # torch's clipping beside our scaler would write to gradients that are still scaled: its docstring names the method
 EACH_WAY = pytest.mark.parametrize(
     "way, procedure", [(way, name) for way in WAYS for name in PROCEDURES if name != "clipped" or "ours" not in way]
@@ -194,22 +195,6 @@ def test_own_scale_times_the_scalers(way):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_autocast_bf16():
-    trainings = Trainings(8.0)
-
-    def procedure(model, opts, scaler, loss):
-        (opt,) = opts
-        opt.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            value = loss()
-        scaler.scale(value.float()).backward()
-        scaler.step(opt)
-        scaler.update()
-
-    for _ in range(5):
-        trainings.iterate(procedure)
-
-
 # ------------------------------------------------------------------------------------ what trainers do with a scaler
 
 
@@ -218,17 +203,14 @@ def test_what_lies_between_unscale_and_step_sees_what_sgd_shows():
     trainings = Trainings(1000.1)
     seen, calls = ([], []), ([], [])
     for k, (opt,) in enumerate(trainings.opts):
-        opt.register_step_pre_hook(
-            lambda opt, *_, k=k: seen[k].append([p.grad.clone() for p in opt.param_groups[0]["params"]])
-        )
+        opt.register_step_pre_hook(lambda opt, *_, k=k: seen[k].append([p.grad.clone() for p in params_of(opt)]))
         step = opt.step  # as accelerate's schedulers watch for it
         opt.step = lambda *args, k=k, step=step: (calls[k].append(1), step(*args))[1]
     for overflow in (True, False, False, True, False):
-        trainings.iterate(clipped, overflow)
+        trainings.iterate(PROCEDURES["clipped"], overflow)
     assert len(calls[0]) == len(calls[1]) == len(seen[0]) == 3
     for mine, theirs in zip(*seen, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
-            assert_same(a, b)
+        assert_all_same(mine, theirs)
 
 
 def test_our_scaler_calls_step_after_an_overflow_too():
@@ -241,7 +223,7 @@ def test_our_scaler_calls_step_after_an_overflow_too():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("copied", [lambda opt: opt, copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.deepcopy, through_pickle])
 @pytest.mark.parametrize("fused", [None, False, True])
 def test_step_supports_amp_scaling_where_torchs_does(fused, copied):
     """And a copy behaves as what it was copied from."""
@@ -279,7 +261,7 @@ def test_default_dtype_and_device_have_no_effect(default, way):
 # ---------------------------------------------------------------------------------- the attributes, set by hand
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@FLOAT_DTYPES
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_scale_is_divided_out_in_one_rounding(scale, maximize, dtype, isa):
@@ -388,7 +370,7 @@ def test_overflow_still_calls_the_closure():
     ],
     ids=lambda hyper: "-".join(hyper),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@FLOAT_DTYPES
 def test_gradients_are_never_written(dtype, hyper, scaled):
     params = [torch.nn.Parameter(torch.randn(n, 3).to(dtype)) for n in (1, 33, 300)]
     params += [torch.nn.Parameter(torch.randn(300, 5).to(dtype)[:, 2])]
@@ -413,21 +395,16 @@ def test_gradients_are_never_written(dtype, hyper, scaled):
 
 def test_sparse_gradients_with_a_scaler():
     """An embedding with sparse gradients goes torch's way, unscaled and skipped like the rest."""
-    torch.manual_seed(0)
-    models = [torch.nn.Embedding(20, 5, sparse=True) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    opts = [
-        kind(m.parameters(), lr=0.1, foreach=False)
-        for kind, m in zip((FusedMomentum, torch.optim.SGD), models, strict=True)
-    ]
+    models, opts = [], []
+    for kind in (FusedMomentum, for_loop):
+        torch.manual_seed(0)
+        models.append(torch.nn.Embedding(20, 5, sparse=True))
+        opts.append(kind(models[-1].parameters(), lr=0.1))
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in models]
     for step in range(6):
         index, factor = torch.randint(20, (8,)), math.inf if step in (0, 3) else 1.0
         for model, opt, scaler in zip(models, opts, scalers, strict=True):
-            opt.zero_grad()
-            scaler.scale((model(index) * factor).square().sum()).backward()
-            scaler.step(opt)
-            scaler.update()
+            plain(model, [opt], scaler, lambda m=model, i=index, f=factor: (m(i) * f).square().sum())
         torch.testing.assert_close(models[0].weight, models[1].weight)
         assert scalers[0].get_scale() == scalers[1].get_scale()
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from harness import one_process_group, through_file
-from precision_twin import FEW, FP8, INT8, MODES, assert_bits, mode_name, options_of_mode
+from harness import FP8, INT8, assert_same_training, one_process_group, through_file
+from precision_twin import FEW, MODES, mode_name, options_of_mode
 
 from momentum_ext import FusedMomentum
 
@@ -64,13 +64,7 @@ class Training:
             if seed:
                 self.step(seed)
                 other.step(seed)
-            for one, two in zip(self.params, other.params, strict=True):
-                assert_bits(local(one).detach(), local(two).detach(), "parameter")
-                found, wanted = self.opt.state[one], other.opt.state[two]
-                assert found.keys() == wanted.keys()
-                for name in wanted:
-                    assert type(found[name]) is type(wanted[name])
-                    assert_bits(local(found[name]), local(wanted[name]), name)
+            assert_same_training(self.opt, other.opt)
 
 
 def check_values(state_dict):

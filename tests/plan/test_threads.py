@@ -1,14 +1,16 @@
 """Threads and processes: several Python threads stepping at once, forked workers, forked children that step."""
 
 import os
+import pickle
 import select
 import signal
+import sys
 import threading
 import time
 
 import pytest
 import torch
-from harness import Pair, assert_same
+from harness import Pair, assert_alike, assert_all_same, for_loop, params_of, run_python
 
 from momentum_ext import FusedMomentum
 
@@ -36,43 +38,52 @@ def run_all(jobs, timeout=60):
         raise errors[0]
 
 
-def training(seed, sizes=(300, 32_001, 33, 32_003, 1, 5_001), dtype=torch.float32, steps=10):
-    """(optimizer, gradients of each step, parameters as torch's for-loop leaves them)."""
-    generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(n, generator=generator).to(dtype) for n in sizes]
-    grads = [[torch.randn(n, generator=generator).to(dtype) for n in sizes] for _ in range(steps)]
-    mine, theirs = ([torch.nn.Parameter(v.clone()) for v in values] for _ in range(2))
-    reference = torch.optim.SGD(theirs, **HYPER, foreach=False)
-    for step in grads:
-        for param, grad in zip(theirs, step, strict=True):
-            param.grad = grad.clone()
-        reference.step()
-    return FusedMomentum(mine, **HYPER), grads, theirs
+class Training:
+    """An optimizer, gradients of each step, and the parameters as torch's for-loop leaves them."""
+
+    def __init__(self, seed, sizes=(300, 32_001, 33, 32_003, 1, 5_001), steps=10):
+        generator = torch.Generator().manual_seed(seed)
+        values = [torch.randn(n, generator=generator) for n in sizes]
+        self.grads = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(steps)]
+        self.opt = FusedMomentum([torch.nn.Parameter(v.clone()) for v in values], **HYPER)
+        reference = for_loop([torch.nn.Parameter(v.clone()) for v in values], **HYPER)
+        for grads in self.grads:
+            give(reference, grads)
+            reference.step()
+        self.expected = params_of(reference)
+
+    def drive(self, start=0, stop=None):
+        for grads in self.grads[start:stop]:
+            give(self.opt, grads)
+            self.opt.step()
+
+    def up_to_the_last(self):
+        self.drive(0, -1)
+        give(self.opt, self.grads[-1])
+
+    def check(self):
+        assert_all_same(params_of(self.opt), self.expected)
 
 
-def drive(opt, grads):
-    for step in grads:
-        for param, grad in zip(opt.param_groups[0]["params"], step, strict=True):
-            param.grad = grad.clone()
-        opt.step()
+def give(opt, grads):
+    for param, grad in zip(params_of(opt), grads, strict=True):
+        param.grad = grad.clone()
 
 
 @pytest.mark.parametrize("count", [2, 6])
 @pytest.mark.parametrize("sizes", [(300, 33, 5), (300, 32_001, 33, 32_003, 1, 5_001)], ids=["small", "large"])
 def test_optimizers_in_several_python_threads(count, sizes):
-    trainings = [training(seed, sizes, steps=30) for seed in range(count)]
-    run_all([lambda t=t: drive(t[0], t[1]) for t in trainings])
-    for opt, _, expected in trainings:
-        for mine, theirs in zip(opt.param_groups[0]["params"], expected, strict=True):
-            assert_same(mine, theirs)
+    trainings = [Training(seed, sizes, steps=30) for seed in range(count)]
+    run_all([training.drive for training in trainings])
+    for training in trainings:
+        training.check()
 
 
 def test_one_optimizer_handed_from_thread_to_thread():
-    opt, grads, expected = training(0)
-    for step in grads:
-        run_all([lambda step=step: drive(opt, [step])])
-    for mine, theirs in zip(opt.param_groups[0]["params"], expected, strict=True):
-        assert_same(mine, theirs)
+    training = Training(0)
+    for step in range(10):
+        run_all([lambda step=step: training.drive(step, step + 1)])
+    training.check()
 
 
 @pytest.mark.parametrize("size", [70_001, 3_000_000], ids=["small", "gil-released"])
@@ -117,15 +128,14 @@ def test_set_num_threads_between_steps():
 def test_set_num_threads_in_other_threads():
     """torch's thread count is per Python thread; each step uses that of its own."""
 
-    def job(count, this):
+    def job(count, training):
         torch.set_num_threads(count)
-        drive(*this[:2])
+        training.drive()
 
-    trainings = [training(seed) for seed in range(3)]
+    trainings = [Training(seed) for seed in range(3)]
     run_all([lambda c=c, t=t: job(c, t) for c, t in zip((1, 2, 3), trainings, strict=True)])
-    for opt, _, expected in trainings:
-        for mine, theirs in zip(opt.param_groups[0]["params"], expected, strict=True):
-            assert_same(mine, theirs)
+    for training in trainings:
+        training.check()
 
 
 def test_other_python_threads_run_during_a_step():
@@ -158,13 +168,12 @@ def test_other_python_threads_run_during_a_step():
 
 def test_backward_in_autograds_thread_and_step_in_a_hook():
     """Optimizer in backward: each parameter's own optimizer steps when its gradient is there."""
-    models = []
-    for kind in (FusedMomentum, torch.optim.SGD):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(19, 300), torch.nn.Tanh(), torch.nn.Linear(300, 3))
-        opts = {param: kind([param], **HYPER, foreach=False) for param in model.parameters()}
 
-        def step(param, opts=opts):
+    def run(kind):
+        model = torch.nn.Sequential(torch.nn.Linear(19, 300), torch.nn.Tanh(), torch.nn.Linear(300, 3))
+        opts = {param: kind([param], **HYPER) for param in model.parameters()}
+
+        def step(param):
             opts[param].step()
             param.grad = None
 
@@ -172,9 +181,9 @@ def test_backward_in_autograds_thread_and_step_in_a_hook():
             param.register_post_accumulate_grad_hook(step)
         for _ in range(5):
             model(torch.randn(8, 19)).square().mean().backward()
-        models.append(model)
-    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert_same(mine, theirs)
+        return model.parameters()
+
+    assert_alike(run)
 
 
 # -------------------------------------------------------------------------------------------------------------- fork
@@ -212,45 +221,31 @@ def in_forked_child(work, timeout=60):
     return b"".join(chunks)
 
 
+def dump(params):
+    return b"".join(p.detach().numpy().tobytes() for p in params)
+
+
 def step_and_dump(opt):
     opt.step()
-    return b"".join(p.detach().numpy().tobytes() for p in opt.param_groups[0]["params"])
+    return dump(params_of(opt))
 
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("sizes", [(300, 33), (300, 300_001)], ids=["small", "large"])
-@pytest.mark.parametrize("warm", [True, False], ids=["after-steps", "before-any-step"])
-def test_forked_child_that_steps(sizes, warm):
+@pytest.mark.parametrize("steps", [3, 1], ids=["after-steps", "before-any-step"])
+@pytest.mark.parametrize("generations", [1, 2])
+def test_forked_child_that_steps(sizes, steps, generations):
     """The parent has its threads running, the child inherits none of them: it must not wait for them."""
     torch.set_num_threads(2)
-    opt, grads, expected = training(0, sizes, steps=3)
-    other = training(1, (300_001,), steps=2)
-    drive(other[0], other[1])  # the parent's thread pool exists
-    if warm:
-        drive(opt, grads[:-1])
-        for param, grad in zip(opt.param_groups[0]["params"], grads[-1], strict=True):
-            param.grad = grad.clone()
-    else:
-        opt, grads, expected = training(0, sizes, steps=1)
-        for param, grad in zip(opt.param_groups[0]["params"], grads[0], strict=True):
-            param.grad = grad.clone()
-    result = in_forked_child(lambda: step_and_dump(opt))
-    assert result == b"".join(p.detach().numpy().tobytes() for p in expected)
-    opt.step()  # and the parent goes on with all of its threads
-    for mine, theirs in zip(opt.param_groups[0]["params"], expected, strict=True):
-        assert_same(mine, theirs)
-
-
-@needs_fork
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_forked_grandchild_that_steps():
-    torch.set_num_threads(2)
-    opt, grads, expected = training(0, (300_001,), steps=2)
-    drive(opt, grads[:1])
-    opt.param_groups[0]["params"][0].grad = grads[1][0].clone()
-    result = in_forked_child(lambda: in_forked_child(lambda: step_and_dump(opt)))
-    assert result == expected[0].detach().numpy().tobytes()
+    Training(1, (300_001,), steps=2).drive()  # the parent's thread pool exists
+    training = Training(0, sizes, steps=steps)
+    training.up_to_the_last()
+    work = lambda: step_and_dump(training.opt)  # noqa: E731
+    result = in_forked_child(work if generations == 1 else lambda: in_forked_child(work))
+    assert result == dump(training.expected)
+    training.opt.step()  # and the parent goes on with all of its threads
+    training.check()
 
 
 class Rows(torch.utils.data.Dataset):
@@ -266,36 +261,29 @@ class Rows(torch.utils.data.Dataset):
 def test_data_loader_with_forked_workers_after_steps():
     """Epochs with fresh worker processes, steps before, between and after."""
     torch.set_num_threads(2)
-    models, opts = [], []
-    for kind in (FusedMomentum, torch.optim.SGD):
-        torch.manual_seed(0)
-        models.append(torch.nn.Sequential(torch.nn.Linear(19, 4000), torch.nn.Tanh(), torch.nn.Linear(4000, 30)))
-        opts.append(kind(models[-1].parameters(), **HYPER, foreach=False))
-    for _ in range(3):
-        loader = torch.utils.data.DataLoader(
-            Rows(), batch_size=16, num_workers=2, multiprocessing_context="fork", timeout=60
-        )
-        for batch in loader:
-            for model, opt in zip(models, opts, strict=True):
+
+    def run(kind):
+        model = torch.nn.Sequential(torch.nn.Linear(19, 4000), torch.nn.Tanh(), torch.nn.Linear(4000, 30))
+        opt = kind(model.parameters(), **HYPER)
+        for _ in range(3):
+            loader = torch.utils.data.DataLoader(
+                Rows(), batch_size=16, num_workers=2, multiprocessing_context="fork", timeout=60
+            )
+            for batch in loader:
                 opt.zero_grad()
                 model(batch).square().mean().backward()
                 opt.step()
-    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert_same(mine, theirs)
+        return model.parameters()
+
+    assert_alike(run)
 
 
 def test_spawned_process_gets_a_working_optimizer(tmp_path):
     """Pickled to another process, as torch.multiprocessing does."""
-    import pickle
-    import subprocess
-    import sys
-
-    opt, grads, expected = training(0, (300, 33), steps=3)
-    drive(opt, grads[:-1])
-    for param, grad in zip(opt.param_groups[0]["params"], grads[-1], strict=True):
-        param.grad = grad.clone()
+    training = Training(0, (300, 33), steps=3)
+    training.up_to_the_last()
     file = tmp_path / "optimizer"
-    file.write_bytes(pickle.dumps((opt, [p.grad for p in opt.param_groups[0]["params"]])))
+    file.write_bytes(pickle.dumps((training.opt, training.grads[-1])))
     code = (
         "import pickle, sys, torch\n"
         "opt, grads = pickle.loads(open(sys.argv[1], 'rb').read())\n"
@@ -303,7 +291,6 @@ def test_spawned_process_gets_a_working_optimizer(tmp_path):
         "opt.step()\n"
         "torch.save([p.detach() for p in opt.param_groups[0]['params']], sys.argv[1])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True, timeout=120)
-    for mine, theirs in zip(torch.load(file), expected, strict=True):
-        assert_same(mine, theirs.detach())
+    done = run_python(code, file, env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert done.returncode == 0, done.stderr
+    assert_all_same(torch.load(file), training.expected)

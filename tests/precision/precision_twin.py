@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from harness import assert_same, clone_exact
+from harness import (
+    BF16,
+    FP8,
+    FP16,
+    FP32,
+    HALVES,
+    INT8,
+    assert_same,
+    clone_exact,
+    dtype_name,
+    params_of,
+    through_pickle,
+)
 from precision_oracle import Options, as_live, options_of, oracle_convert, oracle_step
 from torch import Tensor
 
 from momentum_ext import _C, FusedMomentum
 
-BF16, FP16, FP32, FP8, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8
-HALVES = (BF16, FP16)
 MOMENTUM_DTYPES = (None, FP32, BF16, FP16, INT8, FP8)
 STATE = ("momentum_buffer", "momentum_scale", "param_remainder", "master_param")
 
@@ -30,10 +39,6 @@ HYPERS = (
     {"momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": True, "formulation": "classical"},
     {"momentum": 0.7, "nesterov": True, "formulation": "ema"},
 )
-
-
-def dtype_name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 MODES = [
@@ -65,7 +70,7 @@ def mode_name(mode: dict[str, Any]) -> str:
 def plain_pickle_takes_fp8() -> bool:
     """torch 2.13's does not, whoever pickles: an fp8 tensor comes back from torch.save alone."""
     try:
-        pickle.loads(pickle.dumps(torch.zeros(1).to(FP8)))
+        through_pickle(torch.zeros(1).to(FP8))
     except AttributeError:
         return False
     return True
@@ -163,7 +168,7 @@ class Twin:
     def move_to(self, opt: FusedMomentum) -> None:
         """Goes on with a copy of the optimizer."""
         self.opt = opt
-        self.params = [param for group in opt.param_groups for param in group["params"]]
+        self.params = params_of(opt)
         for param in self.params:
             param.grad_dtype = None
         self.check()
@@ -188,11 +193,23 @@ def assert_state(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str)
     for name, value in wanted.items():
         if value.numel():
             assert found[name].stride() == value.stride(), f"{name} of {what}"
-        assert_bits(found[name], value, f"{name} of {what}")
+        assert_same(found[name], value, f"{name} of {what}")
 
 
-def assert_bits(found: Tensor, expected: Tensor, what: str) -> None:
-    """fp8 by its bytes, of which none may be a NaN; else as assert_same."""
-    if found.dtype is FP8 and expected.dtype is FP8:
-        found, expected = found.view(torch.uint8), expected.view(torch.uint8)
-    assert_same(found, expected, what)
+def twin_of(mode: dict[str, Any], sizes: Sequence[int] = SIZES, **hyper: Any) -> Twin:
+    return Twin([torch.randn(size).to(mode["dtype"]) for size in sizes], **options_of_mode(mode), **hyper)
+
+
+def optimizer_of(*params: Tensor, steps: int = 0, **options: Any) -> FusedMomentum:
+    """After steps with random gradients; the next gradients are there."""
+    opt = FusedMomentum(params, **{"lr": 0.1, "momentum": 0.9, **options})
+    give_grads(opt)
+    for _ in range(steps):
+        opt.step()
+        give_grads(opt)
+    return opt
+
+
+def give_grads(opt: FusedMomentum) -> None:
+    for param in params_of(opt):
+        param.grad = torch.randn(param.shape).to(param.dtype)

@@ -2,11 +2,11 @@
 
 import copy
 import itertools
-import pickle
 
 import pytest
 import torch
-from precision_twin import BF16, FP32, INT8, Twin, dtype_name
+from harness import BF16, COPIES, FP32, INT8, dtype_name
+from precision_twin import Twin
 
 
 def state_dict(twin):
@@ -24,8 +24,7 @@ ACTIONS = {
     "no momentum": lambda twin, _: twin.edit(momentum=0),
     "momentum": lambda twin, _: twin.edit(momentum=0.9),
     "state_dict": lambda twin, _: state_dict(twin),
-    "deepcopy": lambda twin, _: twin.move_to(copy.deepcopy(twin.opt)),
-    "pickle": lambda twin, _: twin.move_to(pickle.loads(pickle.dumps(twin.opt))),
+    **{name: lambda twin, _, copied=copied: twin.move_to(copied(twin.opt)) for name, copied in COPIES.items()},
     "load": lambda twin, _: reload_own(twin),
     "step": lambda twin, _: twin.step(),
 }

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from precision_twin import BF16, FP16, FP32, INT8, MODES, STATE, mode_name
+from harness import BF16, FP16, FP32, INT8
+from precision_twin import MODES, STATE, give_grads, mode_name, optimizer_of, options_of_mode
 
 from momentum_ext import FusedMomentum
 
@@ -15,20 +16,14 @@ def held(opt, params):
     return sizes
 
 
-def step(opt, params):
-    for param in params:
-        param.grad = torch.randn(param.shape).to(param.dtype)
-    opt.step()
-
-
 @pytest.mark.parametrize("mode", MODES, ids=mode_name)
 def test_before_and_after(mode):
-    options = {key: value for key, value in mode.items() if key != "dtype"}
     params = [torch.nn.Parameter(torch.randn(size).to(mode["dtype"])) for size in (0, 1, 255, 256, 257, 3000)]
-    opt = FusedMomentum(params, lr=0.1, momentum=0.9, **options)
+    opt = FusedMomentum(params, lr=0.1, momentum=0.9, **options_of_mode(mode))
     before = opt.memory_summary()
     assert not opt.state, "counted before anything is there"
-    step(opt, params)
+    give_grads(opt)
+    opt.step()
     wanted = held(opt, params)
     for summary in (before, opt.memory_summary()):
         assert {kind: size for kind, size in summary.items() if size} == {k: v for k, v in wanted.items() if v}
@@ -38,9 +33,7 @@ def test_before_and_after(mode):
 
 def test_8_bits_take_at_most_1_02_bytes_an_element():
     param = torch.nn.Parameter(torch.randn(100_003))
-    opt = FusedMomentum([param], lr=0.1, momentum=0.9, momentum_dtype=INT8)
-    step(opt, [param])
-    summary = opt.memory_summary()
+    summary = optimizer_of(param, steps=1, momentum_dtype=INT8).memory_summary()
     assert (summary["momentum_buffer"] + summary["momentum_scale"]) / summary.num_params <= 1.02
 
 
@@ -61,7 +54,9 @@ def test_groups_frozen_parameters_averages_and_no_momentum():
     ]
     opt = FusedMomentum(groups, lr=0.1, momentum=0.9, ema_decay=0.9)
     before = opt.memory_summary()
-    step(opt, params[:3])
+    give_grads(opt)
+    params[3].grad = None
+    opt.step()
     wanted = held(opt, params)
     assert {k: v for k, v in before.items() if v} == {k: v for k, v in wanted.items() if v}
 

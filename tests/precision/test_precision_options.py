@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from harness import assert_same
+from harness import BF16, EIGHT_BITS, FP8, FP16, FP32, HALF_DTYPES, INT8, assert_same, dtype_name
 from precision_oracle import buffer_values, order_of
-from precision_twin import BF16, FP8, FP16, FP32, INT8, MOMENTUM_DTYPES, Twin, dtype_name
+from precision_twin import MOMENTUM_DTYPES, Twin, give_grads, optimizer_of
 
 from momentum_ext import FusedMomentum
 
@@ -26,7 +26,7 @@ def test_every_change_of_the_momentum_dtype(dtype, before, after):
         twin.step()
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=dtype_name)
+@HALF_DTYPES
 @pytest.mark.parametrize("momentum_dtype", [None, FP32, INT8], ids=dtype_name)
 def test_master_weights_on_and_off(dtype, momentum_dtype):
     twin = Twin([torch.randn(size).to(dtype) for size in (1, 256, 600)], momentum=0.9, momentum_dtype=momentum_dtype)
@@ -56,9 +56,7 @@ def test_all_at_once(dtype):
 def test_conversion_changes_the_buffer_by_one_rounding(momentum_dtype):
     """What is there after a conversion is the old buffer in the new dtype: seen in a checkpoint, before any step."""
     param = torch.nn.Parameter(torch.randn(1000))
-    opt = FusedMomentum([param], lr=0.1, momentum=0.9)
-    param.grad = torch.randn(1000)
-    opt.step()
+    opt = optimizer_of(param, steps=1)
     kept = opt.state[param]["momentum_buffer"].clone()
     opt.param_groups[0]["momentum_dtype"] = momentum_dtype
     param.grad = torch.zeros(1000)
@@ -95,13 +93,13 @@ def test_formulations_convert_low_precision_buffers(dtype, formulation, momentum
 @DTYPES
 def test_the_state_has_what_the_options_need_and_nothing_else(dtype):
     param = torch.nn.Parameter(torch.randn(300).to(dtype))
-    opt = FusedMomentum([param], lr=0.1, momentum=0.9)
+    opt = optimizer_of(param)
     for momentum_dtype, master in itertools.product(MOMENTUM_DTYPES, (True, False)):
         opt.param_groups[0].update(momentum_dtype=momentum_dtype, master_weights=master)
-        param.grad = torch.randn(300).to(dtype)
+        give_grads(opt)
         opt.step()
         wanted = {"momentum_buffer": (momentum_dtype or (FP32 if master else dtype), (300,))}
-        if momentum_dtype in (INT8, FP8):
+        if momentum_dtype in EIGHT_BITS:
             wanted["momentum_scale"] = (FP32, (2,))
         if master and dtype is not FP32:
             wanted |= {"param_remainder": (torch.int16, (300,))} if dtype is BF16 else {"master_param": (FP32, (300,))}

@@ -6,7 +6,7 @@ import numpy as np
 import precision_oracle as oracle
 import pytest
 import torch
-from precision_twin import BF16, FP8, FP16, INT8
+from harness import BF16, EIGHT_BITS, FP8, HALF_DTYPES, INT8
 
 
 def random_floats(count=20_000, spread=60):
@@ -71,7 +71,7 @@ def test_fma_beside_midpoints():
     assert (twice != oracle.fma(a, b, c)).any()
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@HALF_DTYPES
 def test_nearest_is_torchs_cast(dtype):
     values = np.concatenate([random_floats(), np.float32([0.0, -0.0, 65504, 65520, 65519.9, 3.4e38, np.inf, -np.inf])])
     wanted = torch.from_numpy(values).to(dtype)
@@ -106,7 +106,7 @@ def test_split_and_join_are_exact():
     assert set((values.view(np.uint32)[differs] & 0xFFFF).tolist()) == {0x8000}, "other than at ties"
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@HALF_DTYPES
 @pytest.mark.parametrize("value", [1.2345, -0.0310, 3e-5, -7e-6])
 def test_every_random_number_once_gives_the_exact_share(dtype, value):
     """Over all 65,536 random numbers the mean is the value itself, to the last of the bits that they can tell apart."""
@@ -118,7 +118,7 @@ def test_every_random_number_once_gives_the_exact_share(dtype, value):
     assert abs(rounded.mean() - float(np.float32(value))) <= gap * 2**-13
 
 
-@pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_8_bit_rounding_has_no_bias(dtype):
     values = np.full(1 << 16, 0.123, np.float32)
     values[::256] = 1.0
@@ -146,7 +146,7 @@ def test_blocks_keep_their_largest_value_and_bound_the_error(dtype, steps):
         assert np.abs(block - found).max() <= top / steps * 1.001
 
 
-@pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_blocks_that_overflow_or_vanish(dtype):
     values = np.ones(256 * 4 + 5, np.float32)
     values[3], values[256 + 4], values[512:768] = np.inf, np.nan, 1e-31

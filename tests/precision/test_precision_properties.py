@@ -1,13 +1,12 @@
 """Random trainings in low precision, made up by hypothesis: edits, checkpoints, overflows; the oracle's bits always."""
 
 import copy
-import pickle
 
 import torch
-from harness import LAYOUTS, clone_params, in_layout
+from harness import BF16, COPIES, FP8, FP16, FP32, LAYOUTS, clone_params, in_layout
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from precision_twin import BF16, FP8, FP16, FP32, MOMENTUM_DTYPES, Twin, plain_pickle_takes_fp8
+from precision_twin import MOMENTUM_DTYPES, Twin, plain_pickle_takes_fp8
 from sequences import NEW, SEQUENCES, run_sequences
 
 from momentum_ext import _C, FusedMomentum
@@ -96,7 +95,7 @@ class Training(RuleBasedStateMachine):
             twin.load(state, FusedMomentum(clone_params(twin.params), lr=99.0, **options))
             twin.taken *= self.precision["stochastic_rounding"]  # a checkpoint has the count where it is used
         else:
-            twin.move_to(copy.deepcopy(twin.opt) if way == "deepcopy" else pickle.loads(pickle.dumps(twin.opt)))
+            twin.move_to(COPIES[way](twin.opt))
 
     @rule(isa=st.sampled_from(_C.isas()), threads=st.integers(1, 3))
     def machine(self, isa, threads):

@@ -4,19 +4,16 @@ import math
 
 import pytest
 import torch
-from harness import assert_same
-from precision_twin import BF16, FP8, FP16, FP32, INT8, dtype_name
+from harness import BF16, EIGHT_BITS, FP32, HALF_DTYPES, INT8, all_values, assert_all_same, dtype_name
 
 from momentum_ext import FusedMomentum
 
 COUNT = 1 << 17
-HALVES = pytest.mark.parametrize("dtype", [BF16, FP16], ids=dtype_name)
 
 
 def neighbours(value, dtype):
     """The two values of a dtype around a number."""
-    grid = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).double()
-    grid = torch.cat([-grid, grid])
+    grid = all_values(dtype).double()
     grid = grid[grid.isfinite()]
     return grid[grid <= value].max().item(), grid[grid >= value].min().item()
 
@@ -30,7 +27,7 @@ def assert_unbiased(found, value, below, above):
     assert abs((found == above).double().mean().item() - share) < 5 * deviation + 2**-12
 
 
-@HALVES
+@HALF_DTYPES
 @pytest.mark.parametrize("value", [1.0017, -0.7501, 3.1e-6, -240.3])
 def test_parameters_are_rounded_without_bias(dtype, value):
     param = torch.nn.Parameter(torch.zeros(COUNT, dtype=dtype))
@@ -41,7 +38,7 @@ def test_parameters_are_rounded_without_bias(dtype, value):
     assert_unbiased(param.detach(), value, *neighbours(value, dtype))
 
 
-@HALVES
+@HALF_DTYPES
 @pytest.mark.parametrize("value", [1.0017, -0.7501, 3.1e-6, -240.3])
 def test_momentum_is_rounded_without_bias(dtype, value):
     param = torch.nn.Parameter(torch.zeros(COUNT))
@@ -52,7 +49,7 @@ def test_momentum_is_rounded_without_bias(dtype, value):
     assert_unbiased(opt.state[param]["momentum_buffer"], value, *neighbours(value, dtype))
 
 
-@pytest.mark.parametrize("dtype", [INT8, FP8], ids=dtype_name)
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=dtype_name)
 @pytest.mark.parametrize("value", [0.3017, -0.00101, 0.9])
 def test_8_bit_momentum_is_rounded_without_bias(dtype, value):
     param = torch.nn.Parameter(torch.zeros(COUNT))
@@ -67,19 +64,12 @@ def test_8_bit_momentum_is_rounded_without_bias(dtype, value):
     assert_unbiased(units, wanted, units.min().item(), units.max().item())
 
 
-def test_neighbouring_elements_are_rounded_independently():
-    """No half-word of Philox is used twice: correlations at every small distance are those of chance."""
-    param = torch.nn.Parameter(torch.zeros(COUNT, dtype=BF16))
-    param.grad_dtype = None
-    param.grad = torch.full((COUNT,), -(1 + 2.0**-8))
-    FusedMomentum([param], lr=1.0, stochastic_rounding=True).step()
-    up = (param.detach() > 1).double() * 2 - 1
-    for distance in [*range(1, 34), 64, 128, 256, 512, 2048]:
-        assert abs((up[distance:] * up[:-distance]).mean().item()) < 5 / math.sqrt(COUNT), distance
+def test_roundings_are_independent():
+    """No half-word of Philox is used twice: correlations of neighbours at every small distance are those of chance.
 
-
-def test_a_parameter_and_its_buffer_are_rounded_independently():
-    """They share a draw: neither direction may tell of the other's, in this step or as the buffer's error comes in."""
+    A parameter and its buffer share a draw: neither direction may tell of the other's, in this step or as the buffer's
+    error comes in.
+    """
     param = torch.nn.Parameter(torch.zeros(COUNT, dtype=BF16))
     param.grad_dtype = None
     param.grad = torch.full((COUNT,), -(1 + 2.0**-8))
@@ -87,8 +77,12 @@ def test_a_parameter_and_its_buffer_are_rounded_independently():
     opt.step()
     up = (param.detach() > 1).double() * 2 - 1
     down = (opt.state[param]["momentum_buffer"] < -1).double() * 2 - 1
-    assert abs(up.mean()) < 5 / math.sqrt(COUNT) and abs(down.mean()) < 5 / math.sqrt(COUNT)
-    assert abs((up * down).mean().item()) < 5 / math.sqrt(COUNT)
+    chance = 5 / math.sqrt(COUNT)
+    for directions in (up, down):
+        assert abs(directions.mean()) < chance
+        for distance in [*range(1, 34), 64, 128, 256, 512, 2048]:
+            assert abs((directions[distance:] * directions[:-distance]).mean().item()) < chance, distance
+    assert abs((up * down).mean().item()) < chance
 
 
 def test_a_long_training_drifts_as_fp32_does():
@@ -120,7 +114,7 @@ def descend(dtype, steps, **options):
     return 1 - param.detach().double().mean().item()
 
 
-@HALVES
+@HALF_DTYPES
 def test_small_updates_stall_plain_and_only_plain(dtype):
     way = 512 * (2.0**-12 if dtype is BF16 else 2.0**-13)
     assert descend(dtype, 512) == 0.0
@@ -163,5 +157,4 @@ def test_rounding_does_not_depend_on_what_else_is_trained():
                 param.grad = torch.full_like(param, 2.0**-10)
             opt.step()
         results.append((params[0].detach(), opt.state[params[0]]["momentum_buffer"]))
-    for one, other in zip(*results, strict=True):
-        assert_same(one, other)
+    assert_all_same(*results)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from harness import assert_same
+from harness import BF16, FP16, FP32, INT8, Pair, assert_same, dtype_name, for_loop
 from precision_oracle import flat as flat_values
 from precision_oracle import join, order_of
-from precision_twin import BF16, FP16, FP32, HYPERS, INT8, Twin, dtype_name
+from precision_twin import HYPERS, Twin
 
 from momentum_ext import _C, FusedMomentum
 
@@ -35,7 +35,7 @@ class Two:
         if {"formulation", "momentum_dtype"} & options.keys():
             self.reference = FusedMomentum(self.wide, lr=0.03, **options)
         else:
-            self.reference = torch.optim.SGD(self.wide, lr=0.03, **options, foreach=False)
+            self.reference = for_loop(self.wide, lr=0.03, **options)
         self.data = torch.Generator().manual_seed(4)
 
     @staticmethod
@@ -116,7 +116,7 @@ def test_fp16_master_is_an_fp32_run():
     start = torch.randn(2049).to(FP16)
     param, wide = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
     mine = FusedMomentum([param], lr=1e-3, momentum=0.9, master_weights=True)
-    reference = torch.optim.SGD([wide], lr=1e-3, momentum=0.9, foreach=False)
+    reference = for_loop([wide], lr=1e-3, momentum=0.9)
     for _ in range(50):
         param.grad = torch.randn(2049).to(FP16)
         wide.grad = param.grad.float()
@@ -127,16 +127,7 @@ def test_fp16_master_is_an_fp32_run():
         assert_same(param.detach(), wide.detach().to(FP16))
 
 
-def test_no_effect_on_fp32_and_fp64():
-    for dtype in (FP32, torch.float64):
-        start = torch.randn(300, dtype=dtype)
-        params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
-        opts = [FusedMomentum([params[0]], lr=0.1, momentum=0.9, master_weights=True, stochastic_rounding=True)]
-        opts.append(FusedMomentum([params[1]], lr=0.1, momentum=0.9))
-        for _ in range(3):
-            grad = torch.randn(300, dtype=dtype)
-            for param, opt in zip(params, opts, strict=True):
-                param.grad = grad
-                opt.step()
-        assert_same(*(p.detach() for p in params))
-        assert set(opts[0].state[params[0]]) == {"momentum_buffer"}
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=dtype_name)
+def test_no_effect_on_fp32_and_fp64(dtype):
+    own = {"master_weights": True, "stochastic_rounding": True}
+    Pair([torch.randn(300, dtype=dtype)], lr=0.1, momentum=0.9, mine=own).step(3)

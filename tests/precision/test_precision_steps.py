@@ -4,31 +4,12 @@ import itertools
 
 import pytest
 import torch
-from precision_twin import (
-    BF16,
-    FEW,
-    FP8,
-    FP16,
-    FP32,
-    HALVES,
-    HYPERS,
-    INT8,
-    LARGE,
-    MODES,
-    SIZES,
-    Twin,
-    dtype_name,
-    mode_name,
-)
+from harness import BF16, EIGHT_BITS, FP8, FP16, FP32, HALF_DTYPES, INT8, all_values, dtype_name
+from precision_twin import FEW, HYPERS, LARGE, MODES, Twin, mode_name, twin_of
 
 from momentum_ext import _C, FusedMomentum
 
 GRADS = (FP32, BF16, FP16)
-
-
-def twin_of(mode, sizes=SIZES, **hyper):
-    options = {key: value for key, value in mode.items() if key != "dtype"}
-    return Twin([torch.randn(size).to(mode["dtype"]) for size in sizes], **options, **hyper)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=mode_name)
@@ -59,13 +40,13 @@ def test_any_number_of_threads(mode):
         twin.step(dtype=mode["dtype"])
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+@HALF_DTYPES
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "sr"])
 @pytest.mark.parametrize("isa", _C.isas())
 def test_every_bit_pattern(dtype, stochastic, isa):
     """All 65,536 values as parameter and gradient: subnormal, Inf and NaN too, through every kind of storage."""
     _C.set_isa(isa)
-    everything = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    everything = all_values(dtype)
     for momentum_dtype, master in itertools.product((None, FP32, INT8, FP8), (False, True)):
         twin = Twin(
             [everything], momentum=0.7, lr=0.3, stochastic_rounding=stochastic, momentum_dtype=momentum_dtype,
@@ -91,7 +72,7 @@ def test_blocks_of_every_size(momentum_dtype, stochastic):
             grad[700], grad[256 * 9 + 255], grad[-1] = float("inf"), float("nan"), -float("inf")
         twin.params[0].grad = grad
         twin.step_as_is()
-    if momentum_dtype in (INT8, FP8):
+    if momentum_dtype in EIGHT_BITS:
         scale = twin.opt.state[twin.params[0]]["momentum_scale"]
         assert scale.isnan().nonzero().flatten().tolist() == [2, 9, 40], "an overflow stays visible in its own block"
 
@@ -121,10 +102,9 @@ def test_gradients_that_come_and_go(mode):
             twin.step_as_is()
 
 
-def test_without_momentum():
-    for mode in FEW:
-        twin = twin_of({**mode, "momentum_dtype": None}, momentum=0)
-        twin.step(3)
+@pytest.mark.parametrize("mode", FEW, ids=mode_name)
+def test_without_momentum(mode):
+    twin_of({**mode, "momentum_dtype": None}, momentum=0).step(3)
 
 
 def test_seeds_streams_steps_and_tensors_differ():

@@ -1,26 +1,14 @@
 """Instruction sets: listed, forced in the process and by environment, and the one without fma right as well."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from harness import Pair, assert_same, matching_isas
+from harness import FLOAT_DTYPES, TESTS, Pair, assert_same, for_loop, matching_isas, run_program, run_python
 
 from momentum_ext import _C, FusedMomentum
 
-HERE = Path(__file__).resolve().parent
-TESTS = HERE.parent
 ORDER = ["avx512", "avx2", "neon", "baseline"]
-
-
-def run(code, **environment):
-    """`code` in a fresh interpreter."""
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
 
 
 def test_the_list_is_in_order_of_preference():
@@ -30,9 +18,8 @@ def test_the_list_is_in_order_of_preference():
 
 
 def test_the_best_is_the_default():
-    environment = {k: v for k, v in os.environ.items() if k != "MOMENTUM_EXT_ISA"}
     code = "from momentum_ext import _C; assert _C.isa() == _C.isas()[0], _C.isa()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = run_python(code, without=["MOMENTUM_EXT_ISA"])
     assert done.returncode == 0, done.stderr
 
 
@@ -61,7 +48,7 @@ def test_unknown_name_in_the_process(name):
 
 @pytest.mark.parametrize("name", _C.isas())
 def test_forced_by_environment(name):
-    done = run("from momentum_ext import _C; print(_C.isa())", MOMENTUM_EXT_ISA=name)
+    done = run_python("from momentum_ext import _C; print(_C.isa())", env={"MOMENTUM_EXT_ISA": name})
     assert done.stdout.strip() == name, done.stderr
 
 
@@ -69,7 +56,7 @@ def test_forced_by_environment(name):
 def test_unknown_name_in_the_environment(name):
     """The import fails with an ImportError that lists the choices."""
     code = "try:\n    import momentum_ext\nexcept ImportError as error:\n    print('refused:', error)"
-    done = run(code, MOMENTUM_EXT_ISA=name)
+    done = run_python(code, env={"MOMENTUM_EXT_ISA": name})
     assert done.stdout.startswith("refused:"), done.stdout + done.stderr
     assert name in done.stdout and all(choice in done.stdout for choice in _C.isas())
 
@@ -82,7 +69,7 @@ def test_changed_between_steps():
         pair.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@FLOAT_DTYPES
 def test_all_with_fma_agree_bit_for_bit(dtype):
     results = []
     for name in _C.isas():
@@ -100,7 +87,7 @@ def test_all_with_fma_agree_bit_for_bit(dtype):
         assert_same(other, results[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@FLOAT_DTYPES
 def test_every_instruction_set_is_close_to_the_reference(dtype):
     """Also the one whose roundings differ from this process's torch."""
     for name in _C.isas():
@@ -109,7 +96,7 @@ def test_every_instruction_set_is_close_to_the_reference(dtype):
         start = torch.randn(5003).to(dtype)
         param, exact = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.double())
         hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
-        mine, theirs = FusedMomentum([param], **hyper), torch.optim.SGD([exact], **hyper, foreach=False)
+        mine, theirs = FusedMomentum([param], **hyper), for_loop([exact], **hyper)
         for _ in range(3):
             param.grad = torch.randn(5003).to(dtype)
             exact.grad = param.grad.double()
@@ -122,16 +109,14 @@ def test_every_instruction_set_is_close_to_the_reference(dtype):
 @pytest.mark.skipif("baseline" not in _C.isas(), reason="this machine's lowest instruction set has fma")
 def test_baseline_is_torch_without_fma_bit_for_bit():
     """The whole matrix of test_matches_torch.py, and sizes and layouts, beside a torch that runs without fma."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MOMENTUM_EXT_ISA": "baseline"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    probe = "import torch, harness; print(torch.backends.cpu.get_cpu_capability(), harness.matching_isas())"
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    assert run(probe, **{**environment, "PYTHONPATH": path}).stdout.strip() in (
-        "DEFAULT ['baseline']",
-        "NO AVX ['baseline']",
+    environment = {"ATEN_CPU_CAPABILITY": "default", "MOMENTUM_EXT_ISA": "baseline"}
+    without = ["PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"]
+    probe = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import torch, harness; " + (
+        "print(torch.backends.cpu.get_cpu_capability(), harness.matching_isas())"
     )
-    files = [str(HERE / name) for name in ("test_matches_torch.py", "test_sizes.py", "test_low_precision.py")]
+    found = run_python(probe, env=environment, without=without).stdout.strip()
+    assert found in ("DEFAULT ['baseline']", "NO AVX ['baseline']")
+    files = [TESTS / "rules" / name for name in ("test_matches_torch.py", "test_sizes.py", "test_low_precision.py")]
     command = [
         sys.executable,
         "-m",
@@ -142,8 +127,7 @@ def test_baseline_is_torch_without_fma_bit_for_bit():
         "no:cacheprovider",
         "-k",
         "not of_a_training and not 1thread",
-        *files,
     ]
-    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=500)
+    done = run_program(*command, *files, env=environment, without=without, cwd=TESTS.parent, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "[baseline" not in done.stdout and " passed" in done.stdout and "skipped" not in done.stdout

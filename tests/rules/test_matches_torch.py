@@ -1,8 +1,10 @@
 """In fp32 and fp64, parameters and buffers are bit-identical to torch's for-loop over hundreds of steps."""
 
+import math
+
 import pytest
 import torch
-from harness import Pair
+from harness import EXACT_DTYPES, Pair, assert_all_same
 
 STEPS, MANY_STEPS = 20, 200
 # Three threads' shares in all. No tensor by itself is long enough for torch to split it: its for-loop would start
@@ -27,13 +29,13 @@ LR = {"lr": 0.017, "tensorlr": torch.tensor(0.017)}
 @pytest.mark.parametrize("lr", LR)
 @pytest.mark.parametrize("weight_decay", WEIGHT_DECAY)
 @pytest.mark.parametrize("momentum", MOMENTUM)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@EXACT_DTYPES
 def test_trajectory(dtype, momentum, weight_decay, lr, maximize, isa, threads):
     check_trajectory(STEPS, dtype, momentum, weight_decay, lr, maximize)
 
 
 @pytest.mark.parametrize("momentum", MOMENTUM)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@EXACT_DTYPES
 def test_long_trajectory(dtype, momentum, isa):
     torch.set_num_threads(3)
     check_trajectory(MANY_STEPS, dtype, momentum, "decay", "tensorlr", False)
@@ -41,15 +43,9 @@ def test_long_trajectory(dtype, momentum, isa):
 
 def check_trajectory(steps, dtype, momentum, weight_decay, lr, maximize):
     mu, dampening, nesterov = MOMENTUM[momentum]
-    pair = Pair(
-        [torch.randn(shape, dtype=dtype) for shape in SHAPES],
-        lr=LR[lr],
-        momentum=mu,
-        dampening=dampening,
-        weight_decay=WEIGHT_DECAY[weight_decay],
-        maximize=maximize,
-    )
-    pair.both(lambda opt: opt.param_groups[0].update(nesterov=nesterov))
+    hyper = {"lr": LR[lr], "momentum": mu, "dampening": dampening, "weight_decay": WEIGHT_DECAY[weight_decay]}
+    pair = Pair([torch.randn(shape, dtype=dtype) for shape in SHAPES], **hyper, maximize=maximize)
+    pair.edit(nesterov=nesterov)
     pair.new_grads()
     pool = torch.randn(sum(p.numel() for p, _ in pair.params) + steps, dtype=dtype)
     for step in range(steps):
@@ -64,7 +60,7 @@ def check_trajectory(steps, dtype, momentum, weight_decay, lr, maximize):
             pair.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@EXACT_DTYPES
 @pytest.mark.parametrize("nesterov", [False, True], ids=["momentum", "nesterov"])
 def test_result_does_not_depend_on_the_thread_count(dtype, nesterov):
     results = []
@@ -72,21 +68,21 @@ def test_result_does_not_depend_on_the_thread_count(dtype, nesterov):
         torch.manual_seed(0)
         torch.set_num_threads(count)
         pair = Pair([torch.randn(n, dtype=dtype) for n in (100003, 5, 65537, 1)], lr=0.1, momentum=0.9)
-        pair.both(lambda opt: opt.param_groups[0].update(nesterov=nesterov))
+        pair.edit(nesterov=nesterov)
         pair.step(5)
         results.append([p for p, _ in pair.params])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_all_same(other, results[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-42, 3e38])
+@EXACT_DTYPES
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-42, 3e38])
 def test_special_values_wherever_they_stand(dtype, special, isa):
     for where in ("grad", "param", "momentum_buffer"):
         pair = Pair([torch.randn(100, dtype=dtype)], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
         pair.step()
         pair.new_grads()
-        for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
+        for opt, param in pair.each(0):
             target = {"grad": param.grad, "param": param.data, "momentum_buffer": opt.state[param]["momentum_buffer"]}
             target[where][::3] = special
         pair.step_as_is()
@@ -98,42 +94,27 @@ def test_signed_zero(mu, isa):
     """-0.0 comes out where torch's for-loop gives -0.0."""
     pair = Pair([torch.tensor([0.0, -0.0, 0.0, -0.0] * 9)], lr=0.1, momentum=mu)
     for maximize in (False, True):
-        pair.both(lambda opt, maximize=maximize: opt.param_groups[0].update(maximize=maximize))
+        pair.edit(maximize=maximize)
         for value in (0.0, -0.0):
             pair.set_grad(0, torch.full((36,), value))
             pair.step_as_is()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize(
-    "hyper",
-    [
-        {"lr": 0.0, "momentum": 0.9},
-        {"lr": -0.0, "momentum": 0.9},
-        {"lr": float("inf"), "momentum": 0.9},
-        {"lr": float("nan"), "momentum": 0.9},
-        {"lr": 1e-50, "momentum": 0.9},
-        {"lr": 0.1, "momentum": 1.0},
-        {"lr": 0.1, "momentum": 1e-9},
-        {"lr": 0.1, "momentum": float("nan")},
-        {"lr": 0.1, "momentum": 0.9, "dampening": 1.0},
-        {"lr": 0.1, "momentum": 0.9, "dampening": -0.5},
-        {"lr": 0.1, "momentum": 0.9, "dampening": 1.5},
-        {"lr": 0.1, "momentum": 0.9, "dampening": 1e-12},
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-12},
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": float("inf")},
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": float("nan")},
-    ],
-    ids=lambda hyper: "-".join(f"{k}={v}" for k, v in hyper.items()),
-)
+AT_THE_EDGES = [{"lr": value, "momentum": 0.9} for value in (0.0, -0.0, math.inf, math.nan, 1e-50)]
+AT_THE_EDGES += [{"momentum": value} for value in (1.0, 1e-9, math.nan)]
+AT_THE_EDGES += [{"momentum": 0.9, "dampening": value} for value in (1.0, -0.5, 1.5, 1e-12)]
+AT_THE_EDGES += [{"momentum": 0.9, "weight_decay": value} for value in (1e-12, math.inf, math.nan)]
+
+
+@EXACT_DTYPES
+@pytest.mark.parametrize("hyper", AT_THE_EDGES, ids=str)
 def test_hyperparameters_at_the_edges(dtype, hyper, isa):
-    pair = Pair([torch.randn(n, dtype=dtype) for n in (33, 300)], **hyper)
-    pair.step(4)
+    Pair([torch.randn(n, dtype=dtype) for n in (33, 300)], **{"lr": 0.1, **hyper}).step(4)
 
 
 @pytest.mark.parametrize("edit", [{"lr": -0.1}, {"momentum": -0.5}, {"weight_decay": -0.1}])
 def test_values_edited_to_what_the_constructor_refuses(edit, isa):
     pair = Pair([torch.randn(300)], lr=0.1, momentum=0.9, nesterov=True)
     pair.step(2)
-    pair.both(lambda opt: opt.param_groups[0].update(edit))
+    pair.edit(**edit)
     pair.step(3)

@@ -2,43 +2,40 @@
 
 import pytest
 import torch
-from harness import Oracle, Pair, assert_same, clone_exact
-
-from momentum_ext import FusedMomentum
+from harness import FLOAT_DTYPES, Oracle, Pair, assert_same, clone_exact, only_elements_written, storage_of
 
 EDGES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
 EDGES += [255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097]
 LARGE = [16383, 16384, 16385, 32767, 32768, 32769, 65535, 65536, 65537, 131071, 262145, (1 << 20) + 3]
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def oracle_of(dtype):
-    return Oracle if dtype.itemsize == 2 else torch.optim.SGD
+def train(sizes, dtype=torch.float32, steps=3):
+    Pair([torch.randn(size).to(dtype) for size in sizes], Oracle, **HYPER).step(steps)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FLOAT_DTYPES
 @pytest.mark.parametrize("size", EDGES)
 def test_one_tensor(size, dtype, isa):
-    Pair([torch.randn(size, dtype=dtype)], oracle_of(dtype), **HYPER).step(3)
+    train([size], dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FLOAT_DTYPES
 @pytest.mark.parametrize("size", LARGE)
 def test_one_large_tensor(size, dtype, threads):
-    Pair([torch.randn(size).to(dtype)], oracle_of(dtype), **HYPER).step(2)
+    train([size], dtype, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FLOAT_DTYPES
 def test_all_edges_in_one_list(dtype, isa, threads):
-    Pair([torch.randn(size).to(dtype) for size in EDGES + LARGE[:6] + EDGES], oracle_of(dtype), **HYPER).step(3)
+    train(EDGES + LARGE[:6] + EDGES, dtype)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 @pytest.mark.parametrize("size", [0, 1, 9, 333, 1024])
 def test_many_equal_tensors_split_among_threads(size, count):
     torch.set_num_threads(count)
-    Pair([torch.randn(size) for _ in range(max(8, 80_000 // (size + 40)))], **HYPER).step(2)
+    train([size] * max(8, 80_000 // (size + 40)), steps=2)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -46,36 +43,31 @@ def test_thread_edges_inside_and_between_tensors(count):
     """A share's edge at each place relative to a tensor's edge: totals that differ by one element."""
     torch.set_num_threads(count)
     for shift in range(-2, 3):
-        Pair([torch.randn(n) for n in (0, 65536 + shift, 1, 65536 - shift, 0, 32768 + shift)], **HYPER).step(2)
+        train((0, 65536 + shift, 1, 65536 - shift, 0, 32768 + shift), steps=2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FLOAT_DTYPES
 @pytest.mark.parametrize("place", ["param", "grad", "momentum_buffer", "all"])
 def test_unaligned_storage_offsets(place, dtype, isa):
     """Each offset within a vector for the parameter, the gradient and the buffer; the neighbours stay as they were."""
     for offset in range(9):
         for size in (1, 15, 16, 17, 64, 300):
 
-            def view(values, offset=offset, size=size):
+            def view(values, what, offset=offset, size=size):
+                if place not in (what, "all"):
+                    return values
                 base = torch.full((size + 40,), 7.0, dtype=dtype)
                 base[offset : offset + size] = values
                 return base[offset : offset + size]
 
-            values = torch.randn(size).to(dtype)
-            pair = Pair([view(values) if place in ("param", "all") else values], oracle_of(dtype), **HYPER)
+            pair = Pair([view(torch.randn(size).to(dtype), "param")], Oracle, **HYPER)
             pair.step()
-            for opt, param in zip(pair.optimizers, pair.params[0], strict=True):
-                if place in ("momentum_buffer", "all"):
-                    opt.state[param]["momentum_buffer"] = view(opt.state[param]["momentum_buffer"])
-            grad = pair.random_like(values)
-            pair.set_grad(0, view(grad) if place in ("grad", "all") else grad)
-            pair.step_as_is()
+            for opt, param in pair.each(0):
+                opt.state[param]["momentum_buffer"] = view(opt.state[param]["momentum_buffer"], "momentum_buffer")
             param = pair.params[0][0]
-            for held in (param.detach(), param.grad, pair.mine.state[param]["momentum_buffer"]):
-                if held.untyped_storage().nbytes() > size * dtype.itemsize:
-                    whole = torch.empty(0, dtype=dtype).set_(held.untyped_storage())
-                    around = torch.cat([whole[:offset], whole[offset + size :]])
-                    assert (around == 7).all(), "a neighbour was written"
+            pair.set_grad(0, view(pair.random_like(param), "grad"))
+            with only_elements_written(param, param.grad, pair.mine.state[param]["momentum_buffer"]):
+                pair.step_as_is()
 
 
 def test_neighbours_in_one_storage_are_not_touched():
@@ -84,12 +76,9 @@ def test_neighbours_in_one_storage_are_not_touched():
     sizes = [1, 7, 16, 33, 64, 257, 513, 100]
     starts = torch.tensor([0] + [n + 3 for n in sizes[:-1]]).cumsum(0).tolist()
     pair = Pair([base[start : start + n] for start, n in zip(starts, sizes, strict=True)], **HYPER)
-    whole = torch.empty(0).set_(pair.params[0][0].untyped_storage())
+    whole = storage_of(pair.params[0][0].detach())
     before = clone_exact(whole)
-    pair.new_grads()
-    for index in range(0, len(sizes), 2):
-        pair.set_grad(index, None)
-    pair.step_as_is()
+    pair.step(missing=range(0, len(sizes), 2))
     expected = before.clone()
     for index in range(1, len(sizes), 2):
         expected[starts[index] : starts[index] + sizes[index]] = pair.params[index][1].detach()
@@ -97,18 +86,12 @@ def test_neighbours_in_one_storage_are_not_touched():
     assert not torch.equal(whole, before)
 
 
-def test_offsets_beyond_two_to_the_31_elements(tmp_path):
+@pytest.mark.parametrize("gap", [(1 << 31) + 1, (1 << 31) + 7])
+def test_offsets_beyond_two_to_the_31_elements(gap, tmp_path):
     """Rows that lie 2^31 elements apart, in a sparse file, so that no such memory is needed."""
-    rows, columns, gap = 3, 50, (1 << 31) + 7
+    rows, columns = 3, 50
     base = torch.from_file(str(tmp_path / "sparse"), shared=True, size=gap * (rows - 1) + columns, dtype=torch.float32)
-    values = torch.randn(rows, columns)
-    param = torch.nn.Parameter(base.as_strided((rows, columns), (gap, 1)))
-    with torch.no_grad():
-        param.copy_(values)
-    theirs = torch.nn.Parameter(values.clone())
-    grad = torch.randn(rows, columns)
-    for kind, tensor in ((FusedMomentum, param), (torch.optim.SGD, theirs)):
-        opt = kind([tensor], lr=0.1, foreach=False)
-        tensor.grad = grad.clone()
-        opt.step()
-    assert_same(param, theirs)
+    pair = Pair([torch.randn(rows, columns)], lr=0.1, momentum=0.9)
+    param = pair.params[0][0]
+    param.data = base.as_strided((rows, columns), (gap, 1)).copy_(param.detach())
+    pair.step(3)

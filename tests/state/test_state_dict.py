@@ -1,12 +1,24 @@
 """State travels to and from torch.optim.SGD, through files, copies and pickles; the trajectory goes on unchanged."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
-from harness import Oracle, Pair, assert_same, clone_params, in_layout
+from harness import (
+    BF16,
+    COPIES,
+    FP16,
+    FP64,
+    Oracle,
+    Pair,
+    assert_all_same,
+    clone_params,
+    dtype_name,
+    in_layout,
+    params_of,
+    refused,
+    through_file,
+)
 
 from momentum_ext import FusedMomentum
 
@@ -20,43 +32,22 @@ def pair_in_training(steps=5, **hyper):
     return pair
 
 
-def through_torch_save(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-WAYS = {
-    "direct": lambda state: state,
-    "deepcopy": copy.deepcopy,
-    "torch.save": through_torch_save,
-    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
-}
+WAYS = {"direct": lambda state: state, "torch.save": through_file, **COPIES}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_from_torch_to_ours_in_mid_training(way):
-    """torch trains, we take over from its state dict, and go where it goes."""
+@pytest.mark.parametrize("to_ours", [True, False], ids=["to-ours", "to-torch"])
+def test_from_one_to_the_other_in_mid_training(to_ours, way):
+    """One trains, the other takes over from its state dict, and goes where it goes."""
     pair = pair_in_training()
-    fresh = FusedMomentum(clone_params([theirs for _, theirs in pair.params]), lr=99.0)
-    fresh.load_state_dict(WAYS[way](pair.theirs.state_dict()))
-    pair.mine = fresh
+    source = pair.theirs if to_ours else pair.mine
+    fresh = (FusedMomentum if to_ours else torch.optim.SGD)(clone_params(params_of(source)), lr=99.0)
+    fresh.load_state_dict(WAYS[way](source.state_dict()))
     assert fresh.param_groups[0]["lr"] == 0.1
+    source.load_state_dict(copy.deepcopy(source.state_dict()))  # "direct" shares the buffers
+    pair.mine, pair.theirs = (fresh, source) if to_ours else (source, fresh)
+    pair.theirs.param_groups[0].update(foreach=False, fused=False)
     pair.check()
-    pair.theirs.load_state_dict(copy.deepcopy(pair.theirs.state_dict()))  # "direct" shares the buffers
-    pair.step(10)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_from_ours_to_torch_in_mid_training(way):
-    pair = pair_in_training()
-    fresh = torch.optim.SGD(clone_params([mine for mine, _ in pair.params]), lr=99.0)
-    fresh.load_state_dict(WAYS[way](pair.mine.state_dict()))
-    pair.theirs = fresh
-    pair.check()
-    pair.mine.load_state_dict(copy.deepcopy(pair.mine.state_dict()))
-    fresh.param_groups[0].update(foreach=False, fused=False)
     pair.step(10)
 
 
@@ -76,8 +67,7 @@ def test_state_dict_has_torchs_form():
     assert list(mine) == list(theirs)
     assert list(mine["state"]) == list(theirs["state"])
     for index in theirs["state"]:
-        assert list(mine["state"][index]) == list(theirs["state"][index])
-        assert_same(mine["state"][index]["momentum_buffer"], theirs["state"][index]["momentum_buffer"])
+        assert list(mine["state"][index]) == list(theirs["state"][index]) == ["momentum_buffer"]
     skip = {"foreach", "fused"}
     for has, should in zip(mine["param_groups"], theirs["param_groups"], strict=True):
         assert list(has) == list(should)
@@ -91,77 +81,60 @@ def test_state_dict_before_the_first_step():
     pair.step(3)
 
 
-@pytest.mark.parametrize("source", ["torch-default", "torch-foreach", "torch-fused", "torch-for-loop"])
-def test_states_of_torchs_other_implementations(source):
-    """Whatever torch.optim.SGD was told to use, its checkpoint goes on here as the for-loop does."""
-    pair = pair_in_training()
-    options = {
-        "torch-default": {},
-        "torch-foreach": {"foreach": True},
-        "torch-fused": {"fused": True},
-        "torch-for-loop": {"foreach": False, "fused": False},
-    }[source]
-    state = copy.deepcopy(pair.theirs.state_dict())
-    for group in state["param_groups"]:
-        group.update({"foreach": None, "fused": None, **options})
-    pair.mine.load_state_dict(state)
-    pair.step(5)
+IMPLEMENTATIONS = {
+    "default": {},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "for-loop": {"foreach": False},
+}
 
 
-def test_old_checkpoint_with_none_buffers():
+def without_newer_keys(state):
+    """Torch's __setstate__ fills them in."""
+    for key in ("nesterov", "maximize", "foreach", "differentiable", "fused"):
+        del state["param_groups"][0][key]
+
+
+def with_none_buffers(state):
     """Old versions of torch stored None for parameters that had not stepped, and buffers for momentum == 0."""
-    pair = pair_in_training()
-    for opt in pair.optimizers:
-        state = copy.deepcopy(opt.state_dict())
-        state["state"][0]["momentum_buffer"] = None
-        state["state"][2] = {"momentum_buffer": None}
-        opt.load_state_dict(state)
-    pair.step(5)
+    state["state"][0]["momentum_buffer"] = None
+    state["state"][2] = {"momentum_buffer": None}
 
 
-def test_old_checkpoint_without_newer_keys():
-    """Group keys that torch's __setstate__ fills in are filled in here."""
-    pair = pair_in_training()
-    for opt in pair.optimizers:
-        state = copy.deepcopy(opt.state_dict())
-        for key in ("nesterov", "maximize", "foreach", "differentiable", "fused"):
-            del state["param_groups"][0][key]
-        opt.load_state_dict(state)
-    assert {"nesterov", "maximize", "foreach", "differentiable", "fused"} <= set(pair.mine.param_groups[0])
-    pair.step(5)
-
-
-def test_checkpoint_with_part_of_the_state():
-    pair = pair_in_training()
-    for opt in pair.optimizers:
-        state = copy.deepcopy(opt.state_dict())
-        del state["state"][1], state["state"][4]
-        opt.load_state_dict(state)
-    pair.step(5)
-
-
-def test_checkpoint_of_another_dtype():
-    """torch casts a loaded buffer to its parameter's dtype; here the next step does."""
-    pair = pair_in_training()
-    for opt in pair.optimizers:
-        state = copy.deepcopy(opt.state_dict())
-        for entry in state["state"].values():
-            entry["momentum_buffer"] = entry["momentum_buffer"].double()
-        opt.load_state_dict(state)
-    pair.step(5)
-    assert pair.mine.state[pair.params[0][0]]["momentum_buffer"].dtype is torch.float32
-
-
-@pytest.mark.parametrize("layout", ["permuted", "column", "offset"])
-def test_checkpoint_with_buffers_in_another_layout(layout):
-    pair = pair_in_training()
-    for opt in pair.optimizers:
-        state = copy.deepcopy(opt.state_dict())
+def each_buffer(change):
+    def edit(state):
         for index in (1, 4):
             entry = state["state"][index]
-            entry["momentum_buffer"] = in_layout(entry["momentum_buffer"], layout)
+            entry["momentum_buffer"] = change(entry["momentum_buffer"])
+
+    return edit
+
+
+CHECKPOINTS = {
+    # Whatever torch.optim.SGD was told to use, its checkpoint goes on here as the for-loop does.
+    **{f"of torch's {name}": lambda state, options=options: state["param_groups"][0].update(
+        {"foreach": None, "fused": None, **options}) for name, options in IMPLEMENTATIONS.items()},
+    "with None for buffers": with_none_buffers,
+    "without newer keys": without_newer_keys,
+    "of a part": lambda state: (state["state"].pop(1), state["state"].pop(4)),
+    # Torch casts a loaded buffer to its parameter's dtype; here the next step does.
+    "of another dtype": each_buffer(torch.Tensor.double),
+    **{f"in layout {name}": each_buffer(lambda buffer, name=name: in_layout(buffer, name)) for name in (
+        "permuted", "column", "offset")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edited", CHECKPOINTS)
+def test_checkpoints(edited):
+    pair = pair_in_training()
+    for opt in pair.optimizers:
+        state = copy.deepcopy(opt.state_dict())
+        CHECKPOINTS[edited](state)
         opt.load_state_dict(state)
+    pair.theirs.param_groups[0].update(foreach=False, fused=False)
+    assert set(pair.theirs.param_groups[0]) <= set(pair.mine.param_groups[0])
     pair.step(5)
+    assert {entry["momentum_buffer"].dtype for entry in pair.mine.state.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["groups", "size"])
@@ -174,9 +147,8 @@ def test_checkpoint_that_does_not_fit(kind):
         state["param_groups"].append(copy.deepcopy(state["param_groups"][0]))
     else:
         state["param_groups"][0]["params"].pop()
-    with pytest.raises(ValueError, match=says):
+    with refused(pair.mine, ValueError, says):
         pair.mine.load_state_dict(state)
-    pair.check()
     pair.step(3)
 
 
@@ -187,8 +159,7 @@ def test_loading_while_the_old_buffers_are_held_elsewhere():
     kept = [b.clone() for b in old]
     pair.both(lambda opt: opt.load_state_dict(copy.deepcopy(opt.state_dict())))
     pair.step(3)
-    for buffer, before in zip(old, kept, strict=True):
-        assert_same(buffer, before)
+    assert_all_same(old, kept)
 
 
 def test_named_parameters():
@@ -207,18 +178,14 @@ def test_named_parameters():
 # ---------------------------------------------------------------------------------------------- deepcopy and pickle
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copy_of_the_optimizer_with_its_parameters(way):
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copy_of_the_optimizer_with_its_parameters(way, steps):
     """The copy goes on by itself, and leaves the original alone."""
-    pair = pair_in_training()
-    params = [[p[side] for p in pair.params] for side in (0, 1)]
-    copies = []
-    for opt, held in zip(pair.optimizers, params, strict=True):
-        both = (held, opt)
-        copies.append(copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both)))
-    original = Pair([torch.zeros(1)])
-    original.mine, original.theirs = pair.optimizers
-    pair.mine, pair.theirs = (opt for _, opt in copies)
+    ways = {**COPIES, "torch.save": lambda value: through_file(value, weights_only=False)}
+    original = pair_in_training(steps)
+    copies = [ways[way]((params_of(opt), opt)) for opt in original.optimizers]
+    pair = Pair.of(*(opt for _, opt in copies))
     assert isinstance(pair.mine, FusedMomentum) and pair.mine is not original.mine
     pair.step(5)
     original.check()
@@ -226,24 +193,6 @@ def test_copy_of_the_optimizer_with_its_parameters(way):
     pair.check()
     pair.step(3)
     assert pair.params[0][0] is copies[0][0][0]
-
-
-def test_pickle_before_the_first_step():
-    pair = Pair([torch.randn(300)], **HYPER)
-    pair.mine, pair.theirs = (pickle.loads(pickle.dumps(opt)) for opt in pair.optimizers)
-    pair.step(3)
-
-
-def test_torch_save_of_the_whole_optimizer():
-    pair = pair_in_training()
-    loaded = []
-    for opt in pair.optimizers:
-        file = io.BytesIO()
-        torch.save(opt, file)
-        file.seek(0)
-        loaded.append(torch.load(file, weights_only=False))
-    pair.mine, pair.theirs = loaded
-    pair.step(5)
 
 
 def test_setstate_with_a_state_dict_of_torch():
@@ -266,9 +215,9 @@ def test_shallow_copy_shares_its_state():
         pair.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP64], ids=dtype_name)
 def test_other_dtypes_through_a_file(dtype):
     pair = Pair([torch.randn(n).to(dtype) for n in (33, 300)], Oracle, **HYPER)
     pair.step(3)
-    pair.both(lambda opt: opt.load_state_dict(through_torch_save(opt.state_dict())))
+    pair.both(lambda opt: opt.load_state_dict(through_file(opt.state_dict())))
     pair.step(3)
