@@ -73,7 +73,7 @@ house: ## the rules of the house that a machine can check (CONTRIBUTING.md)
 
 cuda-check: $(VENV)/.cuda $(VENV)/.test  ## the CUDA kernels without a GPU: what nvcc says, the machine code, and runs on the host
 	$(BIN)/python tests/native/cuda_check.py $(ARGS)
-	$(BIN)/python -m pytest --noconftest -q -m slow -k cuda tests/test_native.py
+	$(BIN)/python -m pytest --noconftest -q -m slow -k cuda tests/native/test_native.py
 
 cuda-build:  ## the whole extension for a torch with CUDA, in $(VENV_CUDA), which needs 5 GB: compiles, links, imports, passes tests
 	@.ci/cuda-build $(VENV_CUDA) $(TORCH_CUDA)

@@ -1,0 +1,218 @@
+"""A step that raises has changed nothing, and the next one is right: nothing of the failed one is left."""
+
+import numpy as np
+import pytest
+import torch
+from harness import Pair, Snapshot, params_of, refused
+
+from momentum_ext import FusedMomentum
+
+
+def training(count=5):
+    """Warm on some, fresh on others: parameters 0 and 1 have buffers, the others none yet."""
+    pair = Pair([torch.randn(300) for _ in range(count)], lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.01)
+    pair.step(missing=range(2, count))
+    pair.new_grads()
+    return pair
+
+
+def last(opt):
+    return params_of(opt)[-1]
+
+
+def parameter(data, grad):
+    def breaks(opt):
+        p = last(opt)
+        p.grad, p.data, p.grad = None, data(), grad
+
+    return breaks
+
+
+def buffer(value):
+    return lambda opt: opt.state[last(opt)].update(momentum_buffer=value)
+
+
+def group(**edit):
+    """A group of one parameter with a buffer, added and then edited; MISSING takes the key away."""
+
+    def breaks(opt):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(300))]})
+        last(opt).grad, opt.state[last(opt)]["momentum_buffer"] = torch.randn(300), torch.randn(300)
+        for key, value in edit.items():
+            opt.param_groups[-1][key] = value
+            if value is MISSING:
+                del opt.param_groups[-1][key]
+
+    return breaks
+
+
+MISSING = object()
+
+
+def integer_parameter(opt):
+    opt.param_groups[0]["params"][-1] = p = torch.arange(300)
+    p.grad = torch.ones(300, dtype=torch.int64)
+
+
+def complex_gradient(opt):
+    p = last(opt)
+    p.grad_dtype = None
+    p.grad = torch.ones(300, dtype=torch.complex64)
+
+
+SHARED_PLACE = r"\['params'\]\[4\].*share one place in memory \(shape \[.*clone\(\)"
+# How, and what the message says: the tensor, what was found and the remedy, where torch does not speak first.
+BREAKAGES = {
+    "expanded parameter": (parameter(lambda: torch.randn(1).expand(300), torch.randn(300)), SHARED_PLACE),
+    "self-overlapping parameter": (
+        parameter(lambda: torch.randn(600).as_strided((30, 10), (2, 1)), torch.randn(30, 10)),
+        SHARED_PLACE,
+    ),
+    "integer parameter": (integer_parameter, "integral input tensors"),
+    "gradient of another shape": (
+        lambda opt: setattr(last(opt), "data", torch.randn(7)),
+        r"gradient of .*\['params'\]\[4\].*\[7\].*\[300\]; set it to None",
+    ),
+    "buffer of another shape": (
+        buffer(torch.randn(7)),
+        r"momentum_buffer of .*\['params'\]\[4\].*\[300\].*\[7\]; delete it",
+    ),
+    "buffer larger than its parameter": (
+        buffer(torch.randn(5, 300)),
+        r"momentum_buffer of .*\['params'\]\[4\].*\[300\].*\[5, 300\]; delete it",
+    ),
+    "buffer that is no tensor": (buffer("buffer"), r"\['params'\]\[4\].*momentum_buffer.*str; delete the entry"),
+    "expanded buffer": (buffer(torch.randn(1).expand(300)), "momentum_buffer of .*" + SHARED_PLACE),
+    "integer buffer": (buffer(torch.ones(300, dtype=torch.int64)), "can't be cast to the desired output type Long"),
+    "complex buffer": (
+        buffer(torch.ones(300, dtype=torch.complex64)),
+        "can't be cast to the desired output type Float",
+    ),
+    "complex gradient": (complex_gradient, "can't be cast to the desired output type Float"),
+    "lr that is text": (group(lr="fast"), "'str'"),
+    "lr of two elements": (group(lr=torch.tensor([0.1, 0.2])), "must be Number, not Tensor"),
+    "momentum None": (group(momentum=None), "must be Tensor, not NoneType"),
+    "missing key": (group(dampening=MISSING), r"param_groups\[1\]\['dampening'\] is missing; every group needs it"),
+}
+# Where our type isn't torch's: torch computes something for overlapping elements, and stumbles over a missing method.
+OUR_TYPE = {"self-overlapping parameter": RuntimeError, "buffer that is no tensor": TypeError}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_step_that_raises_has_changed_nothing(breakage):
+    """The bad tensor or group stands last, so whoever writes before having checked everything is caught."""
+    pair = training()
+    breaks, says = BREAKAGES[breakage]
+    breaks(pair.mine)
+    before = Snapshot(pair.mine)
+    with pytest.raises(Exception, match=says) as raised:
+        pair.mine.step()
+    before.assert_unchanged()
+    expected = OUR_TYPE.get(breakage)
+    if expected is None:
+        breaks(pair.theirs)
+        with pytest.raises(Exception, match=r".") as torchs:
+            pair.theirs.step()
+        expected = torchs.type
+    assert raised.type is expected, repr(raised.value)
+
+
+@pytest.mark.parametrize("breakage", list(BREAKAGES)[:-4])
+@pytest.mark.parametrize("why", ["tensor lr that requires grad", "differentiable"])
+def test_a_step_that_raises_on_torchs_path_has_changed_nothing(why, breakage):
+    """The same where all tensors go through torch's functional sgd, one after the other."""
+    breaks, says = BREAKAGES[breakage]
+    opt = training().mine
+    if why == "differentiable":
+        params = [p.detach() for p in params_of(opt)]
+        opt = FusedMomentum([p.clone() for p in params], lr=0.1, momentum=0.9, differentiable=True)
+        for param in params_of(opt):
+            param.grad, opt.state[param]["momentum_buffer"] = torch.randn(300), torch.randn(300)
+    else:
+        opt.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
+    breaks(opt)
+    with refused(opt, (RuntimeError, TypeError), says):
+        opt.step()
+
+
+@pytest.mark.parametrize("breakage", list(BREAKAGES)[:4])
+def test_training_goes_on_after_an_error(breakage):
+    """Once the cause is gone the next step is the one that torch would have taken."""
+    pair = training()
+    breaks, says = BREAKAGES[breakage]
+    param = last(pair.mine)
+    data, grad = param.data, param.grad
+    breaks(pair.mine)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=says):
+            pair.mine.step()
+    param.grad = None
+    param.data = data
+    param.grad = grad
+    pair.mine.param_groups[0]["params"][-1] = param
+    pair.step_as_is()
+    pair.step(3)
+
+
+def test_training_goes_on_after_a_buffer_that_was_no_tensor():
+    pair = training()
+    pair.step()
+    param = pair.params[1][0]
+    kept = pair.mine.state[param]["momentum_buffer"]
+    pair.mine.state[param]["momentum_buffer"] = "oops"
+    with pytest.raises(TypeError, match=r"params'\]\[1\].*momentum_buffer"):
+        pair.mine.step()
+    pair.mine.state[param]["momentum_buffer"] = kept
+    pair.step_as_is()
+    pair.step()
+
+
+def test_after_a_step_on_torchs_path_without_gradients():
+    pair = training()
+    pair.step()
+    pair.mine.param_groups[0]["lr"] = np.float32(0.1)  # a kind of number that only torch reads
+    pair.step(missing=range(5))
+    pair.mine.param_groups[0]["lr"] = 0.1
+    pair.step(2)
+
+
+@pytest.mark.parametrize("good", [0, 1, 2])
+def test_state_that_refuses_an_entry_on_the_first_step(good):
+    class Refuses(dict):
+        full = True
+
+        def __setitem__(self, key, value):
+            if self.full and len(self) == good:
+                raise KeyboardInterrupt("in the middle")
+            super().__setitem__(key, value)
+
+    pair = Pair([torch.randn(300) for _ in range(3)], lr=0.1, momentum=0.9)
+    pair.new_grads()
+    pair.mine.state = Refuses()
+    with refused(pair.mine, KeyboardInterrupt, "in the middle"):
+        pair.mine.step()
+    assert not pair.mine.state
+    pair.mine.state.full = False
+    pair.step_as_is()
+
+
+def test_step_inside_a_step_is_an_error():
+    class Curious(dict):
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            pair.mine.step()
+
+    pair = Pair([torch.randn(300)], lr=0.1, momentum=0.9)
+    pair.new_grads()
+    pair.mine.state = Curious()
+    with refused(pair.mine, RuntimeError, "inside a step"):
+        pair.mine.step()
+    assert not pair.mine.state
+
+
+def test_closure_that_raises():
+    pair = training()
+    with refused(pair.mine, ZeroDivisionError, "division by zero"):
+        pair.mine.step(lambda: 1 / 0)
+    assert torch.is_grad_enabled()
+    pair.step(2)

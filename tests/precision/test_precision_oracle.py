@@ -1,0 +1,163 @@
+"""The oracle of the low-precision tests is itself right: published vectors, exact fractions, torch's own casts."""
+
+from fractions import Fraction
+
+import numpy as np
+import precision_oracle as oracle
+import pytest
+import torch
+from harness import BF16, EIGHT_BITS, FP8, HALF_DTYPES, INT8
+
+
+def random_floats(count=20_000, spread=60):
+    exponents = torch.randint(-spread, spread, (count,), dtype=torch.float32)
+    return (torch.randn(count) * exponents.exp2()).numpy()
+
+
+def nearest(value):
+    """The fp32 nearest to a fraction, ties to even, by comparing with its neighbours."""
+    guess = np.float32(float(value))
+    around = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
+    return min(around, key=lambda x: (abs(Fraction(float(x)) - value), int(x.view(np.uint32)) % 2))
+
+
+# The known-answer tests of Random123, kat_vectors: counter, key, result of philox4x32 with 7 rounds.
+PHILOX = [
+    ([0] * 4, [0] * 2, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A],
+    ),
+]
+
+
+@pytest.mark.parametrize("counter, key, result", PHILOX)
+def test_philox_known_answers(counter, key, result):
+    assert oracle.philox4x32(np.array([counter]), tuple(key)).tolist() == [result]
+
+
+def test_halves_of_a_philox_block_are_taken_in_order():
+    options = oracle.Options(rounding_seed=0, step=0, tensor=0)
+    wanted = [half for word in PHILOX[0][2] for half in (word & 0xFFFF, word >> 16)]
+    assert oracle.random_16(8, options).tolist() == wanted
+    both = oracle.random_16(3, options, first=6)
+    assert oracle.exchanged(both).tolist()[:2] == [(half >> 8 | half << 8) & 0xFFFF for half in wanted[6:]]
+    assert both.tolist()[:2] == wanted[6:] and both[2] == oracle.random_16(9, options)[8]
+
+
+def check_fma(a, b, c):
+    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+    assert oracle.fma(a, b, c).tolist() == [float(nearest(value)) for value in exact]
+
+
+def test_fma_rounds_once():
+    a, b = random_floats(3000, 10), random_floats(3000, 10)
+    c = (-a.astype(np.float64) * b).astype(np.float32) * np.float32(1 + 2**-20)
+    c[::3] = random_floats(1000, 15)
+    check_fma(a, b, c)
+
+
+def test_fma_beside_midpoints():
+    """A product of half a unit in c's last place, but for one part in 2^46: fp64 loses that, and rounding is wrong."""
+    c = np.abs(torch.randn(1000).numpy()) + np.float32(0.1)
+    half = np.ldexp(np.float32(1), np.frexp(c)[1] - 25)
+    for a, b in ((1 + 2**-23, 1 - 2**-23), (1 + 2**-22, 1 - 2**-23)):
+        check_fma(half * np.float32(a), np.full_like(c, b), c)
+        check_fma(-half * np.float32(a), np.full_like(c, b), c)
+    a, b = half * np.float32(1 + 2**-23), np.full_like(c, 1 - 2**-23)
+    twice = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert (twice != oracle.fma(a, b, c)).any()
+
+
+@HALF_DTYPES
+def test_nearest_is_torchs_cast(dtype):
+    values = np.concatenate([random_floats(), np.float32([0.0, -0.0, 65504, 65520, 65519.9, 3.4e38, np.inf, -np.inf])])
+    wanted = torch.from_numpy(values).to(dtype)
+    assert oracle.narrow(values, dtype).tolist() == oracle.flat(wanted, [0]).tolist()
+    everything = np.arange(1 << 16).astype(np.uint16)
+    wide = oracle.widen(everything, dtype)
+    whole = torch.from_numpy(everything.view(np.int16)).view(dtype).float().numpy()
+    assert np.array_equal(wide, whole, equal_nan=True)
+
+
+def test_fp8_nearest_is_torchs_cast():
+    values = np.clip(random_floats(spread=12), -448, 448)
+    wanted = torch.from_numpy(values).to(FP8).view(torch.uint8)
+    assert oracle.e4m3fn(values, None).tolist() == wanted.tolist()
+    finite = np.array([q for q in range(256) if q & 0x7F != 0x7F], np.uint8)
+    wide = oracle.dequantize(finite, np.ones(1, np.float32), FP8)
+    assert wide.tolist() == torch.from_numpy(finite).view(FP8).float().tolist()
+
+
+def test_split_and_join_are_exact():
+    bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32).numpy().view(np.uint32)
+    edges = np.array(
+        [0x3F808000, 0x3F818000, 0x3F807FFF, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 1, 0x80000001, 0x8000], np.uint32
+    )
+    values = oracle.from_bits(np.concatenate([bits, edges]))
+    high, remainder = oracle.split(values)
+    again = oracle.join(high, remainder)
+    nan = np.isnan(values)
+    assert np.array_equal(again.view(np.uint32)[~nan], values.view(np.uint32)[~nan]) and np.isnan(again[nan]).all()
+    cast = oracle.narrow(values, BF16)
+    differs = (high != cast) & ~nan
+    assert set((values.view(np.uint32)[differs] & 0xFFFF).tolist()) == {0x8000}, "other than at ties"
+
+
+@HALF_DTYPES
+@pytest.mark.parametrize("value", [1.2345, -0.0310, 3e-5, -7e-6])
+def test_every_random_number_once_gives_the_exact_share(dtype, value):
+    """Over all 65,536 random numbers the mean is the value itself, to the last of the bits that they can tell apart."""
+    random = np.arange(1 << 16, dtype=np.uint32)
+    values = np.full(1 << 16, value, np.float32)
+    rounded = oracle.widen(oracle.narrow(values, dtype, random), dtype).astype(np.float64)
+    gap = rounded.max() - rounded.min()
+    assert gap > 0 and len(set(rounded.tolist())) == 2
+    assert abs(rounded.mean() - float(np.float32(value))) <= gap * 2**-13
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_8_bit_rounding_has_no_bias(dtype):
+    values = np.full(1 << 16, 0.123, np.float32)
+    values[::256] = 1.0
+    random = torch.randperm(1 << 16).numpy().astype(np.uint32)
+    decoded = oracle.dequantize(*oracle.quantize(values, dtype, random), dtype)[1::256]
+    many = np.concatenate([
+        oracle.dequantize(*oracle.quantize(values, dtype, np.roll(random, shift)), dtype)[values != 1]
+        for shift in range(50)
+    ])  # fmt: skip
+    gap = many.max() - many.min()
+    assert gap > 0 and abs(many.mean() - np.float32(0.123)) < gap * 0.002
+    assert len(decoded) == 256
+
+
+@pytest.mark.parametrize("dtype, steps", [(INT8, 254), (FP8, 28)], ids=str)
+def test_blocks_keep_their_largest_value_and_bound_the_error(dtype, steps):
+    values = random_floats(256 * 20 + 3, 3)
+    q, scale = oracle.quantize(values, dtype)
+    assert q.nbytes == len(values) and scale.shape == (21,)
+    back = oracle.dequantize(q, scale, dtype)
+    for start in range(0, len(values), 256):
+        block, found = values[start : start + 256], back[start : start + 256]
+        top = np.abs(block).max()
+        assert np.isclose(np.abs(found).max(), top, rtol=1e-6)
+        assert np.abs(block - found).max() <= top / steps * 1.001
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_blocks_that_overflow_or_vanish(dtype):
+    values = np.ones(256 * 4 + 5, np.float32)
+    values[3], values[256 + 4], values[512:768] = np.inf, np.nan, 1e-31
+    q, scale = oracle.quantize(values, dtype)
+    back = oracle.dequantize(q, scale, dtype)
+    assert np.isnan(back[:512]).all() and (back[512:768] == 0).all() and (back[768:] == 1).all()
+    assert (q[:768] == 0).all() and scale[2] == 0
+
+
+def test_master_is_believed_only_where_it_matches():
+    master = np.float32([1.0001, 2.5, np.nan, 3.0])
+    param = np.float16([1.0001, 7.0, np.nan, np.nan]).view(np.uint16)
+    found = oracle.believed(param, master)
+    assert found[0] == master[0] and found[1] == 7 and np.isnan(found[2:]).all()

@@ -1,0 +1,127 @@
+"""Checkpoints that 0.1.0 wrote, in checkpoints_0_1_0: they load, and training goes on from them as it did there.
+
+Each file has the parameters and the optimizer's state after three steps, the parameters at the look-ahead point, and
+what three more steps of 0.1.0 made of them.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Snapshot, assert_same
+
+from momentum_ext import FusedMomentum
+
+FILES = Path(__file__).parent / "checkpoints_0_1_0"
+OPTIONS = {
+    "plain": {"weight_decay": 0.01},
+    "nesterov_eval": {"nesterov": True},
+    "classical_eval": {"nesterov": True, "formulation": "classical"},
+    "average": {"ema_decay": 0.9, "ema_warmup": True},
+    "bf16_masters": {"master_weights": True},
+    "fp16_masters": {"master_weights": True},
+    "int8": {"momentum_dtype": torch.int8},
+    "fp8": {"momentum_dtype": torch.float8_e4m3fn},
+    "fp32_momentum": {"momentum_dtype": torch.float32},
+    "stochastic": {"stochastic_rounding": True, "rounding_seed": 7},
+    "ema_formulation": {"formulation": "ema", "decoupled_weight_decay": True, "weight_decay": 0.01},
+}
+MASTERS = {"bf16_masters": torch.bfloat16, "fp16_masters": torch.float16}
+LOOKAHEAD_KEYS = {"lookahead", "train_mode", "lookahead_distance"}
+
+
+def load(name):
+    return torch.load(FILES / f"{name}.pt", weights_only=True)
+
+
+def params_of(saved):
+    return [torch.nn.Parameter(param.clone()) for param in saved["params"]]
+
+
+def loaded(saved, **options):
+    """lr and momentum are the checkpoint's."""
+    params = params_of(saved)
+    opt = FusedMomentum(params, lr=77.0, momentum=0.1, **options)
+    opt.load_state_dict(saved["optimizer"])
+    return opt, params
+
+
+def step_three_times(opt, params):
+    for step in range(3, 6):
+        gen = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=gen).to(param.dtype)
+        opt.step()
+
+
+def test_all_files_have_a_case():
+    assert {path.stem for path in FILES.iterdir()} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_goes_on_to_the_bit(name):
+    """16-bit momentum beside masters stays so where it is asked for."""
+    saved = load(name)
+    options = OPTIONS[name] | ({"momentum_dtype": MASTERS[name]} if name in MASTERS else {})
+    opt, params = loaded(saved, **options)
+    for param, value in zip(params, saved["lookahead"], strict=True):
+        assert_same(param, value)  # also of what was saved after eval()
+    step_three_times(opt, params)
+    for param, value in zip(params, saved["params_after"], strict=True):
+        assert_same(param, value)
+    if name == "average":
+        assert opt.state_dict()["param_groups"][0]["ema_step"] == 6
+
+
+@pytest.mark.parametrize("name", MASTERS)
+def test_momentum_beside_masters_becomes_fp32_at_the_next_step(name):
+    saved = load(name)
+    opt, params = loaded(saved, **OPTIONS[name])
+    assert all(opt.state[param]["momentum_buffer"].dtype == MASTERS[name] for param in params)
+    step_three_times(opt, params)
+    for param, value in zip(params, saved["params_after"], strict=True):
+        assert opt.state[param]["momentum_buffer"].dtype == torch.float32
+        eps = torch.finfo(value.dtype).eps  # of momentum of about 1, times lr, over three steps
+        torch.testing.assert_close(param.detach(), value, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("formulation", ["torch", "classical"])
+@pytest.mark.parametrize("name", ["nesterov_eval", "classical_eval"])
+def test_what_was_saved_after_eval_is_back_at_the_lookahead_point(name, formulation):
+    """Also in the other formulation, which the next step converts to."""
+    saved = load(name)
+    assert saved["optimizer"]["param_groups"][0]["train_mode"] is False
+    assert not any(torch.equal(p, q) for p, q in zip(saved["params"], saved["lookahead"], strict=True))
+    opt, params = loaded(saved, nesterov=True, formulation=formulation)
+    for param, value in zip(params, saved["lookahead"], strict=True):
+        assert_same(param, value)
+    for entry in (*opt.param_groups, *opt.state.values(), opt.state_dict()["param_groups"][0]):
+        assert not LOOKAHEAD_KEYS & set(entry)
+    with opt.iterate_weights():
+        for param, value in zip(params, saved["params"], strict=True):
+            assert_same(param, value)
+    step_three_times(opt, params)
+    for param, value in zip(params, saved["params_after"], strict=True):
+        torch.testing.assert_close(param.detach(), value)
+
+
+def test_a_load_that_fails_moves_no_parameter():
+    saved = load("nesterov_eval")
+    params = params_of(saved)
+    opt = FusedMomentum(params, lr=0.1, momentum=0.9, nesterov=True, formulation="ema")
+    before = Snapshot(opt)
+    with pytest.raises(ValueError, match="formulation"):
+        opt.load_state_dict(saved["optimizer"])
+    before.assert_unchanged()
+
+
+def test_torch_goes_on_from_it():
+    saved = load("plain")
+    opt, _ = loaded(saved, **OPTIONS["plain"])
+    params = params_of(saved)
+    sgd = torch.optim.SGD(params, lr=77.0, foreach=False)
+    sgd.load_state_dict(opt.torch_state_dict())
+    assert set(opt.state_dict()["param_groups"][0]) == set(sgd.state_dict()["param_groups"][0])
+    step_three_times(sgd, params)
+    for param, value in zip(params, saved["params_after"], strict=True):
+        assert_same(param, value)
