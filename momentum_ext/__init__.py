@@ -12,6 +12,6 @@ __version__ = "0.1.0"
 import_compiled_module()  # or an ImportError that says what to do, before anything else needs it
 
 from momentum_ext.grad_scaler import GradScaler  # noqa: E402
-from momentum_ext.optimizer import FusedMomentum  # noqa: E402
+from momentum_ext.momentum import FusedMomentum  # noqa: E402
 
 __all__ = ["FusedMomentum", "GradScaler", "__version__", "show_config"]

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
+from momentum_ext.keys import AVERAGE
 
-__all__ = ["COUNT", "HeldWeights", "UpdateCount", "average_weight", "check_decay", "swapped"]
-
-# A parameter's state has AVERAGE; the first group counts the updates, so that a checkpoint has the count.
-AVERAGE = "ema"
-COUNT = "ema_step"
+__all__ = ["HeldWeights", "UpdateCount", "average_weight", "check_decay", "swapped"]
 
 
 def check_decay(decay: float | None, warmup: bool) -> None:

@@ -9,15 +9,23 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
-from momentum_ext.averaging import AVERAGE, COUNT
-from momentum_ext.formulation import FORMULATION_DEFAULTS
-from momentum_ext.lookahead import LOOKAHEAD
-from momentum_ext.precision import BUFFER, MASTER, OPTIONS, REMAINDER, ROUNDING_STEP, SCALE, check_options
+from momentum_ext.keys import (
+    AVERAGE,
+    AVERAGE_COUNT,
+    BUFFER,
+    BUFFER_FORMULATION,
+    LOOKAHEAD,
+    MASTER,
+    OPTIONS,
+    REMAINDER,
+    ROUNDING_STEP,
+    SCALE,
+)
+from momentum_ext.precision import check_options
 
 __all__ = ["as_torch_state_dict", "changed", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
 
-OWN_DEFAULTS = {**FORMULATION_DEFAULTS, **OPTIONS}
-_OWN_KEYS = (*OWN_DEFAULTS, ROUNDING_STEP, COUNT, "buffer_formulation")
+_OWN_KEYS = (*OPTIONS, ROUNDING_STEP, AVERAGE_COUNT, BUFFER_FORMULATION)
 
 # State of ours, and the dtypes in which it leaves and comes back where gloo and NCCL do not move its own.
 _OWN_STATE = (BUFFER, SCALE, REMAINDER, MASTER, AVERAGE, LOOKAHEAD)
@@ -28,7 +36,7 @@ _COMES_BACK_AS = {(REMAINDER, torch.bfloat16): torch.int16, (BUFFER, torch.uint8
 def without_defaults(group: dict[str, Any]) -> None:
     """Drop our options where they say what torch.optim.SGD would do; a momentum_dtype becomes its name."""
     check_options(group)
-    for name, default in OWN_DEFAULTS.items():
+    for name, default in OPTIONS.items():
         if group.get(name, default) == default:
             group.pop(name, None)
     if "stochastic_rounding" not in group:  # seed and step say nothing without it
@@ -182,7 +190,7 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
             stored = buffer if buffer.dtype == torch.int8 else buffer.view(torch.float8_e4m3fn)
             buffer = _C.dequantize(stored, entry[SCALE])
         group = group_of.get(index, {})
-        written = group.get("buffer_formulation", "torch")
+        written = group.get(BUFFER_FORMULATION, "torch")
         if written == "ema" and group["momentum"] == 0:
             raise ValueError(
                 "torch_state_dict(): buffers of the ema formulation have no form of torch's without momentum"

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from momentum_ext import operators  # noqa: F401  # registers them
-from momentum_ext.averaging import AVERAGE, UpdateCount
+from momentum_ext.averaging import UpdateCount
+from momentum_ext.keys import AVERAGE, BUFFER, BUFFER_FORMULATION, MASTER, REMAINDER, SCALE
 
 if TYPE_CHECKING:
     from momentum_ext.fused import FusedOptimizer
@@ -30,7 +31,7 @@ __all__ = ["Traced", "clip_grad_norm_", "step", "zero_grad"]
 # What a group has when it wants more than the operator knows, and what such a group is not compiled for; and what the
 # state of its parameters has then.
 _EAGER_OPTIONS = ("momentum_dtype", "master_weights", "stochastic_rounding")
-_EAGER_STATE = ("momentum_scale", "param_remainder", "master_param")
+_EAGER_STATE = (SCALE, REMAINDER, MASTER)
 
 
 # What a graph sets to None, by names of their own: torch 2.13's Dynamo has one constant for every None that is written
@@ -86,12 +87,12 @@ def _step(optimizer: FusedOptimizer) -> None:
     i = 0
     for group, size in zip(groups, sizes, strict=True):
         for param in params[i : i + size]:
-            buffer = _find(optimizer, param, "momentum_buffer") if group["momentum"] != 0 else None
+            buffer = _find(optimizer, param, BUFFER) if group["momentum"] != 0 else None
             is_first_step.append(buffer is None and group["momentum"] != 0)
             if group["momentum"] != 0:
                 if buffer is None:
                     buffer = torch.empty_like(param, memory_format=torch.preserve_format)
-                    _keep(optimizer, param, "momentum_buffer", buffer)
+                    _keep(optimizer, param, BUFFER, buffer)
                 buffers.append(buffer)
         i += size
 
@@ -246,7 +247,7 @@ def _why_not(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str,
         return "count"
     if any(group.get(option) for group in groups for option in _EAGER_OPTIONS) or _has_other_state(optimizer):
         return "options"
-    if any(group.get("formulation", "torch") != group.get("buffer_formulation", "torch") for group in groups):
+    if any(group.get("formulation", "torch") != group.get(BUFFER_FORMULATION, "torch") for group in groups):
         return "formulation"
     if all(_is_number(group["lr"]) and group["lr"] == 0 for group in groups):
         return "idle"
@@ -269,7 +270,7 @@ def _has_other_state(optimizer: FusedOptimizer) -> bool:
     params = [param for group in optimizer.__dict__["param_groups"] for param in group["params"]]
     grads = [param.grad for param in params]  # looked at before the state: see above
     for param, _ in zip(params, grads, strict=True):
-        buffer = _find(optimizer, param, "momentum_buffer")
+        buffer = _find(optimizer, param, BUFFER)
         if buffer is not None and buffer.dtype != param.dtype:
             return True
         if any(_find(optimizer, param, key) is not None for key in _EAGER_STATE):

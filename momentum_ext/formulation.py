@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-__all__ = ["FORMULATIONS", "FORMULATION_DEFAULTS", "check_group", "check_torch_step", "torch_step"]
+__all__ = ["FORMULATIONS", "check_group", "check_torch_step", "torch_step"]
 
 FORMULATIONS = ("torch", "classical", "ema")
-
-# Keys of a parameter group, with their defaults; a group that uses none of them has no such key. Where the first is
-# used, "buffer_formulation" says how the momentum buffers are written that are there.
-FORMULATION_DEFAULTS = {"formulation": "torch", "decoupled_weight_decay": False}
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momentum_ext.optimizer import FusedMomentum
+from momentum_ext.fused import FusedOptimizer
 
 __all__ = ["GradScaler"]
 
@@ -38,7 +38,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """As torch's; a FusedMomentum is handed scale and overflow, whether it was made with ``fused=True`` or not."""
-        if not isinstance(optimizer, FusedMomentum) or "_step_supports_amp_scaling" in optimizer.__dict__:
+        if not isinstance(optimizer, FusedOptimizer) or "_step_supports_amp_scaling" in optimizer.__dict__:
             return super().step(optimizer, *args, **kwargs)
         optimizer._step_supports_amp_scaling = True
         try:
@@ -59,13 +59,13 @@ class GradScaler(torch.amp.GradScaler):
         return state
 
     @functools.cached_property
-    def _unscaled(self) -> weakref.WeakSet[FusedMomentum]:
+    def _unscaled(self) -> weakref.WeakSet[FusedOptimizer]:
         return weakref.WeakSet()
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        if isinstance(optimizer, FusedMomentum):
+        if isinstance(optimizer, FusedOptimizer):
             factor = optimizer._grad_factor
             # Without unscale_(), torch asks for fp16 too and gives 1: step() gets the scale itself.
             ours = factor.unscale(optimizer.param_groups, inv_scale, only_checks=allow_fp16)

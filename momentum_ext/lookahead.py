@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
-from momentum_ext.precision import BUFFER, EIGHT_BITS, SCALE
+from momentum_ext.keys import BUFFER, LOOKAHEAD, SCALE
+from momentum_ext.precision import EIGHT_BITS
 
-__all__ = ["LOOKAHEAD", "iterates", "restore_lookahead"]
+__all__ = ["iterates", "restore_lookahead"]
 
 # What checkpoints of 0.1.0 have that were saved after eval(): the copies, and how far the parameters were moved.
 _TRAIN_MODE = "train_mode"
 _DISTANCE = "lookahead_distance"
-LOOKAHEAD = "lookahead"
 
 # Parameter, momentum buffer, a tensor that keeps the look-ahead point, and the distance in momentum buffers.
 _Move = tuple[Tensor, Tensor, Tensor, float]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momentum_ext.precision import BUFFER, EIGHT_BITS, MASTER, REMAINDER, SCALE, dtype_of_buffer
+from momentum_ext.keys import AVERAGE, BUFFER, MASTER, REMAINDER, SCALE
+from momentum_ext.precision import EIGHT_BITS, dtype_of_buffer
 
 __all__ = ["MemorySummary", "summarize"]
 
 BLOCK = 256  # elements that share a scale
-KINDS = ("params", "grads", BUFFER, SCALE, REMAINDER, MASTER, "ema")
+KINDS = ("params", "grads", BUFFER, SCALE, REMAINDER, MASTER, AVERAGE)
 
 
 class MemorySummary(dict[str, int]):
@@ -74,5 +75,5 @@ def _sizes_of(param: Tensor, group: dict[str, Any], state: dict[str, Any], has_a
         elif param.dtype == torch.float16:
             sizes[MASTER] = 4 * numel
     if has_average:
-        sizes["ema"] = size
+        sizes[AVERAGE] = size
     return sizes

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
+from momentum_ext.keys import BUFFER, MASTER, PRECISION_OPTIONS, REMAINDER, SCALE
 
 __all__ = [
     "EIGHT_BITS",
-    "OPTIONS",
     "check_low_precision_step",
     "check_options",
     "dtype_of_buffer",
@@ -25,21 +25,10 @@ __all__ = [
     "needs_low_precision_step",
 ]
 
-# Keys of a parameter group, with their defaults. A group without low-precision state has none of them.
-OPTIONS = {"momentum_dtype": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
 _DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in MOMENTUM_DTYPES}
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 HALVES = (torch.bfloat16, torch.float16)
-
-# The number of steps so far, in a group's checkpoint: random numbers depend on it.
-ROUNDING_STEP = "rounding_step"
-
-# Keys of a parameter's state.
-BUFFER = "momentum_buffer"
-SCALE = "momentum_scale"
-REMAINDER = "param_remainder"
-MASTER = "master_param"
 
 
 def momentum_dtype_of(group: dict[str, Any]) -> torch.dtype | None:
@@ -88,7 +77,11 @@ def needs_low_precision_step(group: dict[str, Any], state: dict[str, Any]) -> bo
     buffer = state.get(BUFFER)
     is_8_bit = isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS
     has_master = REMAINDER in state or MASTER in state
-    return is_8_bit or has_master or any(group.get(name, default) != default for name, default in OPTIONS.items())
+    return (
+        is_8_bit
+        or has_master
+        or any(group.get(name, default) != default for name, default in PRECISION_OPTIONS.items())
+    )
 
 
 def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiable: bool, name: str) -> None:

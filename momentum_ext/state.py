@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from momentum_ext import _C, compiled
-from momentum_ext.averaging import AVERAGE, COUNT, HeldWeights, UpdateCount
+from momentum_ext.averaging import HeldWeights, UpdateCount
 from momentum_ext.checkpoint import (
-    OWN_DEFAULTS,
     changed,
     check_complete,
     keep_dtypes,
@@ -20,8 +19,8 @@ from momentum_ext.checkpoint import (
 )
 from momentum_ext.clipping import GradFactor
 from momentum_ext.formulation import check_group
+from momentum_ext.keys import AVERAGE, AVERAGE_COUNT, BUFFER, BUFFER_FORMULATION, OPTIONS, ROUNDING_STEP, SCALE
 from momentum_ext.lookahead import restore_lookahead
-from momentum_ext.precision import BUFFER, ROUNDING_STEP, SCALE
 
 __all__ = ["StatefulOptimizer"]
 
@@ -34,6 +33,7 @@ class StatefulOptimizer(Optimizer):
     ema_decay: float | None
     ema_warmup: bool
     _own_defaults: dict[str, Any]
+    _rule: str  # the kernels' name for what the optimizer does, in csrc/rules/
     _plan: _C.Plan
     _held_weights: HeldWeights
     _grad_factor: GradFactor
@@ -41,11 +41,11 @@ class StatefulOptimizer(Optimizer):
 
     def _start(self) -> None:
         """What is not part of the state."""
-        self._plan = _C.Plan("sgd")
+        self._plan = _C.Plan(self._rule)
         self._plan.adopt(self.param_groups)
         counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
         self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])
-        self._traced = compiled.Traced(max((group.get(COUNT, 0) for group in self.param_groups), default=0))
+        self._traced = compiled.Traced(max((group.get(AVERAGE_COUNT, 0) for group in self.param_groups), default=0))
         # These outlive a loaded state: wrappers share the one, the gradients of the other are as they were.
         self.__dict__.setdefault("_held_weights", HeldWeights())
         self.__dict__.setdefault("_grad_factor", GradFactor())
@@ -88,11 +88,11 @@ class StatefulOptimizer(Optimizer):
     def _add_own_keys(self, group: dict[str, Any]) -> None:
         """Keys beside the options that are used: what flattens a checkpoint reads its keys from the live groups."""
         if "formulation" in group:
-            group.setdefault("buffer_formulation", group["formulation"])
+            group.setdefault(BUFFER_FORMULATION, group["formulation"])
         if group.get("stochastic_rounding", False):
             group.setdefault(ROUNDING_STEP, 0)
         if self.ema_decay is not None:
-            group.setdefault(COUNT, 0)
+            group.setdefault(AVERAGE_COUNT, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`torch.optim.Optimizer.state_dict`, with the state that the next step would start from.
@@ -120,15 +120,15 @@ class StatefulOptimizer(Optimizer):
             names.update(zip(map(id, group["params"]), packed["params"], strict=True))
             without_defaults(packed)
             if self.ema_decay is None and not has_averages:
-                packed.pop(COUNT, None)
+                packed.pop(AVERAGE_COUNT, None)
             if "stochastic_rounding" not in packed:
                 packed.pop(ROUNDING_STEP, None)
             if g in converted:
-                packed.pop("buffer_formulation", None)
+                packed.pop(BUFFER_FORMULATION, None)
                 if "formulation" in packed:
-                    packed["buffer_formulation"] = packed["formulation"]
+                    packed[BUFFER_FORMULATION] = packed["formulation"]
             elif "formulation" in packed:  # what an older checkpoint does not say is that they are the same
-                packed.setdefault("buffer_formulation", "torch")
+                packed.setdefault(BUFFER_FORMULATION, "torch")
         return with_changes(state_dict, changes + self._unstarted(), names)
 
     def _moved(self) -> list[tuple[Tensor, str, Tensor | None]]:
@@ -151,7 +151,7 @@ class StatefulOptimizer(Optimizer):
         has_averages = any(AVERAGE in entry for entry in self.state.values())
         for group in self.param_groups:
             if self.ema_decay is not None or has_averages:
-                group[COUNT] = count  # in every group: any of them may go
+                group[AVERAGE_COUNT] = count  # in every group: any of them may go
             if group.get("stochastic_rounding", False):
                 group[ROUNDING_STEP] = self._plan.rounding_step
 
@@ -174,16 +174,16 @@ class StatefulOptimizer(Optimizer):
         try:
             check_complete(self.param_groups, self.state)
             for group, old in zip(self.param_groups, old_groups, strict=True):
-                stored = group.pop("buffer_formulation", group.get("formulation", "torch"))
+                stored = group.pop(BUFFER_FORMULATION, group.get("formulation", "torch"))
                 decoupled = group.get("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
-                for name in OWN_DEFAULTS:
+                for name in OPTIONS:
                     group.pop(name, None)
                     if name in old:
                         group[name] = old[name]
                 group["decoupled_weight_decay"] = decoupled
                 without_defaults(group)
                 if stored != "torch" or "formulation" in group:
-                    group["buffer_formulation"] = stored
+                    group[BUFFER_FORMULATION] = stored
                 self._add_own_keys(group)
             self._plan.adopt(self.param_groups)
             self._plan.pending_changes(self.param_groups, self.state)  # raises what the next step would
@@ -210,7 +210,7 @@ class StatefulOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpack(state["state"])
         super().__setstate__(state)
-        self._own_defaults = {name: self.defaults[name] for name in OWN_DEFAULTS if name in self.defaults}
+        self._own_defaults = {name: self.defaults[name] for name in OPTIONS if name in self.defaults}
         for name, default in (("max_grad_norm", None), ("ema_decay", None), ("ema_warmup", False)):
             self.__dict__.setdefault(name, default)
         self._start()

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [
-    ".ci/house", "csrc/bindings.cpp", "csrc/rules/sgd.h", "csrc/binding/layout.h", "csrc/cpu/norm_fma.h",
+    ".ci/house", "csrc/binding/module.cpp", "csrc/rules/sgd.h", "csrc/binding/layout.h", "csrc/cpu/norm_fma.h",
     "momentum_ext/__init__.py", "tests/native/checks.h",
 ]  # fmt: skip
 HEADERS, FORMULA, LENGTH = "Torch and Python headers", "No formula of the update", "more than 400 lines"
@@ -42,7 +42,7 @@ def house(tree, name=None, text=""):
         ("tests/native/checks.h", "#include <Python.h>", HEADERS),
         ("csrc/cpu/loop.h", "y = fma(a, b, c);", FORMULA),
         ("csrc/cpu/loop.cpp", "y = std::fmaf (a, b, c);", FORMULA),
-        ("csrc/bindings.cpp", "y = __builtin_fma(a, b, c);", FORMULA),
+        ("csrc/binding/module.cpp", "y = __builtin_fma(a, b, c);", FORMULA),
         ("csrc/binding/layout.h", "y = Fma::apply(a, b, c);", FORMULA),
         ("csrc/cuda/step.cu", "y = _mm256_fmadd_ps(a, b, c);", FORMULA),
         ("csrc/cpu/isa.cpp", "y = _mm512_fnmadd_pd(a, b, c);", FORMULA),
@@ -66,7 +66,7 @@ def test_red(tree, name, text, rule):
     "name, text",
     [
         (None, ""),
-        ("csrc/bindings.cpp", "#include <torch/extension.h>"),
+        ("csrc/binding/module.cpp", "#include <torch/extension.h>"),
         ("csrc/binding/new.cpp", "#include <ATen/ATen.h>"),
         ("csrc/rules/sgd.h", "y = fma(a, b, c);"),
         ("csrc/formats/block8.h", "y = std::fma(a, b, c);"),

@@ -141,9 +141,9 @@ def tree(tmp_path):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, root)
     (root / "README.md").touch()
-    (root / "csrc").mkdir()
-    (root / "csrc" / "bindings.cpp").write_text(STAND_IN)
-    (root / "momentum_ext" / "optimizer.py").write_text("class FusedMomentum: ...\n")
+    (root / "csrc" / "binding").mkdir(parents=True)
+    (root / "csrc" / "binding" / "module.cpp").write_text(STAND_IN)
+    (root / "momentum_ext" / "momentum.py").write_text("class FusedMomentum: ...\n")
     return root
 
 

@@ -16,10 +16,11 @@ from torch.optim.optimizer import ParamsT
 
 from momentum_ext import _C
 from momentum_ext.averaging import check_decay
-from momentum_ext.checkpoint import OWN_DEFAULTS, as_torch_state_dict, changed
+from momentum_ext.checkpoint import as_torch_state_dict, changed
 from momentum_ext.clipping import StandIns
 from momentum_ext.formulation import check_torch_step, torch_step
 from momentum_ext.fused import FusedOptimizer
+from momentum_ext.keys import BUFFER, OPTIONS
 from momentum_ext.lookahead import iterates
 from momentum_ext.precision import EIGHT_BITS, check_low_precision_step, low_precision_step, needs_low_precision_step
 
@@ -129,6 +130,8 @@ class FusedMomentum(FusedOptimizer, SGD):
         optimizer.step()
     """
 
+    _rule = "sgd"
+
     def __init__(
         self,
         params: ParamsT,
@@ -179,7 +182,7 @@ class FusedMomentum(FusedOptimizer, SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._own_defaults = {key: value for key, value in self._own_defaults.items() if value != OWN_DEFAULTS[key]}
+        self._own_defaults = {key: value for key, value in self._own_defaults.items() if value != OPTIONS[key]}
         self.defaults.update(self._own_defaults)
         self._start()
 
@@ -235,10 +238,10 @@ class FusedMomentum(FusedOptimizer, SGD):
                     low_precision_step(group, param, grad, self.state[param], torch_step)
                     continue
                 has_momentum = group["momentum"] != 0
-                buffer = self.state[param].get("momentum_buffer") if has_momentum else None
+                buffer = self.state[param].get(BUFFER) if has_momentum else None
                 buffer = torch_step(group, param, grad, buffer)
                 if has_momentum:
-                    self.state[param]["momentum_buffer"] = buffer
+                    self.state[param][BUFFER] = buffer
 
     def _check_torch_step(self, positions: list[tuple[int, int]]) -> None:
         """Let torch raise on one-element stand-ins what it would raise for these tensors, while nothing is written."""
@@ -250,7 +253,7 @@ class FusedMomentum(FusedOptimizer, SGD):
                     _warn_of_missing_kernels()
                 entry = self.state.get(param, {})
                 _check_shards(f"param_groups[{g}]['params'][{i}]", {"": param, "gradient": param.grad, **entry})
-                buffer = entry.get("momentum_buffer")
+                buffer = entry.get(BUFFER)
                 if needs_low_precision_step(group, self.state.get(param, {})):
                     name = f"param_groups[{g}]['params'][{i}]"
                     check_low_precision_step(group, param, self.defaults["differentiable"], name)
