@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 class PreparedStep:
-    """A step that was checked and has written nothing; as a context manager it is discarded on leaving, unless it ran."""
+    """A step that was checked and has written nothing. Leaving it as a context discards it, unless it ran."""
 
     def for_torch(self) -> list[tuple[int, int]]:
         """The (group, index in group) of tensors that torch is to update, between :meth:`begin` and :meth:`run`."""
@@ -79,7 +79,7 @@ class Plan:
         """Take all buffers to be in the formulation that their groups' "buffer_formulation" says."""
 
     def has_moved(self, param_groups: list[dict[str, Any]]) -> bool:
-        """True where a parameter has come from another group and its buffer is in another formulation than that says."""
+        """True where a parameter comes from another group and its buffer is not in the formulation that this says."""
 
     rounding_step: int
     """How many steps there have been: random numbers depend on it."""

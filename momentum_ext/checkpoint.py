@@ -153,9 +153,9 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
                         f'{name}: its "{key}" has shape {tuple(tensor.shape)} and the parameter {tuple(param.shape)}; '
                         "load the checkpoint of this model"
                     )
-            if isinstance(entry.get(AVERAGE), Tensor) and COUNT not in group:
+            if isinstance(entry.get(AVERAGE), Tensor) and AVERAGE_COUNT not in group:
                 raise ValueError(
-                    f'{name}: it has an average ("{AVERAGE}") and its group no "{COUNT}", which counts the updates; '
+                    f'{name}: it has an average ("{AVERAGE}") and its group no "{AVERAGE_COUNT}", which counts the updates; '
                     "delete the averages to start new ones, or load a whole checkpoint"
                 )
 
