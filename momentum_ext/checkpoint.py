@@ -155,7 +155,8 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
                     )
             if isinstance(entry.get(AVERAGE), Tensor) and AVERAGE_COUNT not in group:
                 raise ValueError(
-                    f'{name}: it has an average ("{AVERAGE}") and its group no "{AVERAGE_COUNT}", which counts the updates; '
+                    f'{name}: it has an average ("{AVERAGE}") and its group no "{AVERAGE_COUNT}", which counts '
+                    "the updates; "
                     "delete the averages to start new ones, or load a whole checkpoint"
                 )
 

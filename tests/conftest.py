@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import matching_isas
+from values import matching_isas
 
 from momentum_ext import _C
 

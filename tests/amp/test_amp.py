@@ -5,18 +5,8 @@ import math
 
 import pytest
 import torch
-from harness import (
-    FLOAT_DTYPES,
-    Oracle,
-    Pair,
-    Snapshot,
-    assert_all_same,
-    assert_same,
-    clone_exact,
-    for_loop,
-    params_of,
-    through_pickle,
-)
+from harness import Oracle, Pair, Snapshot, assert_all_same, assert_same, for_loop, params_of
+from values import FLOAT_DTYPES, clone_exact, through_pickle
 
 import momentum_ext
 from momentum_ext import FusedMomentum
@@ -366,7 +356,8 @@ def test_overflow_still_calls_the_closure():
         {"lr": 0.1},
         {"lr": 0.1, "weight_decay": 0.1},
         {"lr": 0.1, "momentum": 0.9, "nesterov": True},
-        {**HYPER, "dampening": 0, "nesterov": True, "maximize": True},
+        {**HYPER, "dampening": 0, "nesterov": True, "maximize": True, "foreach": True},
+        {**HYPER, "dampening": 0, "nesterov": True, "weight_decay": 0, "fused": True},
     ],
     ids=lambda hyper: "-".join(hyper),
 )

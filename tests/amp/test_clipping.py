@@ -5,21 +5,9 @@ import math
 
 import pytest
 import torch
-from harness import (
-    EACH_COPY,
-    FLOAT_DTYPES,
-    LAYOUTS,
-    Pair,
-    Snapshot,
-    assert_same,
-    clone_exact,
-    clone_params,
-    in_layout,
-    norm_in_double,
-    params_of,
-    refused,
-)
+from harness import Pair, Snapshot, assert_same, norm_in_double, params_of, refused
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from values import EACH_COPY, FLOAT_DTYPES, LAYOUTS, clone_exact, clone_params, in_layout
 
 import momentum_ext
 from momentum_ext import _C, FusedMomentum

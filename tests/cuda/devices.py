@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Pair, memory_of
+from harness import Pair
 from torch import Tensor
+from values import memory_of
 
 import momentum_ext
 

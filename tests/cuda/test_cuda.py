@@ -23,28 +23,17 @@ from devices import (
     real,
 )
 from harness import (
-    BF16,
-    EXACT_DTYPES,
-    FLOAT_DTYPES,
-    FP8,
-    FP16,
-    FP32,
-    FP64,
-    HALVES,
-    INT8,
     Oracle,
     Pair,
     assert_all_same,
     assert_same,
     assert_same_training,
-    dtype_name,
     for_loop,
-    in_layout,
     is_clipping,
-    nonzero,
     norm_in_double,
     params_of,
 )
+from values import BF16, EXACT_DTYPES, FLOAT_DTYPES, FP8, FP16, FP32, FP64, HALVES, INT8, dtype_name, in_layout, nonzero
 
 import momentum_ext
 from momentum_ext import FusedMomentum

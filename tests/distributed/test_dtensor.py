@@ -2,38 +2,59 @@
 
 import pytest
 import torch
-from harness import Pair, assert_same, one_process_group
+from harness import Pair, assert_same, one_process_group, refused
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 HYPER = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}
 
 
-def test_one_process():
-    """On a group of one process; buffers are DTensors as the parameters are, a plain tensor is among them."""
+@pytest.fixture
+def training():
+    """On a group of one process, a plain tensor among them: the pair, and a function that takes a step."""
     with one_process_group():
-        train()
+        mesh = init_device_mesh("cpu", (1,))
+        pair = Pair([torch.randn(40, 6), torch.randn(33), torch.randn(7)], **HYPER)
+        places = [[Shard(0)], [Replicate()], None]
+
+        def placed(tensor, index):
+            return tensor if places[index] is None else distribute_tensor(tensor, mesh, places[index])
+
+        params = pair.mine.param_groups[0]["params"]
+        params[:] = [torch.nn.Parameter(placed(param.detach(), index)) for index, param in enumerate(params)]
+
+        def step():
+            for index, (mine, theirs) in enumerate(pair.params):
+                theirs.grad = pair.random_like(theirs)
+                mine.grad = placed(theirs.grad.clone(), index)
+            pair.both(lambda opt: opt.step())
+
+        yield pair, step
 
 
-def train(steps=4):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
-    mesh = init_device_mesh("cpu", (1,))
-    pair = Pair([torch.randn(40, 6), torch.randn(33), torch.randn(7)], **HYPER)
-    places = ([Shard(0)], [Replicate()])
-    params = pair.mine.param_groups[0]["params"]
-    for index, place in enumerate(places):
-        params[index] = torch.nn.Parameter(distribute_tensor(params[index].detach(), mesh, place))
-    for _ in range(steps):
-        for index, theirs in enumerate(pair.theirs.param_groups[0]["params"]):
-            theirs.grad = pair.random_like(theirs)
-            grad = theirs.grad.clone()
-            params[index].grad = distribute_tensor(grad, mesh, places[index]) if index < 2 else grad
-        pair.both(lambda opt: opt.step())
-        for index, theirs in enumerate(pair.theirs.param_groups[0]["params"]):
-            local = params[index].to_local() if index < 2 else params[index]
-            assert_same(local, theirs)
-            buffer = pair.mine.state[params[index]]["momentum_buffer"]
-            assert type(buffer) is type(params[index].data)
-            local = buffer.to_local() if index < 2 else buffer
-            assert_same(local, pair.theirs.state[theirs]["momentum_buffer"])
+
+def test_one_process(training):
+    """Buffers are DTensors as the parameters are."""
+    pair, step = training
+    for _ in range(4):
+        step()
+        for mine, theirs in pair.params:
+            assert_same(local(mine), theirs)
+            buffer = pair.mine.state[mine]["momentum_buffer"]
+            assert type(buffer) is type(mine.data)
+            assert_same(local(buffer), pair.theirs.state[theirs]["momentum_buffer"])
+
+
+def test_a_step_that_raises_has_changed_nothing(training):
+    """The plain tensor at fault stands last."""
+    pair, step = training
+    step()
+    mine, _ = pair.params[-1]
+    pair.mine.state[mine]["momentum_buffer"] = torch.zeros(5)
+    with refused(pair.mine, RuntimeError, "expected the shape of its parameter"):
+        pair.mine.step()
+    pair.mine.state[mine]["momentum_buffer"] = torch.zeros(7)
+    step()

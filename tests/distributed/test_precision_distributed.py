@@ -4,12 +4,19 @@ import copy
 
 import pytest
 import torch
-from harness import FP8, INT8, assert_same_training, one_process_group, through_file
+import torch.distributed.checkpoint as dcp
+from harness import assert_same_training, one_process_group
 from precision_twin import FEW, MODES, mode_name, options_of_mode
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from values import FP8, INT8, through_file
 
 from momentum_ext import FusedMomentum
-
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 # What gloo and NCCL both move.
 MOVED = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64}
@@ -26,8 +33,6 @@ def case_name(value):
 
 @pytest.fixture(scope="module")
 def mesh():
-    from torch.distributed.device_mesh import init_device_mesh
-
     with one_process_group():
         yield init_device_mesh("cpu", (1,))
 
@@ -40,14 +45,20 @@ class Training:
     """A model of these values and its optimizer."""
 
     def __init__(self, values, mode, mesh):
-        from torch.distributed.tensor import distribute_tensor
-
         self.place = (lambda tensor: tensor) if mesh is None else (lambda tensor: distribute_tensor(tensor, mesh))
         self.model = torch.nn.Module()
         for index, value in enumerate(values):
             self.model.register_parameter(f"p{index}", torch.nn.Parameter(self.place(value.clone())))
         self.params = list(self.model.parameters())
         self.opt = FusedMomentum(self.params, lr=0.1, **OPTIONS, **options_of_mode(mode))
+
+    @classmethod
+    def of(cls, mode, mesh):
+        """After two steps."""
+        training = cls([torch.randn(shape).to(mode["dtype"]) for shape in SHAPES], mode, mesh)
+        for seed in range(2):
+            training.step(seed)
+        return training
 
     def step(self, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -80,53 +91,32 @@ def check_values(state_dict):
 @pytest.mark.parametrize("mode, on_dtensors", CASES, ids=case_name)
 def test_every_mode_travels(mode, on_dtensors, mesh):
     """By state_dict() alone, and whole, on the CPU, through a file, broadcast from rank 0."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
     mesh = mesh if on_dtensors else None
-    saved = Training([torch.randn(shape).to(mode["dtype"]) for shape in SHAPES], mode, mesh)
-    for seed in range(2):
-        saved.step(seed)
+    saved = Training.of(mode, mesh)
     state_dict = saved.opt.state_dict()
     check_values(state_dict)
     loaded, broadcast = (saved.another(mode, mesh) for _ in range(2))
     loaded.opt.load_state_dict(copy.deepcopy(state_dict))
-    whole = get_optimizer_state_dict(
-        saved.model, saved.opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_optimizer_state_dict(saved.model, saved.opt, options=options)
     check_values(whole)
-    set_optimizer_state_dict(
-        broadcast.model,
-        broadcast.opt,
-        through_file(whole),
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
-    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(broadcast.model, broadcast.opt, through_file(whole), options=options)
     assert broadcast.opt.param_groups[0].keys() == saved.opt.param_groups[0].keys()
     broadcast.check_same(loaded)
     saved.step(9)
     saved.check_same(loaded)
 
 
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
 @pytest.mark.parametrize("mode", FEW, ids=mode_name)
-def test_flattened_and_saved_by_dcp(mode, mesh, tmp_path):
-    """A strict planner finds every key in a fresh optimizer."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    saved = Training([torch.randn(shape).to(mode["dtype"]) for shape in SHAPES], mode, None)
-    for seed in range(2):
-        saved.step(seed)
-    dcp.save(get_optimizer_state_dict(saved.model, saved.opt, options=options), checkpoint_id=tmp_path)
+def test_saved_by_dcp(mode, flatten, mesh, tmp_path):
+    """A strict planner finds every key in a fresh optimizer, whose state is made by a step of lr 0."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    saved = Training.of(mode, None)
     loaded = saved.another(mode, None)
-    state_dict = get_optimizer_state_dict(loaded.model, loaded.opt, options=options)
+    dcp.save({"o": get_optimizer_state_dict(saved.model, saved.opt, options=options)}, checkpoint_id=tmp_path)
+    state_dict = {"o": get_optimizer_state_dict(loaded.model, loaded.opt, options=options)}
     dcp.load(state_dict, checkpoint_id=tmp_path)
-    set_optimizer_state_dict(loaded.model, loaded.opt, state_dict, options=options)
+    set_optimizer_state_dict(loaded.model, loaded.opt, state_dict["o"], options=options)
     loaded.check_same(saved)

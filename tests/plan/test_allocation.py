@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 import torch
-from harness import in_layout
+from values import in_layout
 
 from momentum_ext import FusedMomentum
 

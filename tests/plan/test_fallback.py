@@ -2,17 +2,8 @@
 
 import pytest
 import torch
-from harness import (
-    Pair,
-    Snapshot,
-    assert_alike,
-    assert_all_same,
-    assert_same,
-    clone_exact,
-    for_loop,
-    params_of,
-    refused,
-)
+from harness import Pair, Snapshot, assert_alike, assert_all_same, assert_same, for_loop, params_of, refused
+from values import clone_exact
 
 from momentum_ext import FusedMomentum
 

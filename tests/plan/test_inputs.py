@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from harness import EXACT_DTYPES, Pair, Snapshot, assert_all_same, params_of
+from harness import Pair, Snapshot, assert_all_same, params_of
+from values import EXACT_DTYPES
 
 from momentum_ext import FusedMomentum
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness import BF16, FP8, FP16, FP32, INT8, clone_params, in_layout, params_of, refused
+from harness import params_of, refused
+from values import BF16, FP8, FP16, FP32, INT8, clone_params, in_layout
 
 import momentum_ext
 from momentum_ext import FusedMomentum

@@ -7,23 +7,8 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
-from harness import (
-    BF16,
-    EACH_COPY,
-    FP16,
-    FP32,
-    FP64,
-    Oracle,
-    Pair,
-    assert_all_same,
-    assert_same,
-    clone_exact,
-    dtype_name,
-    for_loop,
-    in_layout,
-    params_of,
-    refused,
-)
+from harness import Oracle, Pair, assert_all_same, assert_same, for_loop, params_of, refused
+from values import BF16, EACH_COPY, FP16, FP32, FP64, clone_exact, dtype_name, in_layout
 
 from momentum_ext import FusedMomentum
 

@@ -10,12 +10,13 @@ from collections import defaultdict
 
 import pytest
 import torch
-from harness import LAYOUTS, Oracle, Pair, Snapshot, assert_same, clone_exact, in_layout, matching_isas, without_repeats
+from harness import Oracle, Pair, Snapshot, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from sequences import NEW, SEQUENCES, run_sequences
 from trainings import ExactTraining, LowPrecisionTraining
+from values import LAYOUTS, clone_exact, in_layout, matching_isas, without_repeats
 
 from momentum_ext import _C
 

@@ -7,21 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from harness import (
-    BF16,
-    FP8,
-    FP16,
-    FP32,
-    HALVES,
-    INT8,
-    assert_same,
-    clone_exact,
-    dtype_name,
-    params_of,
-    through_pickle,
-)
+from harness import assert_same, params_of
 from precision_oracle import Options, as_live, options_of, oracle_convert, oracle_step
 from torch import Tensor
+from values import BF16, FP8, FP16, FP32, HALVES, INT8, clone_exact, dtype_name, through_pickle
 
 from momentum_ext import _C, FusedMomentum
 

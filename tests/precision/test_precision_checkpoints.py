@@ -4,23 +4,10 @@ import copy
 
 import pytest
 import torch
-from harness import (
-    BF16,
-    COPIES,
-    FP8,
-    FP16,
-    FP32,
-    INT8,
-    Snapshot,
-    assert_same,
-    clone_params,
-    dtype_name,
-    for_loop,
-    refused,
-    through_file,
-)
+from harness import Snapshot, assert_same, for_loop, refused
 from precision_oracle import Options, buffer_values, oracle_convert, order_of
 from precision_twin import FEW, give_grads, mode_name, optimizer_of, options_of_mode, plain_pickle_takes_fp8, twin_of
+from values import BF16, COPIES, FP8, FP16, FP32, INT8, clone_params, dtype_name, through_file
 
 from momentum_ext import FusedMomentum
 
@@ -83,30 +70,6 @@ def test_resume_from_a_copy_of_the_optimizer(mode, way):
     copies = {**COPIES, "torch.save": lambda value: through_file(value, weights_only=False)}
     twin.move_to(copies[way](twin.opt))
     twin.step(3)
-
-
-@MODES
-def test_distributed_checkpoints_own_functions(mode, tmp_path):
-    """get_state_dict and set_state_dict name states by parameter, and make missing ones by a step of lr 0."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    def model_of(params):
-        model = torch.nn.Module()
-        for index, param in enumerate(params):
-            model.register_parameter(f"p{index}", param)
-        return model
-
-    twin = twin_in_training(mode)
-    dcp.save({"o": get_optimizer_state_dict(model_of(twin.params), twin.opt)}, checkpoint_id=tmp_path, no_dist=True)
-    twin.params = clone_params(twin.params)
-    fresh = FusedMomentum(twin.params, lr=99.0, momentum=0.9, rounding_seed=77, **options_of_mode(mode))
-    model = model_of(twin.params)
-    state = {"o": get_optimizer_state_dict(model, fresh)}
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
-    set_optimizer_state_dict(model, fresh, state["o"])
-    twin.move_to(fresh)
-    twin.step(2)
 
 
 @MODES

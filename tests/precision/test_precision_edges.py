@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
-from harness import BF16, EACH_COPY, FLOATS, FP32, HALF_DTYPES, INT8, assert_same, dtype_name, params_of, refused
+from harness import assert_same, params_of, refused
 from precision_twin import give_grads, optimizer_of
+from values import BF16, EACH_COPY, FLOATS, FP32, HALF_DTYPES, INT8, dtype_name
 
 from momentum_ext import _C, FusedMomentum
 

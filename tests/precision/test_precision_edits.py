@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from harness import BF16, COPIES, FP32, INT8, dtype_name
 from precision_twin import Twin
+from values import BF16, COPIES, FP32, INT8, dtype_name
 
 
 def state_dict(twin):

@@ -2,19 +2,9 @@
 
 import pytest
 import torch
-from harness import (
-    BF16,
-    EIGHT_BITS,
-    FP8,
-    FP16,
-    FP32,
-    INT8,
-    Snapshot,
-    assert_same,
-    dtype_name,
-    refused,
-)
+from harness import Snapshot, assert_same, refused
 from precision_twin import FEW, Twin, mode_name, optimizer_of, options_of_mode, twin_of
+from values import BF16, EIGHT_BITS, FP8, FP16, FP32, INT8, dtype_name
 
 from momentum_ext import FusedMomentum, GradScaler
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from harness import LAYOUTS, in_layout, storage_of
 from precision_twin import BF16, FEW, FP8, FP16, FP32, INT8, Twin, dtype_name, mode_name, options_of_mode
+from values import LAYOUTS, in_layout, storage_of
 
 SHAPES = [(3, 5, 7, 4), (600,), (17, 33), ()]
 

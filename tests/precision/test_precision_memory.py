@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from harness import BF16, FP16, FP32, INT8
 from precision_twin import MODES, STATE, give_grads, mode_name, optimizer_of, options_of_mode
+from values import BF16, FP16, FP32, INT8
 
 from momentum_ext import FusedMomentum
 

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from harness import BF16, EIGHT_BITS, FP8, FP16, FP32, HALF_DTYPES, INT8, assert_same, dtype_name
+from harness import assert_same
 from precision_oracle import buffer_values, order_of
 from precision_twin import MOMENTUM_DTYPES, Twin, give_grads, optimizer_of
+from values import BF16, EIGHT_BITS, FP8, FP16, FP32, HALF_DTYPES, INT8, dtype_name
 
 from momentum_ext import FusedMomentum
 

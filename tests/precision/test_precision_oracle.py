@@ -6,7 +6,7 @@ import numpy as np
 import precision_oracle as oracle
 import pytest
 import torch
-from harness import BF16, EIGHT_BITS, FP8, HALF_DTYPES, INT8
+from values import BF16, EIGHT_BITS, FP8, HALF_DTYPES, INT8
 
 
 def random_floats(count=20_000, spread=60):

@@ -3,11 +3,11 @@
 import copy
 
 import torch
-from harness import BF16, COPIES, FP8, FP16, FP32, LAYOUTS, clone_params, in_layout
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from precision_twin import MOMENTUM_DTYPES, Twin, plain_pickle_takes_fp8
 from sequences import NEW, SEQUENCES, run_sequences
+from values import BF16, COPIES, FP8, FP16, FP32, LAYOUTS, clone_params, in_layout
 
 from momentum_ext import _C, FusedMomentum
 

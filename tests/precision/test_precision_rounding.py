@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from harness import BF16, EIGHT_BITS, FP32, HALF_DTYPES, INT8, all_values, assert_all_same, dtype_name
+from harness import assert_all_same
+from values import BF16, EIGHT_BITS, FP32, HALF_DTYPES, INT8, all_values, dtype_name
 
 from momentum_ext import FusedMomentum
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from harness import BF16, FP16, FP32, INT8, Pair, assert_same, dtype_name, for_loop
+from harness import Pair, assert_same, for_loop
 from precision_oracle import flat as flat_values
 from precision_oracle import join, order_of
 from precision_twin import HYPERS, Twin
+from values import BF16, FP16, FP32, INT8, dtype_name
 
 from momentum_ext import _C, FusedMomentum
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from harness import BF16, EIGHT_BITS, FP8, FP16, FP32, HALF_DTYPES, INT8, all_values, dtype_name
 from precision_twin import FEW, HYPERS, LARGE, MODES, Twin, mode_name, twin_of
+from values import BF16, EIGHT_BITS, FP8, FP16, FP32, HALF_DTYPES, INT8, all_values, dtype_name
 
 from momentum_ext import _C, FusedMomentum
 

@@ -139,7 +139,7 @@ def test_workloads_in_16_bit_and_mismatched_layouts(programs):
     image, matrix, _ = params(grad_layout="transposed")
     assert matrix.is_contiguous() and matrix.grad.stride() == (1, 6) and image.grad.is_contiguous()
     assert {dtype for p in params(dtype="bfloat16") for dtype in (p.dtype, p.grad.dtype)} == {torch.bfloat16}
-    # tests/rules/test_peers_defects.py shows that torch's fused step is wrong in both cases
+    # Torch's fused step is wrong in both cases: README.md
     assert fault_of_fused(workload(dtype="bfloat16"), Settings())
     assert fault_of_fused(workload(grad_layout="channels_last"), Settings())
     assert fault_of_fused(workload(), Settings()) is None

@@ -5,23 +5,9 @@ import math
 
 import pytest
 import torch
-from harness import (
-    EACH_COPY,
-    EXACT_DTYPES,
-    HALF_DTYPES,
-    LAYOUTS,
-    Oracle,
-    Pair,
-    Snapshot,
-    assert_all_same,
-    assert_same,
-    clone_params,
-    in_layout,
-    params_of,
-    refused,
-    through_file,
-)
+from harness import Oracle, Pair, Snapshot, assert_all_same, assert_same, params_of, refused
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from values import EACH_COPY, EXACT_DTYPES, HALF_DTYPES, LAYOUTS, clone_params, in_layout, through_file
 
 from momentum_ext import FusedMomentum
 

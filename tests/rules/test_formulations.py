@@ -9,24 +9,26 @@ import numpy as np
 import pytest
 import torch
 from harness import (
-    COPIES,
-    EXACT_DTYPES,
-    HALF_DTYPES,
-    LAYOUTS,
     Oracle,
     Pair,
     Snapshot,
     assert_all_same,
     assert_same,
     assert_same_training,
-    clone_exact,
-    clone_params,
     for_loop,
-    in_layout,
-    nonzero,
     params_of,
     refused,
     run_program,
+)
+from values import (
+    COPIES,
+    EXACT_DTYPES,
+    HALF_DTYPES,
+    LAYOUTS,
+    clone_exact,
+    clone_params,
+    in_layout,
+    nonzero,
     through_file,
 )
 

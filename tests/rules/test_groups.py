@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from harness import FLOATS, Oracle, Pair
+from harness import Oracle, Pair
+from values import FLOATS
 
 
 def hyper(rng):

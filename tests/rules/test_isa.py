@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from harness import FLOAT_DTYPES, TESTS, Pair, assert_same, for_loop, matching_isas, run_program, run_python
+from harness import TESTS, Pair, assert_same, for_loop, run_program, run_python
+from values import FLOAT_DTYPES, matching_isas
 
 from momentum_ext import _C, FusedMomentum
 

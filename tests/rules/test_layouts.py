@@ -5,21 +5,8 @@ import random
 
 import pytest
 import torch
-from harness import (
-    DENSE_LAYOUTS,
-    EXACT,
-    EXACT_DTYPES,
-    FLOAT_DTYPES,
-    LAYOUTS,
-    Oracle,
-    Pair,
-    assert_alike,
-    assert_same,
-    clone_exact,
-    for_loop,
-    in_layout,
-    only_elements_written,
-)
+from harness import Oracle, Pair, assert_alike, assert_same, for_loop, only_elements_written
+from values import DENSE_LAYOUTS, EXACT, EXACT_DTYPES, FLOAT_DTYPES, LAYOUTS, clone_exact, in_layout
 
 from momentum_ext import FusedMomentum
 

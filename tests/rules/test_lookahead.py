@@ -7,21 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from harness import (
-    FLOAT_DTYPES,
-    FLOATS,
-    FP8,
-    Snapshot,
-    assert_same,
-    assert_same_training,
-    clone_params,
-    dtype_name,
-    in_layout,
-    matching_isas,
-    nonzero,
-    params_of,
-    refused,
-)
+from harness import Snapshot, assert_same, assert_same_training, params_of, refused
+from values import FLOAT_DTYPES, FLOATS, FP8, clone_params, dtype_name, in_layout, matching_isas, nonzero
 
 from momentum_ext import _C, FusedMomentum
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from harness import BF16, FP16, FP32, FP64, HALF_DTYPES, Oracle, Pair, all_values, assert_same, for_loop
+from harness import Oracle, Pair, assert_same, for_loop
+from values import BF16, FP16, FP32, FP64, HALF_DTYPES, all_values
 
 from momentum_ext import FusedMomentum
 

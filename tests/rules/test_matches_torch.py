@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from harness import EXACT_DTYPES, Pair, assert_all_same
+from harness import Pair, assert_all_same
+from values import EXACT_DTYPES
 
 STEPS, MANY_STEPS = 20, 200
 # Three threads' shares in all. No tensor by itself is long enough for torch to split it: its for-loop would start

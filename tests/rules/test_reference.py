@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from harness import EXACT_DTYPES, Oracle, Pair, assert_all_same, assert_same, for_loop
+from harness import Oracle, Pair, assert_all_same, assert_same, for_loop
+from values import EXACT_DTYPES
 
 from momentum_ext import FusedMomentum
 from momentum_ext.reference import update

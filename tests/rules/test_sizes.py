@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness import FLOAT_DTYPES, Oracle, Pair, assert_same, clone_exact, only_elements_written, storage_of
+from harness import Oracle, Pair, assert_same, only_elements_written
+from values import FLOAT_DTYPES, clone_exact, storage_of
 
 EDGES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
 EDGES += [255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097]

@@ -4,21 +4,8 @@ import copy
 
 import pytest
 import torch
-from harness import (
-    BF16,
-    COPIES,
-    FP16,
-    FP64,
-    Oracle,
-    Pair,
-    assert_all_same,
-    clone_params,
-    dtype_name,
-    in_layout,
-    params_of,
-    refused,
-    through_file,
-)
+from harness import Oracle, Pair, assert_all_same, params_of, refused
+from values import BF16, COPIES, FP16, FP64, clone_params, dtype_name, in_layout, through_file
 
 from momentum_ext import FusedMomentum
 

@@ -230,7 +230,7 @@ def afterwards():
     def by_torch(*_):
         raise AssertionError("plain tensors take torch's path")
 
-    FusedMomentum._step_by_torch = by_torch
+    FusedMomentum._check_torch_step = by_torch
     both(lambda kind: trained(kind, torch.ones(8)))
 
 

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from harness import assert_same
+from harness import assert_all_same, assert_same, assert_same_training, counts_of, is_clipping, params_of
 from torch._dynamo.testing import CompileCounterWithBackend
+from values import BF16, FP16, FP64, dtype_name
 
 from momentum_ext import FusedMomentum
 
@@ -34,34 +35,35 @@ def inputs(step, dtype=torch.float32):
     return torch.randn(8, 19, generator=torch.Generator().manual_seed(step)).to(dtype)
 
 
-def tensors_of(opt):
-    """Everything that a step writes, by name."""
-    found = {}
-    for g, group in enumerate(opt.param_groups):
-        for i, param in enumerate(group["params"]):
-            found[f"params[{g}][{i}]"] = param
-            for key, value in opt.state.get(param, {}).items():
-                found[f"{key}[{g}][{i}]"] = value
-    return found
+def backward(net, opt, step, dtype=torch.float32):
+    opt.zero_grad()
+    net(inputs(step, dtype)).float().square().mean().backward()
 
 
-def assert_same_state(actual, expected):
-    actual, expected = tensors_of(actual), tensors_of(expected)
-    assert list(actual) == list(expected)
-    for name, tensor in actual.items():
-        assert_same(tensor, expected[name], name)
+class Twins:
+    """The same training with an optimizer whose step may be compiled, and with one whose step is not."""
 
+    def __init__(self, make, dtype=torch.float32):
+        (self.net, self.opt), (self.theirs, self.eager) = ((net, make(net)) for net in (model(dtype), model(dtype)))
+        self.dtype, self.steps = dtype, 0
 
-def train(net, opt, step, times, dtype=torch.float32, start=0):
-    for i in range(start, start + times):
-        opt.zero_grad()
-        net(inputs(i, dtype)).float().square().mean().backward()
-        step()
+    @property
+    def sides(self):
+        return (self.net, self.opt), (self.theirs, self.eager)
 
+    def train(self, step, times=1):
+        for _ in range(times):
+            for (net, opt), run in zip(self.sides, (step, self.eager.step), strict=True):
+                backward(net, opt, self.steps, self.dtype)
+                run()
+            self.steps += 1
 
-def twins(make, dtype=torch.float32):
-    nets = [model(dtype) for _ in range(2)]
-    return [(net, make(net)) for net in nets]
+    def edit(self, **changes):
+        for _, opt in self.sides:
+            opt.param_groups[0].update(changes)
+
+    def check(self):
+        assert_same_training(self.opt, self.eager)
 
 
 def everything(**hyper):
@@ -99,21 +101,21 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_step(name):
     """torch.compile(optimizer.step): the graphs are that of the first step and that of all others."""
-    (net, opt), (theirs, eager) = twins(CASES[name])
+    twins = Twins(CASES[name])
     counter = CompileCounterWithBackend("aot_eager")
-    train(net, opt, torch.compile(opt.step, fullgraph=True, backend=counter), 5)
-    train(theirs, eager, eager.step, 5)
-    assert_same_state(opt, eager)
+    twins.train(torch.compile(twins.opt.step, fullgraph=True, backend=counter), 5)
+    twins.check()
     assert counter.frame_count == (1 if name == "sgd" else 2)
-    if opt.max_grad_norm is not None:
-        assert_same(opt.grad_norm, eager.grad_norm)
+    if twins.opt.max_grad_norm is not None:
+        assert_same(twins.opt.grad_norm, twins.eager.grad_norm)
 
 
 @pytest.mark.parametrize("name", ["momentum", "sgd", "groups", "average", "clip", "all", "tensors"])
 @BACKWARD
 def test_compiled_training_step(name):
     """zero_grad, forward, backward and step in one graph, bit for bit with the same graph around an eager step."""
-    (net, opt), (theirs, eager) = twins(CASES[name])
+    twins = Twins(CASES[name])
+    net, opt = twins.net, twins.opt
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=TRACES_BACKWARD, backend=counter)
@@ -125,25 +127,26 @@ def test_compiled_training_step(name):
         return loss.detach()
 
     losses = [whole(inputs(i)) for i in range(5)]
-    train(theirs, eager, eager.step, 5)
-    assert_same_state(opt, eager)
+    for i in range(5):
+        backward(twins.theirs, twins.eager, i)
+        twins.eager.step()
+    twins.check()
     assert counter.frame_count == 2
     assert losses[-1] < losses[0] or opt.param_groups[0]["maximize"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP64], ids=dtype_name)
 def test_dtypes(dtype):
-    make = everything(weight_decay=0.01, nesterov=True, ema_decay=0.9, max_grad_norm=0.05)
-    (net, opt), (theirs, eager) = twins(make, dtype)
-    train(net, opt, torch.compile(opt.step, fullgraph=True, backend="aot_eager"), 4, dtype)
-    train(theirs, eager, eager.step, 4, dtype)
-    assert_same_state(opt, eager)
+    twins = Twins(everything(weight_decay=0.01, nesterov=True, ema_decay=0.9, max_grad_norm=0.05), dtype)
+    twins.train(torch.compile(twins.opt.step, fullgraph=True, backend="aot_eager"), 4)
+    twins.check()
 
 
 @BACKWARD
 def test_inductor():
     """The default backend: everything in one graph, which inductor may reorder and reuse memory in."""
-    (net, opt), (theirs, eager) = twins(CASES["all"])
+    twins = Twins(CASES["all"])
+    (net, opt), (theirs, eager) = twins.sides
 
     @torch.compile(fullgraph=TRACES_BACKWARD)
     def whole(x):
@@ -156,95 +159,88 @@ def test_inductor():
     for i in range(4):
         norm = whole(inputs(i))
         assert all(param.grad is None for param in net.parameters())
-        theirs(inputs(i)).square().mean().backward()
+        backward(theirs, eager, i)
         assert torch.allclose(norm, eager.clip_grad_norm_(0.5))  # inductor's gradients are rounded differently
         eager.step()
-        eager.zero_grad()
     for mine, other in zip(net.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(mine, other, atol=1e-5)
 
 
 def test_inductor_step():
     """Inductor around the eager backward's gradients: the same bits."""
-    (net, opt), (theirs, eager) = twins(CASES["all"])
-    train(net, opt, torch.compile(opt.step, fullgraph=True), 4)
-    train(theirs, eager, eager.step, 4)
-    assert_same_state(opt, eager)
+    twins = Twins(CASES["all"])
+    twins.train(torch.compile(twins.opt.step, fullgraph=True), 4)
+    twins.check()
 
 
 def test_lr_as_a_tensor_does_not_recompile():
-    (net, opt), (theirs, eager) = twins(CASES["tensors"])
+    twins = Twins(CASES["tensors"])
     counter = CompileCounterWithBackend("eager")
-    step = torch.compile(opt.step, fullgraph=True, backend=counter)
-    for i in range(6):
-        train(net, opt, step, 1, start=i)
-        train(theirs, eager, eager.step, 1, start=i)
-        for each in (opt, eager):
+    step = torch.compile(twins.opt.step, fullgraph=True, backend=counter)
+    for _ in range(6):
+        twins.train(step)
+        for _, each in twins.sides:
             each.param_groups[0]["lr"].mul_(0.5)
             each.param_groups[0]["weight_decay"].add_(0.01)
-    assert_same_state(opt, eager)
+    twins.check()
     assert counter.frame_count == 2
 
 
 def test_lr_as_a_number_takes_effect():
     """By another graph, as torch's optimizers do."""
-    (net, opt), (theirs, eager) = twins(CASES["momentum"])
-    step = torch.compile(opt.step, fullgraph=True, backend="eager")
+    twins = Twins(CASES["momentum"])
+    step = torch.compile(twins.opt.step, fullgraph=True, backend="eager")
     for i in range(4):
-        train(net, opt, step, 1, start=i)
-        train(theirs, eager, eager.step, 1, start=i)
-        opt.param_groups[0]["lr"] = eager.param_groups[0]["lr"] = 0.1 / (i + 2)
-    assert_same_state(opt, eager)
+        twins.train(step)
+        twins.edit(lr=0.1 / (i + 2))
+    twins.check()
 
 
 def test_gradients_that_come_and_go():
-    (net, opt), (theirs, eager) = twins(CASES["all"])
-    step = torch.compile(opt.step, fullgraph=True, backend="eager")
+    twins = Twins(CASES["all"])
+    step = torch.compile(twins.opt.step, fullgraph=True, backend="eager")
     for i, missing in enumerate([(0, 1), (1,), (), (0, 3), (0, 1, 2, 3), ()]):
-        for each, run, network in ((opt, step, net), (eager, eager.step, theirs)):
-            each.zero_grad()
-            network(inputs(i)).square().mean().backward()
+        for (network, each), run in zip(twins.sides, (step, twins.eager.step), strict=True):
+            backward(network, each, i)
             for m in missing:
-                each.param_groups[0]["params"][m].grad = None
+                params_of(each)[m].grad = None
             run()
-    assert_same_state(opt, eager)
+    twins.check()
 
 
 @pytest.mark.parametrize("name", ["all", "groups", "average-warmup"])
 def test_eager_and_compiled_steps_alternate(name):
-    (net, opt), (theirs, eager) = twins(CASES[name])
-    step = torch.compile(opt.step, fullgraph=True, backend="eager")
+    twins = Twins(CASES[name])
+    step = torch.compile(twins.opt.step, fullgraph=True, backend="eager")
     for i in range(8):
-        train(net, opt, opt.step if i % 3 == 0 else step, 1, start=i)
-        train(theirs, eager, eager.step, 1, start=i)
-    assert_same_state(opt, eager)
-    mine, other = opt.state_dict(), eager.state_dict()
+        twins.train(twins.opt.step if i % 3 == 0 else step)
+    twins.check()
+    mine, other = twins.opt.state_dict(), twins.eager.state_dict()
     assert mine["param_groups"] == other["param_groups"]
     loaded = CASES[name](model())
     loaded.load_state_dict(copy.deepcopy(mine))
-    assert int(loaded._ema_count) == int(eager._ema_count)
+    assert counts_of(loaded) == counts_of(twins.eager)
 
 
-def test_clip_in_one_graph_and_step_in_another():
-    for steps in ("both", "clip", "step"):
-        (net, opt), (theirs, eager) = twins(CASES["momentum"])
-        clip = torch.compile(lambda opt=opt: opt.clip_grad_norm_(0.01, error_if_nonfinite=True), backend="eager")
-        step = torch.compile(opt.step, backend="eager")
-        for i in range(3):
-            opt.zero_grad()
-            eager.zero_grad()
-            net(inputs(i)).square().mean().backward()
-            theirs(inputs(i)).square().mean().backward()
-            norm = clip() if steps != "step" else opt.clip_grad_norm_(0.01)
-            assert_same(norm, eager.clip_grad_norm_(0.01))
-            (step if steps != "clip" else opt.step)()
-            eager.step()
-        assert_same_state(opt, eager)
+@pytest.mark.parametrize("compiled", ["both", "clip", "step"])
+def test_clip_in_one_graph_and_step_in_another(compiled):
+    twins = Twins(CASES["momentum"])
+    opt = twins.opt
+    clip = torch.compile(lambda: opt.clip_grad_norm_(0.01, error_if_nonfinite=True), backend="eager")
+    step = torch.compile(opt.step, backend="eager")
+    for i in range(3):
+        for side in twins.sides:
+            backward(*side, i)
+        norm = clip() if compiled != "step" else opt.clip_grad_norm_(0.01)
+        assert_same(norm, twins.eager.clip_grad_norm_(0.01))
+        (step if compiled != "clip" else opt.step)()
+        twins.eager.step()
+    twins.check()
 
 
 @graphs_zero_grad
 def test_clipping_twice_and_dropping_it():
-    (net, opt), (theirs, eager) = twins(CASES["momentum"])
+    twins = Twins(CASES["momentum"])
 
     def run(opt):
         opt.clip_grad_norm_(0.5, 1.0)
@@ -255,30 +251,30 @@ def test_clipping_twice_and_dropping_it():
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for i in range(3):
         norms = []
-        for network, each, step in ((net, opt, compiled), (theirs, eager, run)):
-            each.zero_grad()
-            network(inputs(i)).square().mean().backward()
+        for (network, each), step in zip(twins.sides, (compiled, run), strict=True):
+            backward(network, each, i)
             norms.append(step(each))
         assert_same(*norms)
-    assert_same_state(opt, eager)
+    twins.check()
 
     @torch.compile(fullgraph=True, backend="eager")
     def drop():
-        opt.clip_grad_norm_(1e-6)
-        opt.zero_grad()
+        twins.opt.clip_grad_norm_(1e-6)
+        twins.opt.zero_grad()
 
-    train(net, opt, drop, 1)
-    assert not opt._grad_factor.is_active
-    assert all(param.grad is None for param in net.parameters())
+    backward(twins.net, twins.opt, 0)
+    drop()
+    assert not is_clipping(twins.opt)
+    assert all(param.grad is None for param in twins.net.parameters())
 
 
 @graphs_zero_grad
 def test_zero_grad_that_keeps_the_memory():
-    (net, opt), _ = twins(CASES["momentum"])
-    train(net, opt, opt.step, 1)
-    before = [param.grad for param in net.parameters()]
-    torch.compile(lambda: opt.zero_grad(set_to_none=False), fullgraph=True, backend="eager")()
-    for param, grad in zip(net.parameters(), before, strict=True):
+    twins = Twins(CASES["momentum"])
+    twins.train(twins.opt.step)
+    before = [param.grad for param in twins.net.parameters()]
+    torch.compile(lambda: twins.opt.zero_grad(set_to_none=False), fullgraph=True, backend="eager")()
+    for param, grad in zip(twins.net.parameters(), before, strict=True):
         assert param.grad is grad and not grad.any()
 
 
@@ -316,15 +312,13 @@ LEFT_TO_EAGER = {
 
 @pytest.mark.parametrize("why", LEFT_TO_EAGER)
 def test_eager_step_between_two_graphs(why):
-    results = []
-    for compiled in (True, False):
-        net = model()
-        opt = everything()(net)
-        train(net, opt, opt.step, 2)
-        net(inputs(5)).square().mean().backward()
-        LEFT_TO_EAGER[why](opt)
+    twins = Twins(everything())
+    twins.train(twins.opt.step, 2)
+    for compiled, side in zip((True, False), twins.sides, strict=True):
+        backward(*side, 5)
+        LEFT_TO_EAGER[why](side[1])
 
-        def whole(x, opt=opt):
+        def whole(x, opt=side[1]):
             x = x + 1
             opt.step()
             return x * 2
@@ -335,20 +329,27 @@ def test_eager_step_between_two_graphs(why):
             torch._dynamo.reset()
             whole = torch.compile(whole, backend="eager")
         assert_same(whole(torch.ones(3)), torch.full((3,), 4.0))
-        results.append(opt)
-    assert_same_state(*results)
+    twins.check()
 
 
-def test_hooks_run_once_for_each_step():
-    (net, opt), _ = twins(CASES["momentum"])
-    calls = hook(opt)
-    step = torch.compile(opt.step, backend="eager")
-    train(net, opt, step, 3)
+class Own(FusedMomentum):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [FusedMomentum, Own])
+def test_hooks_run_once_for_each_step(kind):
+    """Also of a subclass with its own step."""
+    twins = Twins(lambda net: kind(net.parameters(), lr=0.1, momentum=0.9))
+    calls = hook(twins.opt)
+    twins.train(torch.compile(twins.opt.step, backend="eager"), 3)
+    twins.check()
     assert len(calls) == 3
 
 
 def test_closure():
-    (net, opt), _ = twins(CASES["momentum"])
+    net = model()
+    opt = CASES["momentum"](net)
 
     def closure():
         opt.zero_grad()
@@ -361,39 +362,23 @@ def test_closure():
 
 
 def test_states_in_which_step_raises():
-    (net, opt), _ = twins(everything(nesterov=True, ema_decay=0.9))
-    train(net, opt, opt.step, 2)
-    step = torch.compile(opt.step, backend="eager")
+    twins = Twins(everything(nesterov=True, ema_decay=0.9))
+    twins.train(twins.opt.step, 2)
+    step = torch.compile(twins.opt.step, backend="eager")
     for context in ("ema_weights", "iterate_weights"):
-        with getattr(opt, context)(), pytest.raises(RuntimeError, match=rf"leave {context}\(\)"):
+        with getattr(twins.opt, context)(), pytest.raises(RuntimeError, match=rf"leave {context}\(\)"):
             step()
     step()
 
 
 def test_formulation_is_converted_after_compiled_steps_alone():
     """The plan has seen no step, yet knows what the buffers are."""
-    (net, opt), (theirs, eager) = twins(CASES["momentum"])
-    step = torch.compile(opt.step, backend="eager")
-    for i in range(4):
-        if i == 2:
-            opt.param_groups[0]["formulation"] = eager.param_groups[0]["formulation"] = "classical"
-        train(net, opt, step, 1, start=i)
-        train(theirs, eager, eager.step, 1, start=i)
-    assert_same_state(opt, eager)
-
-
-def test_subclass_with_its_own_step():
-    class Own(FusedMomentum):
-        def step(self, closure=None):
-            return super().step(closure)
-
-    net, theirs = model(), model()
-    opt, eager = Own(net.parameters(), lr=0.1, momentum=0.9), everything()(theirs)
-    calls = hook(opt)
-    train(net, opt, torch.compile(opt.step, backend="eager"), 3)
-    train(theirs, eager, eager.step, 3)
-    assert_same_state(opt, eager)
-    assert len(calls) == 3
+    twins = Twins(CASES["momentum"])
+    step = torch.compile(twins.opt.step, backend="eager")
+    twins.train(step, 2)
+    twins.edit(formulation="classical")
+    twins.train(step, 2)
+    twins.check()
 
 
 # ----------------------------------------------------------------------------------------------------- the operators
@@ -516,8 +501,7 @@ def test_operator_takes_what_the_step_takes(kind):
                 opt.state[p]["momentum_buffer"] = b
             opt.step()
         results.append([*params, *buffers])
-    for mine, theirs in zip(*results, strict=True):
-        assert_same(mine, theirs, kind)
+    assert_all_same(*results)
 
 
 def test_versions_are_bumped():
@@ -531,39 +515,36 @@ def test_versions_are_bumped():
 
 def test_nothing_is_traced_without_a_compiler():
     """Eager steps call no operator."""
-    net = model()
-    opt = CASES["all"](net)
+    twins = Twins(CASES["all"])
     with torch.profiler.profile() as profile:
-        train(net, opt, opt.step, 2)
+        twins.train(twins.opt.step, 2)
     assert not [event.name for event in profile.events() if event.name.startswith("momentum_ext::")]
 
 
 def test_scheduler_around_a_compiled_function():
     """It wraps optimizer.step in Python that Dynamo may refuse; the result is the same."""
-    (net, opt), (theirs, eager) = twins(CASES["tensors"])
-    step = torch.compile(lambda: opt.step(), backend="eager")
-    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (opt, eager)]
-    for i in range(5):
-        train(net, opt, step, 1, start=i)
-        train(theirs, eager, eager.step, 1, start=i)
+    twins = Twins(CASES["tensors"])
+    step = torch.compile(lambda: twins.opt.step(), backend="eager")
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for _, each in twins.sides]
+    for _ in range(5):
+        twins.train(step)
         for scheduler in schedulers:
             scheduler.step()
-    assert_same_state(opt, eager)
-    assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.1 * 0.5**5)
+    twins.check()
+    assert float(twins.opt.param_groups[0]["lr"]) == pytest.approx(0.1 * 0.5**5)
 
 
 def test_a_failed_step_keeps_the_compiled_clipping():
-    (net, opt), (theirs, eager) = twins(CASES["momentum"])
-    for model_, optimizer in ((net, opt), (theirs, eager)):
-        optimizer.zero_grad()
-        model_(inputs(0)).square().mean().backward()
-    torch.compile(lambda: opt.clip_grad_norm_(0.01), backend="eager")()
-    eager.clip_grad_norm_(0.01)
-    for optimizer in (opt, eager):
+    twins = Twins(CASES["momentum"])
+    for side in twins.sides:
+        backward(*side, 0)
+    torch.compile(lambda: twins.opt.clip_grad_norm_(0.01), backend="eager")()
+    twins.eager.clip_grad_norm_(0.01)
+    for _, optimizer in twins.sides:
         optimizer.max_grad_norm = 10.0
         lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], "wrong"
         with pytest.raises((TypeError, ValueError, RuntimeError), match="'str'"):
             optimizer.step()
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-    assert_same_state(opt, eager)
+    twins.check()
