@@ -101,7 +101,7 @@ $(VENV)/.torch:
 
 # A torch that was installed after the build makes the build out of date.
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(NATIVE) $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.py)
-	@echo "[set-up] momentum_ext, compiled for $$($(BIN)/python -W ignore -c 'import torch; print("torch", torch.__version__)') (about a minute)"
+	@echo "[set-up] momentum_ext, compiled for $$($(BIN)/python -W ignore -c 'import torch; print("torch", torch.__version__)') (about two minutes)"
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
