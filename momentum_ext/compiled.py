@@ -296,9 +296,7 @@ def _outside(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
 
 
 def _run_eager_step(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from momentum_ext.fused import FusedOptimizer
-
-    return FusedOptimizer.step(optimizer, *args, **kwargs)
+    return optimizer._own_step(*args, **kwargs)
 
 
 def _run_eager_clip(optimizer: FusedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:

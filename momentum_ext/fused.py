@@ -97,6 +97,7 @@ class FusedOptimizer(StatefulOptimizer):
             raise
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's word for "already wrapped"
+    _own_step = step  # for a subclass that overrides it
 
     def _is_wrapped_by_torch(self) -> bool:
         """True for a subclass's own step(), which torch has wrapped; not for a wrapper that someone put around ours."""
