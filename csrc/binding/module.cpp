@@ -15,6 +15,7 @@
 #include "lookahead.h"
 #include "prepared_step.h"
 #include "quantization.h"
+#include "state_format.h"
 
 namespace momentum_ext::binding {
 namespace {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <string>
 
-#include "prepared_step.h"
+#include "step_vectors.h"
 
 namespace momentum_ext::binding {
 

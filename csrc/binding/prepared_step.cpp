@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "low_precision.h"
-#include "operands.h"
+#include "slot_preparation.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -47,7 +47,7 @@ bool trains(const Plan& plan) {
 }  // namespace
 
 PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::dict& state,
-                           Options options)
+                           StepOptions options)
     : plan_(&plan),
       lock_(plan.mutex),
       vectors_(std::move(plan.spare_vectors)),
@@ -57,12 +57,10 @@ PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::d
     options.all_by_torch = options.all_by_torch || operators_are_watched();
     plan.compare(param_groups, state);
     plan.first_steps.begin_step();
-    look_at_slots(options);
-    if (!vectors_->changed.empty()) {
-      for (const size_t i : vectors_->changed) prepare_slot(i, options);
-      vectors_->shares.clear();
-      for (size_t i = 0; i < plan.slots.size(); ++i) lay_out(i);
-    }
+    SlotPreparation slots(plan, options, *vectors_);
+    versions_are_bumped_ = true;
+    slots.look_at_all();
+    converts_ = slots.prepare_changed();
     const std::vector<DeviceShare>& shares = vectors_->shares;
     if (!shares.empty()) refuse_random_capture(plan, shares);
     if (std::any_of(shares.begin(), shares.end(),
@@ -229,16 +227,14 @@ void PreparedStep::keep_alive() {
   }
 }
 
-void StepVectors::clear() {
-  changed.clear();
-  shared_grads.clear();
-  shares.clear();
-  for_torch.clear();
-  resolved_grads.clear();
-  changes.clear();
-  averages.clear();
-  cpu_entries.clear();
-  kept_alive.clear();
+// Only gradients whose storage has other owners can lie in another slot's parameter or buffer.
+bool PreparedStep::some_grad_meets_another_slot() const {
+  for (const size_t i : vectors_->shared_grads) {
+    const TensorEntry& entry = plan_->entries[i];
+    if (entry.numel == 0) continue;
+    if (plan_->written.meets_another(plan_->slots[i].bytes_of_grad(entry.grad), i)) return true;
+  }
+  return false;
 }
 
 py::object step(Plan& plan, const py::list& param_groups, const py::dict& state,

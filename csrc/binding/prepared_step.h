@@ -12,38 +12,13 @@
 #include <utility>
 #include <vector>
 
-#include "averages.h"
-#include "plan.h"
-#include "state_changes.h"
-#include "state_format.h"
+#include "step_vectors.h"
 
 namespace momentum_ext::binding {
 
-struct StepVectors {
-  std::vector<size_t> changed;       // slots that are not as the plan says
-  std::vector<size_t> shared_grads;  // slots whose gradient's storage has other owners
-  std::vector<DeviceShare> shares;   // one for each CUDA device that has tensors in this step
-  std::vector<size_t> for_torch;
-  std::vector<at::Tensor> resolved_grads;
-  StateChanges changes;
-  StepAverages averages;
-  std::vector<TensorEntry> cpu_entries;  // only where CPU and CUDA tensors are mixed
-  std::vector<int64_t> cpu_first_element;
-  std::vector<std::pair<c10::intrusive_ptr<c10::TensorImpl>, c10::Storage>> kept_alive;
-
-  void clear();
-};
-
 class PreparedStep {
  public:
-  // What has to be known before the step is prepared.
-  struct Options {
-    bool all_by_torch = false;     // differentiable=True
-    bool may_be_left_out = false;  // by the device, for an overflow that the host does not know
-    Averaging averaging = Averaging::kNone;
-    py::object grads{};  // parameters with the tensors that stand in for their gradients, or null
-  };
-  // What has not: what gradients are multiplied with, the weight of the parameters in their
+  // What a step need not know before it runs: what gradients are multiplied with, the weight of the parameters in their
   // averages, and numbers on a CUDA device, for a step that is_on_devices().
   struct Numbers {
     double grad_factor = 1;
@@ -51,7 +26,8 @@ class PreparedStep {
     ScalerTensors on_device{};
   };
 
-  PreparedStep(Plan& plan, const py::list& param_groups, const py::dict& state, Options options);
+  PreparedStep(Plan& plan, const py::list& param_groups, const py::dict& state,
+               StepOptions options);
   PreparedStep(PreparedStep&&) noexcept = default;
   ~PreparedStep() { discard(); }
 
@@ -73,15 +49,7 @@ class PreparedStep {
   void discard() noexcept;
 
  private:
-  void look_at_slots(const Options& options);
-  bool is_as_planned(size_t i, int num_states, const GroupReader& reader);
-  void lay_out(size_t i);
   void restore_versions() noexcept;
-  void prepare_slot(size_t i, const Options& options);
-  at::Tensor find_grad(size_t i, const Options& options);
-  uint32_t cohort_of_first_step(const Slot& slot, const Options& options);
-  void fill_in(size_t i, const Operands& operands, bool is_first_step, uint32_t cohort);
-  void put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort);
   bool some_grad_meets_another_slot() const;
   void bump_versions();
   void update_cpu(const StepNumbers& numbers);

@@ -1,12 +1,11 @@
-// Preparing a step's slots: a quick look at each, and all that it does not settle.
+#include "slot_preparation.h"
+
 #include <ATen/ops/empty_like.h>
 
 #include <stdexcept>
 
 #include "low_precision.h"
 #include "operands.h"
-#include "prepared_step.h"
-#include "quantization.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -26,25 +25,22 @@ void make_states(StartingState& start, const at::Tensor& param, int num_states, 
 
 }  // namespace
 
-// One pass, because a tensor's fields lie in a dozen cache lines: what is as the plan says gets its
-// version bumped at once (restore_versions() takes it back) and its place among the elements.
-void PreparedStep::look_at_slots(const Options& options) {
-  Plan& plan = *plan_;
-  versions_are_bumped_ = true;
+void SlotPreparation::look_at_all() {
+  Plan& plan = plan_;
   for (size_t g = 0; g < plan.readers.size(); ++g) {
     const GroupReader& reader = plan.readers[g];
     const int num_states = plan.rule->num_states(g);
-    const bool all_changed = options.all_by_torch || options.grads || reader.needs_torch();
+    const bool all_changed = options_.all_by_torch || options_.grads || reader.needs_torch();
     for (size_t i = plan.first_slot[g]; i < plan.first_slot[g + 1]; ++i) {
-      if (all_changed || !is_as_planned(i, num_states, reader)) vectors_->changed.push_back(i);
+      if (all_changed || !is_as_planned(i, num_states, reader)) vectors_.changed.push_back(i);
       lay_out(i);
     }
   }
 }
 
 // False for a slot that needs more than a look. Without a gradient there is nothing to do.
-bool PreparedStep::is_as_planned(size_t i, int num_states, const GroupReader& reader) {
-  Plan& plan = *plan_;
+bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader& reader) {
+  Plan& plan = plan_;
   const Slot& slot = plan.slots[i];
   PyObject* const param_object = plan.param_objects[i];
   if (num_states != 0 && slot.formulation != reader.formulation()) return false;
@@ -73,27 +69,34 @@ bool PreparedStep::is_as_planned(size_t i, int num_states, const GroupReader& re
   entry.grad = const_data_of(*found.grad, slot.grad_itemsize);
   entry.numel = slot.num_reals;
   entry.is_first_step = false;
-  if (has_shared_storage(*found.grad)) vectors_->shared_grads.push_back(i);
+  if (has_shared_storage(*found.grad)) vectors_.shared_grads.push_back(i);
   bump_version(param);
   for (int k = 0; k < num_states; ++k) bump_version(found.states[k]);
   return true;
 }
 
 // Counts slot i's elements for the device that has them.
-void PreparedStep::lay_out(size_t i) {
-  TensorEntry& entry = plan_->entries[i];
+void SlotPreparation::lay_out(size_t i) {
+  TensorEntry& entry = plan_.entries[i];
   int64_t numel_on_cpu = entry.numel;
   if (entry.device != kCpu && numel_on_cpu != 0) {
     numel_on_cpu = 0;
-    entry.cohort = plan_->first_steps.still_open(entry.cohort, entry.device);
-    share_of(vectors_->shares, entry.device).add(entry);
+    entry.cohort = plan_.first_steps.still_open(entry.cohort, entry.device);
+    share_of(vectors_.shares, entry.device).add(entry);
   }
-  plan_->first_element[i + 1] = plan_->first_element[i] + numel_on_cpu;
+  plan_.first_element[i + 1] = plan_.first_element[i] + numel_on_cpu;
 }
 
-// New and changed tensors, first steps, errors.
-void PreparedStep::prepare_slot(size_t i, const Options& options) {
-  Plan& plan = *plan_;
+bool SlotPreparation::prepare_changed() {
+  if (vectors_.changed.empty()) return false;
+  for (const size_t i : vectors_.changed) prepare(i);
+  vectors_.shares.clear();
+  for (size_t i = 0; i < plan_.slots.size(); ++i) lay_out(i);
+  return converts_;
+}
+
+void SlotPreparation::prepare(size_t i) {
+  Plan& plan = plan_;
   Slot& slot = plan.slots[i];
   slot.path = Path::kUnknown;  // whatever happens below, the next step examines it again
   plan.tensors[i] = {};
@@ -104,9 +107,9 @@ void PreparedStep::prepare_slot(size_t i, const Options& options) {
                          Py_TYPE(plan.param_objects[i])->tp_name);
   }
   const at::Tensor& param = plan.param(i);
-  const at::Tensor grad = find_grad(i, options);
+  const at::Tensor grad = find_grad(i);
   const int num_states = plan.num_states(slot);
-  const SlotState state{plan, i, &vectors_->changes};
+  const SlotState state{plan, i, &vectors_.changes};
   const at::Tensor* found[kMaxStates] = {};
   for (int k = 0; k < num_states; ++k) found[k] = state.find_state(k);
   const bool has_state = found[0] != nullptr;
@@ -126,19 +129,19 @@ void PreparedStep::prepare_slot(size_t i, const Options& options) {
     plan.memory_has_changed = true;
     slot.examine(
         operands, [&](Operand operand) { return state.name_of(operand); },
-        options.all_by_torch || state.reader().needs_torch());
+        options_.all_by_torch || state.reader().needs_torch());
   };
   if (grad.defined()) examine();
   // Torch makes its own state on a first step.
-  if (slot.path == Path::kTorch && !has_state) return vectors_->for_torch.push_back(i);
+  if (slot.path == Path::kTorch && !has_state) return vectors_.for_torch.push_back(i);
   const bool is_first_step = num_states != 0 && !has_state;
   uint32_t cohort = has_state ? plan.first_steps.cohort_of(*found[0]) : 0;
   if (is_first_step) {
     slot.path = Path::kUnknown;
-    cohort = cohort_of_first_step(slot, options);
+    cohort = cohort_of_first_step(slot);
     make_states(start, param, num_states, /*zero=*/cohort != 0);
     examine();
-    if (slot.path == Path::kTorch) return vectors_->for_torch.push_back(i);
+    if (slot.path == Path::kTorch) return vectors_.for_torch.push_back(i);
     for (int k = 0; k < num_states; ++k) put(i, plan.rule->state_keys[k], start.states[k], cohort);
   }
   // A converted state is as old as the one that it comes from.
@@ -146,15 +149,15 @@ void PreparedStep::prepare_slot(size_t i, const Options& options) {
     put(i, key, tensor, key == plan.rule->state_keys[0] ? cohort : 0);
   }
   if (!grad.defined()) return;
-  if (slot.path == Path::kTorch) return vectors_->for_torch.push_back(i);
+  if (slot.path == Path::kTorch) return vectors_.for_torch.push_back(i);
   fill_in(i, operands, is_first_step, cohort);
   attach_companions(plan, i, param, start);
 }
 
 // What the kernels read of a slot that was examined.
-void PreparedStep::fill_in(size_t i, const Operands& operands, bool is_first_step,
-                           uint32_t cohort) {
-  Plan& plan = *plan_;
+void SlotPreparation::fill_in(size_t i, const Operands& operands, bool is_first_step,
+                              uint32_t cohort) {
+  Plan& plan = plan_;
   const Slot& slot = plan.slots[i];
   TensorEntry& entry = plan.entries[i];
   entry = entry_of(operands, slot.shapes != nullptr ? slot.shapes->layout.get() : nullptr);
@@ -165,19 +168,19 @@ void PreparedStep::fill_in(size_t i, const Operands& operands, bool is_first_ste
   for (int k = 0; k < operands.num_states; ++k) {
     plan.tensors[i].states[k] = operands.states[k].unsafeGetTensorImpl();
   }
-  if (has_shared_storage(*plan.tensors[i].grad)) vectors_->shared_grads.push_back(i);
+  if (has_shared_storage(*plan.tensors[i].grad)) vectors_.shared_grads.push_back(i);
 }
 
 // The gradient to use; undefined: there is none.
-at::Tensor PreparedStep::find_grad(size_t i, const Options& options) {
-  std::vector<at::Tensor>& resolved = vectors_->resolved_grads;  // keeps what nobody else does
-  if (options.grads) {
+at::Tensor SlotPreparation::find_grad(size_t i) {
+  std::vector<at::Tensor>& resolved = vectors_.resolved_grads;  // keeps what nobody else does
+  if (options_.grads) {
     PyObject* const stand_in =
-        PyDict_GetItemWithError(options.grads.ptr(), plan_->param_objects[i]);
+        PyDict_GetItemWithError(options_.grads.ptr(), plan_.param_objects[i]);
     if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
     if (stand_in != nullptr) return resolved.emplace_back(THPVariable_Unpack(stand_in));
   }
-  const at::Tensor& grad = grad_of(*plan_->param(i).unsafeGetTensorImpl());
+  const at::Tensor& grad = grad_of(*plan_.param(i).unsafeGetTensorImpl());
   if (!grad.defined() || !(grad.is_neg() || grad.is_conj())) return grad;
   // Torch negates and conjugates lazily, by a bit; the kernels need the values. A rare case, and
   // a copy.
@@ -185,7 +188,7 @@ at::Tensor PreparedStep::find_grad(size_t i, const Options& options) {
 }
 
 // 0 where the host knows that the tensor's first step takes place.
-uint32_t PreparedStep::cohort_of_first_step(const Slot& slot, const Options& options) {
+uint32_t SlotPreparation::cohort_of_first_step(const Slot& slot) {
   if (slot.device == kCpu) return 0;
   if (is_capturing(slot.device)) {
     throw std::runtime_error(
@@ -193,50 +196,13 @@ uint32_t PreparedStep::cohort_of_first_step(const Slot& slot, const Options& opt
         ": it has no momentum_buffer yet, and step() is being captured into a CUDA graph, "
         "whose replays would each be its first step; run one step before the capture");
   }
-  return options.may_be_left_out ? plan_->first_steps.new_cohort(slot.device) : 0;
+  return options_.may_be_left_out ? plan_.first_steps.new_cohort(slot.device) : 0;
 }
 
-void PreparedStep::put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort) {
-  vectors_->changes.put({py::reinterpret_borrow<py::object>(plan_->param_objects[i]),
-                         py::reinterpret_borrow<py::object>(plan_->slots[i].state_dict), key,
-                         tensor, cohort});
-}
-
-// Only gradients whose storage has other owners can lie in another slot's parameter or buffer.
-bool PreparedStep::some_grad_meets_another_slot() const {
-  for (const size_t i : vectors_->shared_grads) {
-    const TensorEntry& entry = plan_->entries[i];
-    if (entry.numel == 0) continue;
-    if (plan_->written.meets_another(plan_->slots[i].bytes_of_grad(entry.grad), i)) return true;
-  }
-  return false;
-}
-
-int64_t bytes_to_move(const Plan& plan, const StepAverages& averages) {
-  int64_t bytes = 0;
-  for (size_t i = 0; i < plan.slots.size(); ++i) {
-    if (plan.tensors[i].param == nullptr) continue;
-    const TensorEntry& entry = plan.entries[i];
-    int64_t per_element = 2 * itemsize(entry.param_dtype) + itemsize(entry.grad_dtype);
-    for (int k = 0; k < plan.slots[i].num_states; ++k) {
-      // In a tensor's first step there is no state to read.
-      per_element += (entry.is_first_step ? 1 : 2) * itemsize(entry.state_dtype[k]);
-    }
-    if (entry.average != nullptr) per_element += 2 * itemsize(entry.param_dtype);
-    if (const LowPrecision* const low = entry.low_precision; low != nullptr) {
-      if (low->master_kind != Master::kNone) {
-        per_element += low->master_kind == Master::kRemainder ? 4 : 8;
-      }
-      if (low->scale[0] != nullptr)
-        bytes += (entry.is_first_step ? 4 : 8) * num_scales(entry.numel);
-    }
-    bytes += per_element * entry.numel;
-  }
-  for (const size_t i : averages.by_torch()) {
-    if (plan.tensors[i].param == nullptr) continue;
-    bytes += 2 * itemsize(plan.entries[i].param_dtype) * plan.entries[i].numel;
-  }
-  return bytes;
+void SlotPreparation::put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort) {
+  vectors_.changes.put({py::reinterpret_borrow<py::object>(plan_.param_objects[i]),
+                        py::reinterpret_borrow<py::object>(plan_.slots[i].state_dict), key, tensor,
+                        cohort});
 }
 
 }  // namespace momentum_ext::binding

@@ -1,0 +1,38 @@
+// Preparing a step's slots: a quick look at each, and all that it does not settle.
+#pragma once
+
+#include "operands.h"
+#include "state_format.h"
+#include "step_vectors.h"
+
+namespace momentum_ext::binding {
+
+class SlotPreparation {
+ public:
+  SlotPreparation(Plan& plan, const StepOptions& options, StepVectors& vectors)
+      : plan_(plan), options_(options), vectors_(vectors) {}
+
+  // One pass, because a tensor's fields lie in a dozen cache lines: what is as the plan says gets its
+  // version bumped at once and its place among the elements. The others are vectors.changed.
+  void look_at_all();
+
+  // Those: new and changed tensors, first steps, errors. Returns whether some state is converted to
+  // another formulation.
+  bool prepare_changed();
+
+ private:
+  bool is_as_planned(size_t i, int num_states, const GroupReader& reader);
+  void lay_out(size_t i);
+  void prepare(size_t i);
+  at::Tensor find_grad(size_t i);
+  uint32_t cohort_of_first_step(const Slot& slot);
+  void fill_in(size_t i, const Operands& operands, bool is_first_step, uint32_t cohort);
+  void put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort);
+
+  Plan& plan_;
+  const StepOptions& options_;
+  StepVectors& vectors_;
+  bool converts_ = false;
+};
+
+}  // namespace momentum_ext::binding
