@@ -4,23 +4,21 @@
 // the group's momentum is the distance.
 template <typename opmath_t, bool kBack>
 void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams<Sgd>& h) {
-  alignas(64) opmath_t param[kTile];
-  alignas(64) opmath_t lookahead[kTile];
-  alignas(64) opmath_t buffer[kTile];
+  Walker<Sgd> walker(entry, begin, end, /*in_order=*/false);
+  OperandTile<opmath_t, Walker<Sgd>> param_tile, lookahead_tile, buffer_tile;
+  param_tile.start(walker, kParam, entry.param, entry.param_dtype);
+  lookahead_tile.start(walker, kGrad, entry.grad, entry.grad_dtype);
+  buffer_tile.start(walker, kState, entry.state[0], entry.state_dtype[0]);
   alignas(64) opmath_t iterate[kTile];
   alignas(64) char rounded[kTile * sizeof(double)];
-  TileWalker walker(entry, begin, end, /*in_order=*/false);
-  TensorTile<false> param_memory(walker, kParam, entry.param, entry.param_dtype);
-  TensorTile<false> lookahead_memory(walker, kGrad, entry.grad, entry.grad_dtype);
-  TensorTile<false> buffer_memory(walker, kState, entry.state[0], entry.state_dtype[0]);
+  const RandomTile no_random{};
   const opmath_t distance = coefficients<opmath_t>(h).momentum;
   while (walker.next()) {
     const int64_t n = walker.n();
-    char* const p = param_memory.load();
-    load_tile(entry.param_dtype, p, n, param);
-    load_tile(entry.state_dtype[0], buffer_memory.load(), n, buffer);
+    auto* const param = static_cast<opmath_t*>(param_tile.load());
+    const auto* const buffer = static_cast<const opmath_t*>(buffer_tile.load());
     if constexpr (kBack) {
-      load_tile(entry.grad_dtype, lookahead_memory.load(), n, lookahead);
+      const auto* const lookahead = static_cast<const opmath_t*>(lookahead_tile.load());
       for (int64_t i = 0; i < n; ++i) {
         iterate[i] = iterate_of<FmaPolicy>(distance, lookahead[i], buffer[i]);
       }
@@ -31,14 +29,13 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
             return_to_lookahead<FmaPolicy>(distance, lookahead[i], iterate[i], param[i], buffer[i]);
       }
     } else {
-      store_tile(entry.grad_dtype, param, n, lookahead_memory.place());
-      lookahead_memory.store();
+      memcpy(lookahead_tile.place(), param, static_cast<size_t>(n) * sizeof(opmath_t));
+      lookahead_tile.store(no_random);
       for (int64_t i = 0; i < n; ++i) {
         param[i] = iterate_of<FmaPolicy>(distance, param[i], buffer[i]);
       }
     }
-    store_tile(entry.param_dtype, param, n, p);
-    param_memory.store();
+    param_tile.store(no_random);
   }
 }
 

@@ -103,12 +103,11 @@ double norm_of_block(const TensorEntry& entry, int64_t begin, int64_t end, doubl
     sums.add<kNorm>(static_cast<const opmath_t*>(entry.grad) + begin, end - begin, scale);
     return sums.total<kNorm>();
   }
-  alignas(64) opmath_t tile[kTile];
-  TileWalker walker(entry, begin, end, /*in_order=*/true);
-  TensorTile<false> memory(walker, kGrad, entry.grad, dtype);
+  TileWalker<kGrad + 1> walker(entry, begin, end, /*in_order=*/true);
+  OperandTile<opmath_t, TileWalker<kGrad + 1>> grad;
+  grad.start(walker, kGrad, entry.grad, dtype);
   while (walker.next()) {
-    load_tile(dtype, memory.load(), walker.n(), tile);
-    sums.add<kNorm>(tile, walker.n(), scale);
+    sums.add<kNorm>(static_cast<const opmath_t*>(grad.load()), walker.n(), scale);
   }
   return sums.total<kNorm>();
 }

@@ -1,0 +1,7 @@
+// All rules. What is compiled for each of them, the CPU's loops, the CUDA kernels and the binding's groups, takes them from
+// here: adding a rule is its header and a line.
+#pragma once
+
+#include "sgd.h"
+
+#define MOMENTUM_EXT_FOR_EACH_RULE(visit) visit(Sgd)
