@@ -4,21 +4,23 @@
 // the group's momentum is the distance.
 template <typename opmath_t, bool kBack>
 void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams<Sgd>& h) {
-  Walker<Sgd> walker(entry, begin, end, /*in_order=*/false);
-  OperandTile<opmath_t, Walker<Sgd>> param_tile, lookahead_tile, buffer_tile;
-  param_tile.start(walker, kParam, entry.param, entry.param_dtype);
-  lookahead_tile.start(walker, kGrad, entry.grad, entry.grad_dtype);
-  buffer_tile.start(walker, kState, entry.state[0], entry.state_dtype[0]);
+  alignas(64) opmath_t param[kTile];
+  alignas(64) opmath_t lookahead[kTile];
+  alignas(64) opmath_t buffer[kTile];
   alignas(64) opmath_t iterate[kTile];
   alignas(64) char rounded[kTile * sizeof(double)];
-  const RandomTile no_random{};
+  Walker<Sgd> walker(entry, begin, end, /*in_order=*/false);
+  TensorTile<Walker<Sgd>> params(walker, kParam, entry.param, entry.param_dtype);
+  TensorTile<Walker<Sgd>> lookaheads(walker, kGrad, entry.grad, entry.grad_dtype);
+  TensorTile<Walker<Sgd>> buffers(walker, kState, entry.state[0], entry.state_dtype[0]);
   const opmath_t distance = coefficients<opmath_t>(h).momentum;
   while (walker.next()) {
     const int64_t n = walker.n();
-    auto* const param = static_cast<opmath_t*>(param_tile.load());
-    const auto* const buffer = static_cast<const opmath_t*>(buffer_tile.load());
+    char* const p = params.load();
+    load_tile(entry.param_dtype, p, n, param);
+    load_tile(entry.state_dtype[0], buffers.load(), n, buffer);
     if constexpr (kBack) {
-      const auto* const lookahead = static_cast<const opmath_t*>(lookahead_tile.load());
+      load_tile(entry.grad_dtype, lookaheads.load(), n, lookahead);
       for (int64_t i = 0; i < n; ++i) {
         iterate[i] = iterate_of<FmaPolicy>(distance, lookahead[i], buffer[i]);
       }
@@ -29,13 +31,14 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
             return_to_lookahead<FmaPolicy>(distance, lookahead[i], iterate[i], param[i], buffer[i]);
       }
     } else {
-      memcpy(lookahead_tile.place(), param, static_cast<size_t>(n) * sizeof(opmath_t));
-      lookahead_tile.store(no_random);
+      store_tile(entry.grad_dtype, param, n, lookaheads.place());
+      lookaheads.store();
       for (int64_t i = 0; i < n; ++i) {
         param[i] = iterate_of<FmaPolicy>(distance, param[i], buffer[i]);
       }
     }
-    param_tile.store(no_random);
+    store_tile(entry.param_dtype, param, n, p);
+    params.store();
   }
 }
 

@@ -103,11 +103,12 @@ double norm_of_block(const TensorEntry& entry, int64_t begin, int64_t end, doubl
     sums.add<kNorm>(static_cast<const opmath_t*>(entry.grad) + begin, end - begin, scale);
     return sums.total<kNorm>();
   }
-  TileWalker<kGrad + 1> walker(entry, begin, end, /*in_order=*/true);
-  OperandTile<opmath_t, TileWalker<kGrad + 1>> grad;
-  grad.start(walker, kGrad, entry.grad, dtype);
+  alignas(64) opmath_t tile[kTile];
+  Walker<Sgd> walker(entry, begin, end, /*in_order=*/true);
+  TensorTile<Walker<Sgd>> grad(walker, kGrad, entry.grad, dtype);
   while (walker.next()) {
-    sums.add<kNorm>(static_cast<const opmath_t*>(grad.load()), walker.n(), scale);
+    load_tile(dtype, grad.load(), walker.n(), tile);
+    sums.add<kNorm>(tile, walker.n(), scale);
   }
   return sums.total<kNorm>();
 }

@@ -170,10 +170,10 @@ void store_block(const opmath_t* tile, const RandomTile* random, int64_t n, scal
 
 // One operand of a tensor in the type that it is computed in: where its tensor has it like that,
 // else in a tile.
-template <typename opmath_t, typename Walker, bool kAhead = false>
+template <typename opmath_t, typename W, bool kAhead = false>
 class OperandTile {
  public:
-  void start(const Walker& walker, int operand, const void* data, Dtype dtype) {
+  void start(const W& walker, int operand, const void* data, Dtype dtype) {
     walker_ = &walker;
     data_ = const_cast<void*>(data);
     dtype_ = dtype;
@@ -253,7 +253,7 @@ class OperandTile {
     return reinterpret_cast<scalar_t*>(found_);
   }
 
-  const Walker* walker_;
+  const W* walker_;
   void* data_;
   Dtype dtype_;
   bool is_8_bit_;
@@ -262,10 +262,6 @@ class OperandTile {
   void* master_ = nullptr;
   float* scales_ = nullptr;
   char* found_ = nullptr;  // the elements as they are stored
-  TensorTile<Walker, kAhead> memory_;
+  TensorTile<W, kAhead> memory_;
   alignas(64) opmath_t tile_[kTile];
 };
-
-// A walker through the operands that a rule has.
-template <typename Rule>
-using Walker = TileWalker<kState + Rule::kMaxStates>;

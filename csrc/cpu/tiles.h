@@ -225,13 +225,21 @@ class TileWalker {
   Block blocks_[kTile / 2 + 1];  // of two elements, but for one at an end
 };
 
+// Through the operands that a rule has.
+template <typename Rule>
+using Walker = TileWalker<kState + Rule::kMaxStates>;
+
 // What a walker's tile has of one tensor, one element after the other: in the tensor's own memory
 // where they lie like that, else in a copy. kAhead: with a tile that is a row, the rows below it
 // are loaded, which have the same cache lines.
-template <typename Walker, bool kAhead>
+template <typename W, bool kAhead = false>
 class TensorTile {
  public:
-  void start(const Walker& walker, int operand, const void* tensor, Dtype dtype) {
+  TensorTile() = default;
+  TensorTile(const W& walker, int operand, const void* tensor, Dtype dtype) {
+    start(walker, operand, tensor, dtype);
+  }
+  void start(const W& walker, int operand, const void* tensor, Dtype dtype) {
     walker_ = &walker;
     operand_ = operand;
     tensor_ = static_cast<char*>(const_cast<void*>(tensor));
@@ -264,7 +272,7 @@ class TensorTile {
   bool is_in_place() const {
     if (walker_->column_stride(operand_) != 1) return false;
     int64_t offset = walker_->begin()->offsets[operand_];
-    for (const typename Walker::Block& block : *walker_) {
+    for (const typename W::Block& block : *walker_) {
       if (block.rows > 1 && walker_->row_stride(operand_) != block.columns) return false;
       if (block.offsets[operand_] != offset) return false;
       offset += block.rows * block.columns;
@@ -274,7 +282,7 @@ class TensorTile {
 
   char* load_ahead() {
     if (rows_ahead_ == 0) {
-      typename Walker::Block rows = *walker_->begin();
+      typename W::Block rows = *walker_->begin();
       rows.rows = rows_ahead_ = walker_->rows_to_strip_end();
       copy<true>(&rows, &rows + 1);
       place_ = copy_;
@@ -286,16 +294,16 @@ class TensorTile {
   }
 
   template <bool kLoad>
-  void copy(const typename Walker::Block* begin, const typename Walker::Block* end) {
+  void copy(const typename W::Block* begin, const typename W::Block* end) {
     if (size_ == 2) return copy_as<kLoad, 2>(begin, end);
     if (size_ == 4) return copy_as<kLoad, 4>(begin, end);
     copy_as<kLoad, 8>(begin, end);
   }
 
   template <bool kLoad, int kSize>
-  void copy_as(const typename Walker::Block* begin, const typename Walker::Block* end) {
+  void copy_as(const typename W::Block* begin, const typename W::Block* end) {
     char* dense = copy_;
-    for (const typename Walker::Block* block = begin; block != end; ++block) {
+    for (const typename W::Block* block = begin; block != end; ++block) {
       copy_block<kLoad, kSize>(tensor_ + block->offsets[operand_] * kSize,
                                walker_->row_stride(operand_), walker_->column_stride(operand_),
                                block->rows, block->columns, dense);
@@ -303,7 +311,7 @@ class TensorTile {
     }
   }
 
-  const Walker* walker_;
+  const W* walker_;
   int operand_;
   char* tensor_;
   int64_t size_;
