@@ -9,6 +9,7 @@ namespace momentum_ext {
 struct DeviceNumber {
   const void* data = nullptr;  // nullptr: the number is known on the host
   Dtype dtype = Dtype::kFloat32;
+  uint8_t zeros[7] = {};  // launch tables compare groups as words
 };
 
 // What torch.amp.GradScaler hands over, the coefficient of a clipping, the weight of an average.

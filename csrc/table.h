@@ -79,10 +79,14 @@ struct LowPrecision {
 
 constexpr int16_t kCpu = -1;
 
-struct TensorEntry {
+// Where an entry's operands, or pieces of them, lie.
+struct OperandPointers {
   void* param;
   const void* grad;
-  void* state[kMaxStates];      // nullptr where the rule's variant has none
+  void* state[kMaxStates];  // nullptr where the rule's variant has none
+};
+
+struct TensorEntry : OperandPointers {
   void* average;                // of the parameter, in its dtype and layout; nullptr: none is kept
   const StridedLayout* layout;  // nullptr when all operands share one dense layout
   const LowPrecision* low_precision;  // nullptr: values are stored as they are, rounded to nearest

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../formats/master.h"
 #include "../formats/philox.h"
 #include "../formats/stochastic.h"
 #include "../rules/average.h"
 #include "../rules/lookahead.h"
+#include "../rules/rules.h"
 #include "backend.h"
 
 namespace momentum_ext::cpu {
@@ -15,18 +17,27 @@ namespace momentum_ext::cpu {
 using Double8 = double __attribute__((vector_size(64)));
 
 // Each works on elements [begin, end) of the table's concatenated range.
-using RunFn = void (*)(const StepTable<Sgd>& table, int64_t begin, int64_t end);
+template <typename Rule>
+using RunFn = void (*)(const StepTable<Rule>& table, int64_t begin, int64_t end);
 
 // On blocks [begin, end), of which table.first_element is the prefix sum.
 using NormFn = void (*)(const TensorTable& table, int64_t begin, int64_t end, double scale,
                         double* block_norms);
 
-struct Loops {
-  RunFn step;
-  RunFn to_iterate;
-  RunFn to_lookahead;
+template <typename Rule>
+struct StepLoop {
+  RunFn<Rule> step;
+};
+
+struct OtherLoops {
+  RunFn<Sgd> to_iterate;
+  RunFn<Sgd> to_lookahead;
   NormFn norm[3];  // by Norm
 };
+
+#define MOMENTUM_EXT_BASE(Rule) StepLoop<Rule>,
+struct Loops : MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_BASE) OtherLoops {};
+#undef MOMENTUM_EXT_BASE
 
 // nullptr where the build's target cannot have this instruction set.
 extern const Loops* const kAvx512;

@@ -11,8 +11,9 @@
 //
 #include "norm_loop.h"
 
-constexpr Loops kLoops = {
-    run_step,
+#define MOMENTUM_EXT_STEP(Rule) {run_step<Rule>},
+constexpr Loops kLoops = {MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_STEP){
     run_move<false>,
     run_move<true>,
-    {run_norm<Norm::kSumOfSquares>, run_norm<Norm::kSumOfAbs>, run_norm<Norm::kMax>}};
+    {run_norm<Norm::kSumOfSquares>, run_norm<Norm::kSumOfAbs>, run_norm<Norm::kMax>}}};
+#undef MOMENTUM_EXT_STEP

@@ -9,18 +9,18 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
   alignas(64) opmath_t buffer[kTile];
   alignas(64) opmath_t iterate[kTile];
   alignas(64) char rounded[kTile * sizeof(double)];
-  TileWalker walker(entry, begin, end, /*in_order=*/false);
-  TensorTile<false> param_memory(walker, kParam, entry.param, entry.param_dtype);
-  TensorTile<false> lookahead_memory(walker, kGrad, entry.grad, entry.grad_dtype);
-  TensorTile<false> buffer_memory(walker, kState, entry.state[0], entry.state_dtype[0]);
+  Walker<Sgd> walker(entry, begin, end, /*in_order=*/false);
+  TensorTile<Walker<Sgd>> params(walker, kParam, entry.param, entry.param_dtype);
+  TensorTile<Walker<Sgd>> lookaheads(walker, kGrad, entry.grad, entry.grad_dtype);
+  TensorTile<Walker<Sgd>> buffers(walker, kState, entry.state[0], entry.state_dtype[0]);
   const opmath_t distance = coefficients<opmath_t>(h).momentum;
   while (walker.next()) {
     const int64_t n = walker.n();
-    char* const p = param_memory.load();
+    char* const p = params.load();
     load_tile(entry.param_dtype, p, n, param);
-    load_tile(entry.state_dtype[0], buffer_memory.load(), n, buffer);
+    load_tile(entry.state_dtype[0], buffers.load(), n, buffer);
     if constexpr (kBack) {
-      load_tile(entry.grad_dtype, lookahead_memory.load(), n, lookahead);
+      load_tile(entry.grad_dtype, lookaheads.load(), n, lookahead);
       for (int64_t i = 0; i < n; ++i) {
         iterate[i] = iterate_of<FmaPolicy>(distance, lookahead[i], buffer[i]);
       }
@@ -31,14 +31,14 @@ void move_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hype
             return_to_lookahead<FmaPolicy>(distance, lookahead[i], iterate[i], param[i], buffer[i]);
       }
     } else {
-      store_tile(entry.grad_dtype, param, n, lookahead_memory.place());
-      lookahead_memory.store();
+      store_tile(entry.grad_dtype, param, n, lookaheads.place());
+      lookaheads.store();
       for (int64_t i = 0; i < n; ++i) {
         param[i] = iterate_of<FmaPolicy>(distance, param[i], buffer[i]);
       }
     }
     store_tile(entry.param_dtype, param, n, p);
-    param_memory.store();
+    params.store();
   }
 }
 

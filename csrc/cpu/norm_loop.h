@@ -104,10 +104,10 @@ double norm_of_block(const TensorEntry& entry, int64_t begin, int64_t end, doubl
     return sums.total<kNorm>();
   }
   alignas(64) opmath_t tile[kTile];
-  TileWalker walker(entry, begin, end, /*in_order=*/true);
-  TensorTile<false> memory(walker, kGrad, entry.grad, dtype);
+  Walker<Sgd> walker(entry, begin, end, /*in_order=*/true);
+  TensorTile<Walker<Sgd>> grad(walker, kGrad, entry.grad, dtype);
   while (walker.next()) {
-    load_tile(dtype, memory.load(), walker.n(), tile);
+    load_tile(dtype, grad.load(), walker.n(), tile);
     sums.add<kNorm>(tile, walker.n(), scale);
   }
   return sums.total<kNorm>();

@@ -1,5 +1,5 @@
-// Low-precision slots: parameters with a master and buffers of 8 bits, a tile at a time, and stores
-// that round at random. Included like loop.h.
+// What a tile has of one operand, whatever it is stored as: with a master, in 8 bits, rounded at
+// random. Included like loop.h.
 
 // Random numbers for one tile: 16 bits for each element.
 struct RandomTile {
@@ -48,10 +48,11 @@ void fill_random(RandomTile& random, const RandomKey& key, int64_t at, int64_t n
 
 // ---- storing at random --------------------------------------------------------------------------
 
-// The same numbers for the momentum buffer.
-void exchange_bytes(const RandomTile& random, int64_t n, RandomTile& exchanged) {
+// The same numbers for state k.
+template <int k>
+void rotate_random(const RandomTile& random, int64_t n, RandomTile& rotated) {
   for (int64_t i = 0; i < n; ++i) {
-    exchanged.bits[i] = static_cast<uint16_t>(random_of_buffer(random.bits[i]));
+    rotated.bits[i] = static_cast<uint16_t>(random_of_state<k>(random.bits[i]));
   }
 }
 
@@ -84,17 +85,14 @@ void store_all_stochastic(const opmath_t* tile, const RandomTile& random, int64_
   }
 }
 
-bool is_16_bit(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16; }
-
 // Of a dtype of 16 bits.
 template <typename opmath_t>
 void store_tile_stochastic(Dtype dtype, const opmath_t* tile, const RandomTile& random, int64_t n,
                            void* target) {
-  if (dtype == Dtype::kBFloat16) {
-    store_all_stochastic<BFloat16>(tile, random, n, target);
-  } else {
-    store_all_stochastic<Float16>(tile, random, n, target);
-  }
+  visit_dtype<opmath_t>(dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    if constexpr (sizeof(scalar_t) == 2) store_all_stochastic<scalar_t>(tile, random, n, target);
+  });
 }
 
 // ---- parameters with a master -------------------------------------------------------------------
@@ -129,43 +127,20 @@ void store_copy(const opmath_t* tile, int64_t n, Float16* param, float* master) 
   float_to_half(master, n, param);
 }
 
-// Elements [at, at + n), of which the parameter's are at `param`.
-template <typename opmath_t>
-void load_master(const LowPrecision& low, const void* param, int64_t at, int64_t n,
-                 opmath_t* tile) {
-  if (low.master_kind == Master::kRemainder) {
-    load_split(static_cast<const BFloat16*>(param), static_cast<const int16_t*>(low.master) + at, n,
-               tile);
-  } else {
-    load_copy(static_cast<const Float16*>(param), static_cast<const float*>(low.master) + at, n,
-              tile);
-  }
-}
-
-template <typename opmath_t>
-void store_master(const LowPrecision& low, const opmath_t* tile, int64_t at, int64_t n,
-                  void* param) {
-  if (low.master_kind == Master::kRemainder) {
-    store_split(tile, n, static_cast<BFloat16*>(param), static_cast<int16_t*>(low.master) + at);
-  } else {
-    store_copy(tile, n, static_cast<Float16*>(param), static_cast<float*>(low.master) + at);
-  }
-}
-
-// ---- buffers of 8 bits --------------------------------------------------------------------------
+// ---- states of 8 bits ---------------------------------------------------------------------------
 // A tile is a block: both begin at multiples of kTile.
 
 static_assert(kTile == kScaleBlock);
 
 template <typename scalar_t, typename opmath_t>
-void load_block_as(const scalar_t* block, float scale, int64_t n, opmath_t* tile) {
+void load_block(const scalar_t* block, float scale, int64_t n, opmath_t* tile) {
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) tile[i] = load(block[i]) * scale;
 }
 
 template <typename scalar_t, typename opmath_t>
-void store_block_as(const opmath_t* tile, const RandomTile* random, int64_t n, scalar_t* block,
-                    float* scale) {
+void store_block(const opmath_t* tile, const RandomTile* random, int64_t n, scalar_t* block,
+                 float* scale) {
   alignas(64) float values[kTile];
   int32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -191,24 +166,102 @@ void store_block_as(const opmath_t* tile, const RandomTile* random, int64_t n, s
   }
 }
 
-template <typename opmath_t>
-void load_block(Dtype dtype, const void* buffer, const float* scales, int64_t at, int64_t n,
-                opmath_t* tile) {
-  const float scale = scales[at / kScaleBlock];
-  if (dtype == Dtype::kInt8) {
-    load_block_as(static_cast<const Int8*>(buffer) + at, scale, n, tile);
-  } else {
-    load_block_as(static_cast<const Float8E4M3*>(buffer) + at, scale, n, tile);
-  }
-}
+// ---- an operand ---------------------------------------------------------------------------------
 
-template <typename opmath_t>
-void store_block(Dtype dtype, const opmath_t* tile, const RandomTile* random, int64_t at, int64_t n,
-                 void* buffer, float* scales) {
-  float* const scale = scales + at / kScaleBlock;
-  if (dtype == Dtype::kInt8) {
-    store_block_as(tile, random, n, static_cast<Int8*>(buffer) + at, scale);
-  } else {
-    store_block_as(tile, random, n, static_cast<Float8E4M3*>(buffer) + at, scale);
+// One operand of a tensor in the type that it is computed in: where its tensor has it like that,
+// else in a tile.
+template <typename opmath_t, typename W, bool kAhead = false>
+class OperandTile {
+ public:
+  void start(const W& walker, int operand, const void* data, Dtype dtype) {
+    walker_ = &walker;
+    data_ = const_cast<void*>(data);
+    dtype_ = dtype;
+    is_8_bit_ = is_8_bit(dtype);
+    memory_.start(walker, operand, data, dtype);
   }
-}
+  void keep_master(Master kind, void* master) {
+    master_kind_ = kind;
+    master_ = master;
+  }
+  void keep_scales(float* scales) { scales_ = scales; }
+
+  // False where nothing is rounded.
+  bool round_at_random() {
+    return is_random_ = itemsize(dtype_) <= 2 && master_kind_ == Master::kNone;
+  }
+  bool is_random() const { return is_random_; }
+
+  // Where the walker's elements are to be written.
+  void* place() {
+    if (is_8_bit_) return tile_;
+    found_ = memory_.place();
+    return is_in_place() ? static_cast<void*>(found_) : tile_;
+  }
+
+  // Where they are.
+  void* load() {
+    const int64_t at = walker_->at();
+    const int64_t n = walker_->n();
+    if (is_8_bit_) {
+      visit_8_bit(dtype_, [&](auto type) {
+        const auto* const block = static_cast<decltype(type)*>(data_) + at;
+        load_block(block, scales_[at / kScaleBlock], n, tile_);
+      });
+      return tile_;
+    }
+    found_ = memory_.load();
+    if (is_in_place()) return found_;
+    if (master_kind_ == Master::kRemainder) {
+      load_split(as<BFloat16>(), static_cast<const int16_t*>(master_) + at, n, tile_);
+    } else if (master_kind_ == Master::kCopy) {
+      load_copy(as<Float16>(), static_cast<const float*>(master_) + at, n, tile_);
+    } else {
+      load_tile(dtype_, found_, n, tile_);
+    }
+    return tile_;
+  }
+
+  // What was written there.
+  void store(const RandomTile& random) {
+    const int64_t at = walker_->at();
+    const int64_t n = walker_->n();
+    if (is_8_bit_) {
+      return visit_8_bit(dtype_, [&](auto type) {
+        auto* const block = static_cast<decltype(type)*>(data_) + at;
+        store_block(tile_, is_random_ ? &random : nullptr, n, block, scales_ + at / kScaleBlock);
+      });
+    }
+    if (master_kind_ == Master::kRemainder) {
+      store_split(tile_, n, as<BFloat16>(), static_cast<int16_t*>(master_) + at);
+    } else if (master_kind_ == Master::kCopy) {
+      store_copy(tile_, n, as<Float16>(), static_cast<float*>(master_) + at);
+    } else if (is_random_) {
+      store_tile_stochastic(dtype_, tile_, random, n, found_);
+    } else if (!is_in_place()) {
+      store_tile(dtype_, tile_, n, found_);
+    }
+    memory_.store();
+  }
+
+ private:
+  bool is_in_place() const {
+    return dtype_ == (sizeof(opmath_t) == sizeof(double) ? Dtype::kFloat64 : Dtype::kFloat32);
+  }
+  template <typename scalar_t>
+  scalar_t* as() {
+    return reinterpret_cast<scalar_t*>(found_);
+  }
+
+  const W* walker_;
+  void* data_;
+  Dtype dtype_;
+  bool is_8_bit_;
+  bool is_random_ = false;
+  Master master_kind_ = Master::kNone;
+  void* master_ = nullptr;
+  float* scales_ = nullptr;
+  char* found_ = nullptr;  // the elements as they are stored
+  TensorTile<W, kAhead> memory_;
+  alignas(64) opmath_t tile_[kTile];
+};

@@ -118,7 +118,8 @@ void parallel_for(int64_t n, Tasks tasks, const Body& body) {
               [&](int64_t i) { body(n * i / tasks.count, n * (i + 1) / tasks.count); });
 }
 
-void run_loop(RunFn run, const StepTable<Sgd>& table, int max_threads) {
+template <typename Rule>
+void run_loop(RunFn<Rule> run, const StepTable<Rule>& table, int max_threads) {
   const int64_t first = table.first_element[0];
   const int64_t numel = table.first_element[table.num_entries] - first;
   parallel_for(numel, num_tasks(numel, max_threads),
@@ -129,10 +130,12 @@ const Loops& loops() { return *current().load(std::memory_order_relaxed)->loops;
 
 }  // namespace
 
-template <>
-void step<Sgd>(const StepTable<Sgd>& table, int max_threads) {
-  run_loop(loops().step, table, max_threads);
+template <typename Rule>
+void step(const StepTable<Rule>& table, int max_threads) {
+  run_loop(static_cast<const StepLoop<Rule>&>(loops()).step, table, max_threads);
 }
+#define MOMENTUM_EXT_STEP(Rule) template void step(const StepTable<Rule>& table, int max_threads);
+MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_STEP)
 
 void move_to_iterate(const StepTable<Sgd>& table, int max_threads) {
   run_loop(loops().to_iterate, table, max_threads);

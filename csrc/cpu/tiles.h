@@ -9,64 +9,32 @@ constexpr int64_t kLineBytes = 64;
 // ---- between dtypes -----------------------------------------------------------------------------
 
 template <typename scalar_t, typename opmath_t>
-void load_all(const void* source_ptr, int64_t n, opmath_t* tile) {
-  const auto* source = static_cast<const scalar_t*>(source_ptr);
+void load_all(const scalar_t* source, int64_t n, opmath_t* tile) {
   for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<opmath_t>(load(source[i]));
 }
+void load_all(const Float16* source, int64_t n, float* tile) { half_to_float(source, n, tile); }
 
 template <typename scalar_t, typename opmath_t>
-void store_all(const opmath_t* tile, int64_t n, void* target_ptr) {
+void store_all(const opmath_t* tile, int64_t n, scalar_t* target) {
   using stored_t = typename OpMath<scalar_t>::type;
-  auto* target = static_cast<scalar_t*>(target_ptr);
   for (int64_t i = 0; i < n; ++i) store(target[i], static_cast<stored_t>(tile[i]));
 }
+void store_all(const float* tile, int64_t n, Float16* target) { float_to_half(tile, n, target); }
 
+// Of a dtype of 16 bits or more; 8-bit values have a scale, see slots.h.
 template <typename opmath_t>
 void load_tile(Dtype dtype, const void* source, int64_t n, opmath_t* tile) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return load_all<float>(source, n, tile);
-    case Dtype::kFloat64:
-      return load_all<double>(source, n, tile);
-    case Dtype::kBFloat16:
-      return load_all<BFloat16>(source, n, tile);
-    case Dtype::kFloat16:
-      if constexpr (sizeof(opmath_t) == sizeof(float)) {
-        return half_to_float(static_cast<const Float16*>(source), n, tile);
-      }
-      return load_all<Float16>(source, n, tile);
-    default:  // 8-bit values have a scale, see slots.h
-      __builtin_unreachable();
-  }
+  visit_dtype<opmath_t>(
+      dtype, [&](auto type) { load_all(static_cast<const decltype(type)*>(source), n, tile); });
 }
 
 template <typename opmath_t>
 void store_tile(Dtype dtype, const opmath_t* tile, int64_t n, void* target) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return store_all<float>(tile, n, target);
-    case Dtype::kFloat64:
-      return store_all<double>(tile, n, target);
-    case Dtype::kBFloat16:
-      return store_all<BFloat16>(tile, n, target);
-    case Dtype::kFloat16:
-      if constexpr (sizeof(opmath_t) == sizeof(float)) {
-        return float_to_half(tile, n, static_cast<Float16*>(target));
-      }
-      return store_all<Float16>(tile, n, target);
-    default:
-      __builtin_unreachable();
-  }
+  visit_dtype<opmath_t>(
+      dtype, [&](auto type) { store_all(tile, n, static_cast<decltype(type)*>(target)); });
 }
 
 // ---- between layouts ----------------------------------------------------------------------------
-
-// A block of a strided layout, row by row.
-struct Block {
-  int64_t rows;
-  int64_t columns;
-  int64_t offsets[kNumOperands];  // of its first element in each tensor
-};
 
 // Goes through elements of an entry, a tile at a time. A strided layout is walked in blocks, see
 // StridedLayout, strip by strip: a strip has several blocks, one after the other along `across`,
@@ -76,8 +44,16 @@ struct Block {
 // Where the order matters, a tile has elements that follow on each other by their index, and begins
 // at a multiple of kTile. Then a block is a single row, as long as a tile, if the rows are whole
 // tiles; else the walk is in the order of the index.
+template <int kOperands>
 class TileWalker {
  public:
+  // A block of a strided layout, row by row.
+  struct Block {
+    int64_t rows;
+    int64_t columns;
+    int64_t offsets[kOperands];  // of its first element in each tensor
+  };
+
   // Elements [begin, end), or as many blocks as fall to them. Neighbouring ranges together have
   // every element once.
   TileWalker(const TensorEntry& entry, int64_t begin, int64_t end, bool in_order)
@@ -124,7 +100,7 @@ class TileWalker {
       Block& block = blocks_[num_blocks_];
       block.columns = min_of(size_of(inner_) - index_[inner_], by_index_ ? most - n_ : columns_);
       block.rows = across_ < 0 ? 1 : min_of(rows_left(), rows_);
-      for (int t = 0; t < kNumOperands; ++t) block.offsets[t] = offsets_[t];
+      for (int t = 0; t < kOperands; ++t) block.offsets[t] = offsets_[t];
       if (n_ + block.rows * block.columns > most) break;
       n_ += block.rows * block.columns;
       ++num_blocks_;
@@ -139,8 +115,8 @@ class TileWalker {
   int64_t n() const { return n_; }
   const Block* begin() const { return blocks_; }
   const Block* end() const { return blocks_ + num_blocks_; }
-  int64_t column_stride(Operand operand) const { return layout_->dims[inner_].strides[operand]; }
-  int64_t row_stride(Operand operand) const {
+  int64_t column_stride(int operand) const { return layout_->dims[inner_].strides[operand]; }
+  int64_t row_stride(int operand) const {
     return across_ < 0 ? 0 : layout_->dims[across_].strides[operand];
   }
   // Of tiles that are rows, how many are next: this one, and others below it. Else 0.
@@ -172,7 +148,7 @@ class TileWalker {
 
   void advance(int d, int64_t by) {
     index_[d] += by;
-    for (int t = 0; t < kNumOperands; ++t) offsets_[t] += by * layout_->dims[d].strides[t];
+    for (int t = 0; t < kOperands; ++t) offsets_[t] += by * layout_->dims[d].strides[t];
   }
 
   // False: the dimension was through, and begins again.
@@ -244,51 +220,60 @@ class TileWalker {
   int64_t rows_to_strip_end_ = 0;
   int64_t blocks_left_ = 0;
   int64_t index_[kMaxDims];
-  int64_t offsets_[kNumOperands] = {};
+  int64_t offsets_[kOperands] = {};
   int num_blocks_ = 0;
   Block blocks_[kTile / 2 + 1];  // of two elements, but for one at an end
 };
 
+// Through the operands that a rule has.
+template <typename Rule>
+using Walker = TileWalker<kState + Rule::kMaxStates>;
+
 // What a walker's tile has of one tensor, one element after the other: in the tensor's own memory
 // where they lie like that, else in a copy. kAhead: with a tile that is a row, the rows below it
 // are loaded, which have the same cache lines.
-template <bool kAhead>
+template <typename W, bool kAhead = false>
 class TensorTile {
  public:
-  TensorTile(const TileWalker& walker, Operand operand, const void* tensor, Dtype dtype)
-      : walker_(walker),
-        operand_(operand),
-        tensor_(static_cast<char*>(const_cast<void*>(tensor))),
-        size_(itemsize(dtype)) {}
+  TensorTile() = default;
+  TensorTile(const W& walker, int operand, const void* tensor, Dtype dtype) {
+    start(walker, operand, tensor, dtype);
+  }
+  void start(const W& walker, int operand, const void* tensor, Dtype dtype) {
+    walker_ = &walker;
+    operand_ = operand;
+    tensor_ = static_cast<char*>(const_cast<void*>(tensor));
+    size_ = itemsize(dtype);
+  }
 
   // Where they are, or shall be.
   char* place() {
-    if (!walker_.is_strided()) return place_ = tensor_ + walker_.at() * size_;
-    return place_ = is_in_place() ? tensor_ + walker_.begin()->offsets[operand_] * size_ : copy_;
+    if (!walker_->is_strided()) return place_ = tensor_ + walker_->at() * size_;
+    return place_ = is_in_place() ? tensor_ + walker_->begin()->offsets[operand_] * size_ : copy_;
   }
 
   char* load() {
     if constexpr (kAhead) {
-      if (walker_.rows_to_strip_end() > 0 && walker_.column_stride(operand_) != 1) {
+      if (walker_->rows_to_strip_end() > 0 && walker_->column_stride(operand_) != 1) {
         return load_ahead();
       }
     }
     place();
-    if (place_ == copy_) copy<true>(walker_.begin(), walker_.end());
+    if (place_ == copy_) copy<true>(walker_->begin(), walker_->end());
     return place_;
   }
 
   void store() {
-    if (place_ == copy_) copy<false>(walker_.begin(), walker_.end());
+    if (place_ == copy_) copy<false>(walker_->begin(), walker_->end());
   }
 
  private:
   // The elements of each block lie in a row, and each block behind the one before.
   bool is_in_place() const {
-    if (walker_.column_stride(operand_) != 1) return false;
-    int64_t offset = walker_.begin()->offsets[operand_];
-    for (const Block& block : walker_) {
-      if (block.rows > 1 && walker_.row_stride(operand_) != block.columns) return false;
+    if (walker_->column_stride(operand_) != 1) return false;
+    int64_t offset = walker_->begin()->offsets[operand_];
+    for (const typename W::Block& block : *walker_) {
+      if (block.rows > 1 && walker_->row_stride(operand_) != block.columns) return false;
       if (block.offsets[operand_] != offset) return false;
       offset += block.rows * block.columns;
     }
@@ -297,8 +282,8 @@ class TensorTile {
 
   char* load_ahead() {
     if (rows_ahead_ == 0) {
-      Block rows = *walker_.begin();
-      rows.rows = rows_ahead_ = walker_.rows_to_strip_end();
+      typename W::Block rows = *walker_->begin();
+      rows.rows = rows_ahead_ = walker_->rows_to_strip_end();
       copy<true>(&rows, &rows + 1);
       place_ = copy_;
     } else {
@@ -309,28 +294,28 @@ class TensorTile {
   }
 
   template <bool kLoad>
-  void copy(const Block* begin, const Block* end) {
+  void copy(const typename W::Block* begin, const typename W::Block* end) {
     if (size_ == 2) return copy_as<kLoad, 2>(begin, end);
     if (size_ == 4) return copy_as<kLoad, 4>(begin, end);
     copy_as<kLoad, 8>(begin, end);
   }
 
   template <bool kLoad, int kSize>
-  void copy_as(const Block* begin, const Block* end) {
+  void copy_as(const typename W::Block* begin, const typename W::Block* end) {
     char* dense = copy_;
-    for (const Block* block = begin; block != end; ++block) {
+    for (const typename W::Block* block = begin; block != end; ++block) {
       copy_block<kLoad, kSize>(tensor_ + block->offsets[operand_] * kSize,
-                               walker_.row_stride(operand_), walker_.column_stride(operand_),
+                               walker_->row_stride(operand_), walker_->column_stride(operand_),
                                block->rows, block->columns, dense);
       dense += block->rows * block->columns * kSize;
     }
   }
 
-  const TileWalker& walker_;
-  Operand operand_;
+  const W* walker_;
+  int operand_;
   char* tensor_;
   int64_t size_;
-  char* place_ = nullptr;
+  char* place_;
   int64_t rows_ahead_ = 0;
   alignas(64) char copy_[kTile * (kAhead ? kLineBytes : static_cast<int64_t>(sizeof(double)))];
 };

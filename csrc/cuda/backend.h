@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include "../rules/clip.h"
-#include "../rules/sgd.h"
 #include "../step_scalars.h"
 #include "../table.h"
 

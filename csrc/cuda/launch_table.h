@@ -3,21 +3,43 @@
 //   header | tensors from the front, one record each ...        ... groups from the back | end
 //
 // A parameter may have 32,764 bytes on sm_70 and newer with a driver for CUDA 12.1, else 4,096. A
-// tensor takes 32 bytes and a group in fp32 as many: one fp32 group and 1,021 tensors fit, or 465
+// tensor of SGD takes 32 bytes and a group in fp32 as many: one fp32 group and 1,021 tensors fit, or 465
 // groups with a tensor each. More groups leave room for fewer tensors; what does not fit goes into
 // further launches. Tensors whose average is kept take 40 bytes: 817 of them fit; those with
 // low-precision state 64: 510.
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include <atomic>
 #include <type_traits>
 
-#include "../rules/sgd.h"
 #include "../table.h"
 
 namespace momentum_ext::cuda {
 
 constexpr int kSmallTable = 4096;
 constexpr int kLargeTable = 32760;  // 32,764 in whole words
+
+// Whether a kernel's parameter may have 32,764 bytes: a question to driver and device.
+inline bool has_large_parameters(int device) {
+  constexpr int kMaxDevices = 64;
+  constexpr int kDriverForCuda121 = 12010;
+  static std::atomic<int8_t> known[kMaxDevices];  // 0: not asked yet
+  if (device < kMaxDevices && known[device] != 0) return known[device] > 0;
+  int driver = 0;
+  int major = 0;
+  const bool large =
+      cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kDriverForCuda121 &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      major >= 7;
+  if (device < kMaxDevices) known[device] = large ? 1 : -1;
+  return large;
+}
+
+inline bool lies_on(const TensorEntry& entry, int device) {
+  return entry.device == device && entry.numel != 0;
+}
 
 enum class GradNumber : uint16_t { kNone, kScale, kFactor };
 
@@ -42,36 +64,79 @@ static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
 
 // ---- a tensor -----------------------------------------------------------------------------------
 
-//   word 0 to 2   param, grad, momentum buffer
-//   word 3        its first chunk's number (32 bits), its last chunk's elements less one (16),
+// Where a tensor's record has what, in words. A rule with n states has
+//
+//   param, grad, n states
+//   kChunks       its first chunk's number (32 bits), its last chunk's elements less one (16),
 //                 its group (16)
 //
 // where averages are kept, and in every strided record
 //
-//   word 4        average, in the parameter's dtype and layout
+//   kAverage      in the parameter's dtype and layout
 //
-// and in a strided record
+// in a strided record
 //
-//   word 5        dtypes of param, grad and buffer, number of dimensions, binary logarithms of a
-//                 chunk's sizes in the first three (8 bits each)
-//   then          size, param stride, grad stride and buffer stride of each dimension, those of a
-//                 chunk first
-constexpr int kDimWords = 1 + kState + Sgd::kMaxStates;
-constexpr int kFlatRecord = 4;
-constexpr int kAveragedRecord = 5;
-constexpr int kFirstDim = 6;
-constexpr int kStridedRecord = kFirstDim + kDimWords * kMaxStridedDimsCuda;
+//   kKind         see TensorKind
+//   kFirstDim ..  size and strides of param, grad and states, of each dimension
+//
+// and with low-precision state
+//
+//   kKind         see TensorKind
+//   kMaster, kScale ..   a master; a scale for each state
+//   kFirstDimBehindScales ..   the dimensions, where they are strided
+template <typename Rule>
+struct Record {
+  static constexpr int kOperands = kState + Rule::kMaxStates;
+  static constexpr int kChunks = kOperands;
+  static constexpr int kAverage = kChunks + 1;
+  static constexpr int kKind = kAverage + 1;
+  static constexpr int kFirstDim = kKind + 1;
+  static constexpr int kDimWords = 1 + kOperands;
+  static constexpr int kMaster = kKind + 1;
+  static constexpr int kScale = kMaster + 1;
+  static constexpr int kFirstDimBehindScales = kScale + Rule::kMaxStates;
+  // Their sizes.
+  static constexpr int kFlat = kChunks + 1;
+  static constexpr int kAveraged = kAverage + 1;
+  static constexpr int kStrided = kFirstDim + kDimWords * kMaxStridedDimsCuda;
+  static constexpr int kLowPrecision = kFirstDimBehindScales;
+  static constexpr int kStridedLowPrecision =
+      kFirstDimBehindScales + kDimWords * kMaxStridedDimsCuda;
+};
 
-// Tensors with low-precision state have in place of what follows word 4
-//
-//   word 5        dtypes of param, grad and buffer (8 bits each), number of dimensions (4), kind of
-//                 master (3), whether it may round at random (1); its place among the optimizer's
-//                 parameters (32)
-//   word 6, 7     master, scale
-//   then          the dimensions, where they are strided
-constexpr int kFirstLowPrecisionDim = 8;
-constexpr int kLowPrecisionRecord = kFirstLowPrecisionDim;
-constexpr int kStridedLowPrecisionRecord = kFirstLowPrecisionDim + kDimWords * kMaxStridedDimsCuda;
+// What a block must know of a tensor whose dtypes its kernel learns when it runs.
+struct TensorKind {
+  uint32_t bits = 0;    // dtypes of param, grad and states (4 bits each), number of dimensions (4),
+                        // kind of master (3), whether it may round at random (1)
+  uint32_t number = 0;  // strided: binary logarithms of a chunk's sizes in the first three
+                        // dimensions (8 bits each); low precision: the tensor's random numbers
+
+  explicit TensorKind(const TensorEntry& entry, int ndim) {
+    bits = static_cast<uint32_t>(entry.param_dtype) | static_cast<uint32_t>(entry.grad_dtype) << 4 |
+           static_cast<uint32_t>(ndim) << 20;
+    for (int k = 0; k < kMaxStates; ++k) {
+      bits |= static_cast<uint32_t>(entry.state_dtype[k]) << (8 + 4 * k);
+    }
+    if (const LowPrecision* const low = entry.low_precision; low != nullptr) {
+      bits |= static_cast<uint32_t>(low->master_kind) << 24 | 1u << 27;
+      number = low->tensor;
+    }
+  }
+  MOMENTUM_EXT_INLINE explicit TensorKind(uint64_t word)
+      : bits(static_cast<uint32_t>(word)), number(static_cast<uint32_t>(word >> 32)) {}
+
+  uint64_t word() const { return bits | uint64_t{number} << 32; }
+
+  MOMENTUM_EXT_INLINE Dtype dtype(int operand) const {
+    return static_cast<Dtype>(bits >> 4 * operand & 15u);
+  }
+  MOMENTUM_EXT_INLINE int ndim() const { return static_cast<int>(bits >> 20 & 15u); }
+  MOMENTUM_EXT_INLINE Master master() const { return static_cast<Master>(bits >> 24 & 7u); }
+  MOMENTUM_EXT_INLINE bool may_round_at_random() const { return (bits >> 27 & 1u) != 0; }
+  MOMENTUM_EXT_INLINE int log_size(int dim) const {
+    return static_cast<int>(number >> 8 * dim & 255u);
+  }
+};
 
 constexpr int kMaxChunk = 1 << 16;  // elements
 constexpr int kMaxGroups = 1 << 16;
@@ -106,18 +171,17 @@ MOMENTUM_EXT_INLINE int locate_tensor(const Table& table, uint32_t chunk) {
 // ---- a group ------------------------------------------------------------------------------------
 
 // Those tensors of a parameter group that are treated alike.
-template <typename opmath_t>
+template <typename Rule, typename opmath_t>
 struct PackedGroup {
-  Sgd::Coefficients<opmath_t> coefficients;
-  uint32_t flags;  // what follows, a bit each; then the cohort
+  typename Rule::template Coefficients<opmath_t> coefficients;
+  uint32_t flags;  // the rule's options; then the cohort
 };
-constexpr uint32_t kHasWeightDecay = 1;  // in the gradient (L2)
-constexpr uint32_t kHasMomentum = 2;
-constexpr uint32_t kHasNesterov = 4;
-constexpr uint32_t kIsDecoupled = 8;  // the weight decay
-constexpr int kCohortShift = 4;
-constexpr uint32_t kNoCohort = 0;                              // has had its first step
-constexpr uint32_t kFirstStep = ~uint32_t{0} >> kCohortShift;  // has it now, as the host knows
+template <typename Rule>
+constexpr int kCohortShift = Rule::Options::kBits;
+constexpr uint32_t kNoCohort = 0;  // has had its first step
+template <typename Rule>
+constexpr uint32_t kFirstStep =
+    ~uint32_t{0} >> kCohortShift<Rule>;  // has it now, as the host knows
 
 // The last words of a group of tensors that may round at random.
 struct GroupRounding {
@@ -147,7 +211,7 @@ struct AverageWeight {
 };
 
 // Where group g begins, with words reserved behind the groups. Groups that read numbers from the
-// device's memory have an Sgd::OnDevice behind their PackedGroup; if one has, all of the launch
+// device's memory have the rule's OnDevice behind their PackedGroup; if one has, all of the launch
 // have room for it.
 template <int kReserved, int kBytes>
 MOMENTUM_EXT_INLINE int group_at(const LaunchTable<kBytes>& table, int group) {

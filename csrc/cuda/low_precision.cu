@@ -13,228 +13,192 @@
 // Compile with --fmad=false, as all kernels.
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
+#include "../rules/rules.h"
+#include "operand.cuh"
 #include "packing.h"
-#include "slots.h"
 #include "work.h"
 
 namespace momentum_ext::cuda {
 namespace {
 
-constexpr int kTurns = 2;  // of a block through its chunk
+constexpr int kPasses = 2;  // of a block through its chunk
 
 // On a multiprocessor: as few as this have enough loads on their way, eight elements a thread, and
 // leave registers for all that may be asked for. Doubles are not for speed.
 template <typename opmath_t>
 constexpr int kBlocksAtOnce = sizeof(opmath_t) == 8 ? 1 : 2;
 
-template <typename opmath_t_, bool kIsStrided_>
+template <typename Rule_, typename opmath_t_, bool kIsStrided_>
 struct LowPrecisionKind {
+  using Rule = Rule_;
   using opmath_t = opmath_t_;
+  using Fields = Record<Rule>;
   static constexpr bool kIsStrided = kIsStrided_;
-  static constexpr int kRecord = kIsStrided ? kStridedLowPrecisionRecord : kLowPrecisionRecord;
+  static constexpr int kRecord = kIsStrided ? Fields::kStridedLowPrecision : Fields::kLowPrecision;
   static constexpr int kReserved = kWordsOf<AverageWeight>;
   static constexpr int kRoundingWords = kWordsOf<GroupRounding>;
-  static constexpr int kChunk = kThreads * kElemsPerThread * kTurns;
+  static constexpr int kChunk = kThreads * kElemsPerThread * kPasses;
   static_assert(kChunk <= kMaxChunk && kChunk % kScaleBlock == 0);
 
   static void pack_rest(const TensorEntry& entry, uint64_t* record) {
-    constexpr LowPrecision kNothing = {nullptr, {}, 0, Master::kNone};
-    const bool has_state = entry.low_precision != nullptr;
-    const LowPrecision& low = has_state ? *entry.low_precision : kNothing;
     int ndim = 0;
-    if constexpr (kIsStrided) ndim = pack_dims(entry, record + kFirstLowPrecisionDim);
-    record[5] = pack_dtypes(entry) | static_cast<uint64_t>(ndim) << 24 |
-                static_cast<uint64_t>(low.master_kind) << 28 | uint64_t{has_state} << 31 |
-                uint64_t{low.tensor} << 32;
-    record[6] = reinterpret_cast<uint64_t>(low.master);
-    record[7] = reinterpret_cast<uint64_t>(low.scale[0]);
+    if constexpr (kIsStrided) {
+      with_layout(entry, [&](const StridedLayout& layout) {
+        for (; ndim < layout.ndim; ++ndim) {
+          uint64_t* const words = record + Fields::kFirstDimBehindScales + Fields::kDimWords * ndim;
+          pack_dim<Rule>(layout.dims[ndim], words);
+        }
+      });
+    }
+    record[Fields::kKind] = TensorKind(entry, ndim).word();
+    constexpr LowPrecision kNothing{};
+    const LowPrecision& low = entry.low_precision != nullptr ? *entry.low_precision : kNothing;
+    record[Fields::kMaster] = reinterpret_cast<uint64_t>(low.master);
+    for (int k = 0; k < Rule::kMaxStates; ++k) {
+      record[Fields::kScale + k] = reinterpret_cast<uint64_t>(low.scale[k]);
+    }
   }
 };
 
 // ---- the kernel ---------------------------------------------------------------------------------
 
-// A tensor's record, read.
-struct Task {
-  void* param;
-  const void* grad;
-  void* buffer;
-  void* average;
-  void* master;
-  float* scale;
-  Dtype param_dtype;
-  Dtype grad_dtype;
-  Dtype buffer_dtype;
-  Master master_kind;
-  bool may_round_at_random;
-  uint32_t tensor;
-  int ndim;
-  const uint64_t* dims;
-
-  __device__ __forceinline__ explicit Task(const uint64_t* record)
-      : param(reinterpret_cast<void*>(record[0])),
-        grad(reinterpret_cast<const void*>(record[1])),
-        buffer(reinterpret_cast<void*>(record[2])),
-        average(reinterpret_cast<void*>(record[4])),
-        master(reinterpret_cast<void*>(record[6])),
-        scale(reinterpret_cast<float*>(record[7])),
-        param_dtype(static_cast<Dtype>(record[5] & 0xffu)),
-        grad_dtype(static_cast<Dtype>(record[5] >> 8 & 0xffu)),
-        buffer_dtype(static_cast<Dtype>(record[5] >> 16 & 0xffu)),
-        master_kind(static_cast<Master>(record[5] >> 28 & 7u)),
-        may_round_at_random((record[5] >> 31 & 1u) != 0),
-        tensor(static_cast<uint32_t>(record[5] >> 32)),
-        ndim(static_cast<int>(record[5] >> 24 & 15u)),
-        dims(record + kFirstLowPrecisionDim) {}
-};
-
-__device__ __forceinline__ bool is_16_bit(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
-}
-
 template <typename value_t, typename opmath_t>
-__device__ __forceinline__ void average_eight(Dtype dtype, value_t weight,
-                                              const Stored<opmath_t>& param,
-                                              Stored<opmath_t>& average) {
+__device__ __forceinline__ void update_average(Dtype dtype, value_t weight,
+                                               const Stored<opmath_t>& param,
+                                               Stored<opmath_t>& average) {
   value_t p[kElemsPerThread];
   value_t a[kElemsPerThread];
   decode(dtype, param, p);
   decode(dtype, average, a);
 #pragma unroll
-  for (int k = 0; k < kElemsPerThread; ++k)
-    a[k] = new_average<FusedMultiplyAdd>(weight, a[k], p[k]);
-  encode<false>(dtype, a, Randoms{{}, false}, average);
+  for (int e = 0; e < kElemsPerThread; ++e) {
+    a[e] = new_average<FusedMultiplyAdd>(weight, a[e], p[e]);
+  }
+  encode<kParam>(dtype, a, Randoms{{}, false}, average);
 }
 
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_t>)
     update_low_precision(const LaunchTable<kBytes> __grid_constant__ table) {
+  using Rule = typename Kind::Rule;
+  using Fields = typename Kind::Fields;
   using opmath_t = typename Kind::opmath_t;
+  constexpr int kStates = Rule::kMaxStates;
   if (overflowed(table)) return;
-  const Chunk chunk = find_chunk<Kind::kRecord>(table, Kind::kChunk);
-  const Task task(table.words + chunk.tensor * Kind::kRecord);
-  const Work<opmath_t> work = read_group<opmath_t, Kind::kReserved>(table, chunk.group);
+  const Chunk chunk = find_chunk<Kind>(table);
+  const uint64_t* const record = table.words + chunk.tensor * Kind::kRecord;
+  const auto memory = [record](int word) { return reinterpret_cast<void*>(record[word]); };
+  const TensorKind kind(record[Fields::kKind]);
+  const auto work = read_group<Rule, opmath_t, Kind::kReserved>(table, chunk.group);
   const int behind_group = group_at<Kind::kReserved>(table, chunk.group - 1);
   const auto rounding = unpack<GroupRounding>(table, behind_group - Kind::kRoundingWords);
-  const bool has_master = task.master_kind != Master::kNone;
-  const Dtype master_dtype = task.master_kind == Master::kCopy ? Dtype::kFloat32 : Dtype::kFloat16;
-  const bool has_scale = work.writes_buffer && is_8_bit(task.buffer_dtype);
-  const bool at_random = rounding.at_random != 0 && task.may_round_at_random;
-  const bool random_param = at_random && !has_master && is_16_bit(task.param_dtype);
-  const bool random_buffer =
-      at_random && work.writes_buffer && (has_scale || is_16_bit(task.buffer_dtype));
-  const RandomKey key = {rounding.seed, task.tensor, rounding.step};
+  const RandomKey key = {rounding.seed, kind.number, rounding.step};
+  const bool at_random = rounding.at_random != 0 && kind.may_round_at_random();
+
+  StoredOperand<opmath_t> param, grad, state[kStates];
+  void* const average_memory = memory(Fields::kAverage);
+  param.memory = memory(kParam);
+  param.dtype = kind.dtype(kParam);
+  param.master_kind = kind.master();
+  param.master = memory(Fields::kMaster);
+  param.is_random = at_random && param.may_be_random();
+  grad.memory = memory(kGrad);
+  grad.dtype = kind.dtype(kGrad);
+  bool draws = param.is_random;
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) {
+    state[k].memory = memory(kState + k);
+    state[k].dtype = kind.dtype(kState + k);
+    state[k].scales = static_cast<float*>(memory(Fields::kScale + k));
+    state[k].has_scale = k < work.num_states && is_8_bit(state[k].dtype);
+    state[k].is_random = at_random && k < work.num_states && state[k].may_be_random();
+    draws = draws || state[k].is_random;
+  }
 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp_begin = static_cast<int>(threadIdx.x) / kWarp * kScaleBlock;
   // A warp goes on while it has an element, with all of its lanes.
 #pragma unroll 1
-  for (int turn = warp_begin; turn < chunk.count; turn += kThreads * kElemsPerThread) {
-    const int left = chunk.count - turn - lane * kElemsPerThread;
+  for (int at = warp_begin; at < chunk.count; at += kThreads * kElemsPerThread) {
+    const int left = chunk.count - at - lane * kElemsPerThread;
     const int count = left < 0 ? 0 : left < kElemsPerThread ? left : kElemsPerThread;
-    const int64_t first = chunk.begin + turn + (count == 0 ? 0 : lane * kElemsPerThread);
-    const InARow row = {first};
-    const auto places = find_places<Kind::kIsStrided>(task.dims, task.ndim, first, count);
-    float* const scale = has_scale ? task.scale + (chunk.begin + turn) / kScaleBlock : nullptr;
+    const int64_t first = chunk.begin + at + (count == 0 ? 0 : lane * kElemsPerThread);
+    const Span span = {first, (chunk.begin + at) / kScaleBlock, count, lane};
+    Places<Kind::kIsStrided, Fields::kOperands> places;
+    places.find(record + Fields::kFirstDimBehindScales, kind.ndim(), first, count);
 
-    Stored<opmath_t> param, grad, buffer = {}, master, average;
-    float old_scale = 0;
-    read(task.param_dtype, task.param, places.param, count, param);
-    read(task.grad_dtype, task.grad, places.grad, count, grad);
-    if (has_master) read(master_dtype, task.master, row, count, master);
-    if (work.reads_buffer) {
-      if (has_scale) {
-        read_bits<uint8_t>(task.buffer, row, count, buffer);
-        old_scale = *scale;
-      } else {
-        read(task.buffer_dtype, task.buffer, places.buffer, count, buffer);
-      }
+    param.read(places[kParam], span);
+    grad.read(places[kGrad], span);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      if (k < work.num_reads) state[k].read(places[kState + k], span);
     }
-
     opmath_t p[kElemsPerThread];
     opmath_t g[kElemsPerThread];
-    opmath_t b[kElemsPerThread] = {};
-    if (has_master) {
-      decode_master(task.master_kind, param, master, p);
-    } else {
-      decode(task.param_dtype, param, p);
-    }
-    decode(task.grad_dtype, grad, g);
-    if (work.reads_buffer) {
-      if (!has_scale) {
-        decode(task.buffer_dtype, buffer, b);
-      } else if (task.buffer_dtype == Dtype::kInt8) {
-        decode_block_as<Int8>(buffer, old_scale, b);
-      } else {
-        decode_block_as<Float8E4M3>(buffer, old_scale, b);
-      }
+    opmath_t s[kStates][kElemsPerThread] = {};
+    param.decode(p);
+    grad.decode(g);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      if (k < work.num_reads) state[k].decode(s[k]);
     }
 
-    with_variant(work.variant, [&](auto variant) {
+    with_variant(work, [&](auto variant) {
 #pragma unroll
-      for (int k = 0; k < kElemsPerThread; ++k) {
-        p[k] = Sgd::decayed(work.decay_factor, p[k]);
-        Sgd::update<FusedMultiplyAdd>(variant, work.coefficients, g[k], p[k], b[k]);
+      for (int e = 0; e < kElemsPerThread; ++e) {
+        opmath_t mine[kStates];
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) mine[k] = s[k][e];
+        Rule::template update<FusedMultiplyAdd>(variant, work.coefficients, g[e], p[e], mine);
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) s[k][e] = mine[k];
       }
     });
 
     // Not before: what was read is in fewer registers now.
-    if (task.average != nullptr) read(task.param_dtype, task.average, places.param, count, average);
-
-    Randoms randoms = {{}, random_param || random_buffer};
-    if (randoms.are_drawn)
-      random_block(key, static_cast<uint64_t>(first) / kElemsPerThread, randoms.words);
-
-    if (work.writes_buffer) {
-      randoms.are_drawn = random_buffer;
-      if (has_scale) {
-        const float new_scale = task.buffer_dtype == Dtype::kInt8
-                                    ? encode_block_as<Int8>(b, count, randoms, buffer)
-                                    : encode_block_as<Float8E4M3>(b, count, randoms, buffer);
-        write_bits<uint8_t>(task.buffer, row, count, buffer);
-        if (lane == 0) *scale = new_scale;
-      } else {
-        encode<true>(task.buffer_dtype, b, randoms, buffer);
-        write(task.buffer_dtype, task.buffer, places.buffer, count, buffer);
-      }
+    Stored<opmath_t> average;
+    if (average_memory != nullptr) {
+      read(param.dtype, average_memory, places[kParam], count, average);
     }
-    randoms.are_drawn = random_param;
-    if (has_master) {
-      encode_master(task.master_kind, p, param, master);
-      write(master_dtype, task.master, row, count, master);
-    } else {
-      encode<false>(task.param_dtype, p, randoms, param);
-    }
-    write(task.param_dtype, task.param, places.param, count, param);
-    if (task.average != nullptr) {
+    Randoms randoms;
+    if (draws) random_block(key, static_cast<uint64_t>(first) / kElemsPerThread, randoms.words);
+    repeat<kStates>([&]<int k>() {
+      if (k >= work.num_states) return;
+      state[k].template write<kState + k>(s[k], randoms, places[kState + k], span);
+    });
+    param.template write<kParam>(p, randoms, places[kParam], span);
+    if (average_memory != nullptr) {
       // Computed in the type that goes with the parameter, whatever its gradient is.
-      if (sizeof(opmath_t) == 8 && task.param_dtype == Dtype::kFloat64) {
-        average_eight(task.param_dtype, read_average_weight<opmath_t>(table), param, average);
+      if (sizeof(opmath_t) == 8 && param.dtype == Dtype::kFloat64) {
+        update_average(param.dtype, read_average_weight<opmath_t>(table), param.stored, average);
       } else {
-        average_eight(task.param_dtype, read_average_weight<float>(table), param, average);
+        update_average(param.dtype, read_average_weight<float>(table), param.stored, average);
       }
-      write(task.param_dtype, task.average, places.param, count, average);
+      write(param.dtype, average_memory, places[kParam], count, average);
     }
   }
 }
 
-template <typename opmath_t, bool kIsStrided, int kBytes>
-auto kernel_of(LowPrecisionKind<opmath_t, kIsStrided>, const LaunchTable<kBytes>&) {
-  return update_low_precision<LowPrecisionKind<opmath_t, kIsStrided>, kBytes>;
+template <typename Rule, typename opmath_t, bool kIsStrided, int kBytes>
+auto kernel_of(LowPrecisionKind<Rule, opmath_t, kIsStrided>, const LaunchTable<kBytes>&) {
+  return update_low_precision<LowPrecisionKind<Rule, opmath_t, kIsStrided>, kBytes>;
 }
 
 }  // namespace
 
-cudaError_t launch_low_precision(const Launching& launching) {
+template <typename Rule>
+cudaError_t launch_low_precision(const Launching<Rule>& launching) {
   switch (launching.kind) {
     case kLowPrecisionFlat:
-      return launch_kind<LowPrecisionKind<float, false>>(launching);
+      return launch_kind<LowPrecisionKind<Rule, float, false>>(launching);
     case kLowPrecisionStrided32:
-      return launch_kind<LowPrecisionKind<float, true>>(launching);
+      return launch_kind<LowPrecisionKind<Rule, float, true>>(launching);
     default:
-      return launch_kind<LowPrecisionKind<double, true>>(launching);
+      return launch_kind<LowPrecisionKind<Rule, double, true>>(launching);
   }
 }
+#define MOMENTUM_EXT_LAUNCH(Rule) \
+  template cudaError_t launch_low_precision(const Launching<Rule>& launching);
+MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_LAUNCH)
 
 }  // namespace momentum_ext::cuda

@@ -16,7 +16,6 @@
 
 #include "backend.h"
 #include "launch_table.h"
-#include "launching.h"
 
 namespace momentum_ext::cuda {
 namespace {
@@ -131,7 +130,7 @@ __device__ __forceinline__ void add_chunk(const grad_t* grad, int count, S& sums
   }
 }
 
-// ---- the block's sums, and then everybody's -----------------------------------------------------
+// ---- the block's sums, and then all blocks' ------------------------------------------------------
 
 // The threads' sums, added up in thread 0.
 template <typename S>
@@ -173,17 +172,13 @@ __device__ __forceinline__ bool is_last_block(NormWorkspace* workspace) {
   return is_last;
 }
 
+// Writes the norm, rounded to its dtype, and returns what gradients are to be clipped by.
 template <typename norm_t>
-__device__ __forceinline__ double write_norm(double norm, double max_norm, void* to, Dtype dtype) {
+__device__ __forceinline__ double write_norm(double norm, const Conclusion& c) {
   const auto rounded = static_cast<norm_t>(norm);
-  if (dtype == Dtype::kBFloat16) {
-    store(*static_cast<BFloat16*>(to), static_cast<float>(rounded));
-  } else if (dtype == Dtype::kFloat16) {
-    store(*static_cast<Float16*>(to), static_cast<float>(rounded));
-  } else {
-    *static_cast<norm_t*>(to) = rounded;
-  }
-  return clip_coefficient(static_cast<norm_t>(max_norm), rounded);
+  visit_dtype<norm_t>(c.norm_dtype,
+                      [&](auto type) { store(*static_cast<decltype(type)*>(c.norm), rounded); });
+  return clip_coefficient(static_cast<norm_t>(c.max_norm), rounded);
 }
 
 // One thread's work.
@@ -194,9 +189,8 @@ __device__ __forceinline__ void draw(const Conclusion& c, double norm) {
   if (c.found_inf != nullptr) *c.found_inf = is_finite(norm) ? 0.0f : 1.0f;
   if (c.clips) {
     const double total = norm * (factor < 0 ? -factor : factor);
-    factor *= c.norm_dtype == Dtype::kFloat64
-                  ? write_norm<double>(total, c.max_norm, c.norm, c.norm_dtype)
-                  : write_norm<float>(total, c.max_norm, c.norm, c.norm_dtype);
+    factor *= c.norm_dtype == Dtype::kFloat64 ? write_norm<double>(total, c)
+                                              : write_norm<float>(total, c);
   }
   if (c.new_factor != nullptr) *c.new_factor = factor;
 }
@@ -216,20 +210,11 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t byte = int64_t{chunk - first_chunk_of(word)} * kChunkBytes;
     const auto* const grad = reinterpret_cast<const char*>(table.words[tensor * kRecord]) + byte;
     const bool is_tail = chunk + 1 == end;
-    const int last = last_count_of(word);
-    switch (static_cast<Dtype>(group_of(word))) {
-      case Dtype::kFloat32:
-        add_chunk(reinterpret_cast<const float*>(grad), is_tail ? last : kChunkBytes / 4, sums);
-        break;
-      case Dtype::kBFloat16:
-        add_chunk(reinterpret_cast<const BFloat16*>(grad), is_tail ? last : kChunkBytes / 2, sums);
-        break;
-      case Dtype::kFloat16:
-        add_chunk(reinterpret_cast<const Float16*>(grad), is_tail ? last : kChunkBytes / 2, sums);
-        break;
-      default:
-        add_chunk(reinterpret_cast<const double*>(grad), is_tail ? last : kChunkBytes / 8, sums);
-    }
+    visit_dtype<double>(static_cast<Dtype>(group_of(word)), [&](auto type) {
+      constexpr int kWhole = kChunkBytes / static_cast<int>(sizeof(type));
+      const auto* const first = reinterpret_cast<const decltype(type)*>(grad);
+      add_chunk(first, is_tail ? last_count_of(word) : kWhole, sums);
+    });
   }
   add_up_block(sums);
   if (threadIdx.x == 0) {
@@ -264,31 +249,35 @@ __global__ void conclude_alone(const NormWorkspace* workspace, Conclusion conclu
 
 // ---- launching ----------------------------------------------------------------------------------
 
-bool lies_on(const TensorEntry& entry, int device) {
-  return entry.device == device && entry.numel != 0;
-}
+struct Pass {
+  const TensorTable& table;
+  int device;
+  NormWorkspace* workspace;
+  const Conclusion& conclusion;
+  cudaStream_t stream;
+  int max_blocks;
+};
 
 // Fills a table tensor by tensor, and launches it when it is full.
 template <typename S, int kBytes>
-cudaError_t launch_all(const TensorTable& table, int device, NormWorkspace* workspace,
-                       const Conclusion& conclusion, cudaStream_t stream, int max_blocks) {
+cudaError_t launch_all(const Pass& pass) {
   NormTable<kBytes> packed;  // its words are written before they are read
-  packed.header = {workspace, 0, 0, 0, 0, 0, conclusion};
+  packed.header = {pass.workspace, 0, 0, 0, 0, 0, pass.conclusion};
   NormHeader& header = packed.header;
   const auto launch = [&]() -> cudaError_t {
-    const unsigned blocks = std::clamp<unsigned>(header.num_chunks, 1, max_blocks);
+    const unsigned blocks = std::clamp<unsigned>(header.num_chunks, 1, pass.max_blocks);
     header.num_sums = std::max<uint32_t>(header.num_written, blocks);
     void* arguments[] = {&packed};
     const cudaError_t error = cudaLaunchKernel(norm_of_all<S, kBytes>, dim3(blocks), dim3(kThreads),
-                                               arguments, 0, stream);
+                                               arguments, 0, pass.stream);
     header.num_written = header.num_sums;
     header.num_tensors = 0;
     header.num_chunks = 0;
     return error;
   };
-  for (int64_t i = 0; i < table.num_entries; ++i) {
-    const TensorEntry& entry = table.entries[i];
-    if (!lies_on(entry, device)) continue;
+  for (int64_t i = 0; i < pass.table.num_entries; ++i) {
+    const TensorEntry& entry = pass.table.entries[i];
+    if (!lies_on(entry, pass.device)) continue;
     const int64_t size = chunk_size(entry.grad_dtype);
     const int64_t chunks = (entry.numel - 1) / size + 1;
     if (chunks > INT32_MAX) return cudaErrorInvalidValue;  // more than any memory holds
@@ -309,35 +298,28 @@ cudaError_t launch_all(const TensorTable& table, int device, NormWorkspace* work
 }
 
 template <typename S>
-cudaError_t launch_sums(const TensorTable& table, int device, NormWorkspace* workspace,
-                        const Conclusion& conclusion, cudaStream_t stream, int max_blocks) {
-  const auto count = std::count_if(table.entries, table.entries + table.num_entries,
-                                   [&](const TensorEntry& each) { return lies_on(each, device); });
-  if (count * kRecord > NormTable<kSmallTable>::kNumWords && has_large_parameters(device)) {
-    return launch_all<S, kLargeTable>(table, device, workspace, conclusion, stream, max_blocks);
-  }
-  return launch_all<S, kSmallTable>(table, device, workspace, conclusion, stream, max_blocks);
+cudaError_t launch_sums(const Pass& pass, int64_t num_tensors) {
+  const bool is_long = num_tensors * kRecord > NormTable<kSmallTable>::kNumWords;
+  return is_long && has_large_parameters(pass.device) ? launch_all<S, kLargeTable>(pass)
+                                                      : launch_all<S, kSmallTable>(pass);
 }
 
 }  // namespace
 
 cudaError_t norm(Norm kind, const TensorTable& table, int device, NormWorkspace* workspace,
                  const Conclusion& conclusion, cudaStream_t stream, int max_blocks) {
-  if (kind == Norm::kSumOfAbs) {
-    return launch_sums<Sums<Norm::kSumOfAbs>>(table, device, workspace, conclusion, stream,
-                                              max_blocks);
+  const Pass pass = {table, device, workspace, conclusion, stream, max_blocks};
+  int64_t num_tensors = 0;
+  bool has_doubles = false;
+  for (int64_t i = 0; i < table.num_entries; ++i) {
+    if (!lies_on(table.entries[i], device)) continue;
+    ++num_tensors;
+    has_doubles = has_doubles || table.entries[i].grad_dtype == Dtype::kFloat64;
   }
-  if (kind == Norm::kMax) {
-    return launch_sums<Sums<Norm::kMax>>(table, device, workspace, conclusion, stream, max_blocks);
-  }
-  const bool has_doubles =
-      std::any_of(table.entries, table.entries + table.num_entries, [&](const TensorEntry& each) {
-        return lies_on(each, device) && each.grad_dtype == Dtype::kFloat64;
-      });
-  if (has_doubles)
-    return launch_sums<WideSums>(table, device, workspace, conclusion, stream, max_blocks);
-  return launch_sums<Sums<Norm::kSumOfSquares>>(table, device, workspace, conclusion, stream,
-                                                max_blocks);
+  if (kind == Norm::kSumOfAbs) return launch_sums<Sums<Norm::kSumOfAbs>>(pass, num_tensors);
+  if (kind == Norm::kMax) return launch_sums<Sums<Norm::kMax>>(pass, num_tensors);
+  if (has_doubles) return launch_sums<WideSums>(pass, num_tensors);
+  return launch_sums<Sums<Norm::kSumOfSquares>>(pass, num_tensors);
 }
 
 cudaError_t conclude(const NormWorkspace* workspace, const Conclusion& conclusion,

@@ -9,46 +9,49 @@
 namespace momentum_ext::cuda {
 namespace {
 
-inline void pack_dim(const StridedDim& dim, uint64_t* words) {
+template <typename Rule>
+void pack_dim(const StridedDim& dim, uint64_t* words) {
   words[0] = static_cast<uint64_t>(dim.size);
-  for (int k = 0; k < kDimWords - 1; ++k) words[1 + k] = static_cast<uint64_t>(dim.strides[k]);
+  for (int k = 0; k < Record<Rule>::kOperands; ++k) {
+    words[1 + k] = static_cast<uint64_t>(dim.strides[k]);
+  }
 }
 
-// The dimensions of a strided tensor, and how many they are; a flat one has one.
-inline int pack_dims(const TensorEntry& entry, uint64_t* words) {
-  const StridedDim flat = {entry.numel, {1, 1, 1}};
-  const StridedDim* const dims = entry.layout != nullptr ? entry.layout->dims : &flat;
-  const int ndim = entry.layout != nullptr ? entry.layout->ndim : 1;
-  for (int d = 0; d < ndim; ++d) pack_dim(dims[d], words + kDimWords * d);
-  return ndim;
-}
-
-inline uint64_t pack_dtypes(const TensorEntry& entry) {
-  return static_cast<uint64_t>(entry.param_dtype) | static_cast<uint64_t>(entry.grad_dtype) << 8 |
-         static_cast<uint64_t>(entry.state_dtype[0]) << 16;
+// Calls visit(layout): of a flat tensor, one dimension.
+template <typename Visit>
+void with_layout(const TensorEntry& entry, const Visit& visit) {
+  if (entry.layout != nullptr) return visit(*entry.layout);
+  StridedDim flat = {entry.numel, {}};
+  for (int64_t& stride : flat.strides) stride = 1;
+  visit(StridedLayout(&flat, 1));
 }
 
 // Fills a table tensor by tensor. A kind of tensors tells what its records and groups have, packs
-// what comes after word 4, and has its kernel in kernel_of(Kind, table).
+// the rest of a record, and has its kernel in kernel_of(Kind, table).
 template <typename Kind, int kBytes>
 class Packer {
  public:
+  using Rule = typename Kind::Rule;
   using opmath_t = typename Kind::opmath_t;
+  using Group = PackedGroup<Rule, opmath_t>;
+  using OnDevice = typename Rule::OnDevice;
+  using Fields = Record<Rule>;
   using Table = LaunchTable<kBytes>;
 
-  explicit Packer(const Launching& launching) : rounding_step_(launching.table.rounding_step) {
+  explicit Packer(const Launching<Rule>& launching)
+      : rounding_step_(launching.table.rounding_step) {
     const StepScalars& scalars = launching.scalars;
     const bool has_device_numbers = launching.has_device_numbers;
     TableHeader& header = table_.header;
-    header = {scalars.found_inf,
-              scalars.grad_scale,
-              scalars.settled,
-              0,
-              static_cast<uint16_t>(kWordsOf<PackedGroup<opmath_t>> +
-                                    (has_device_numbers ? kWordsOf<Sgd::OnDevice> : 0) +
-                                    Kind::kRoundingWords),
-              has_device_numbers,
-              scalars.grad_scale != nullptr ? GradNumber::kScale : GradNumber::kNone};
+    header = {
+        scalars.found_inf,
+        scalars.grad_scale,
+        scalars.settled,
+        0,
+        static_cast<uint16_t>(kWordsOf<Group> + (has_device_numbers ? kWordsOf<OnDevice> : 0) +
+                              Kind::kRoundingWords),
+        has_device_numbers,
+        scalars.grad_scale != nullptr ? GradNumber::kScale : GradNumber::kNone};
     if (scalars.grad_factor != nullptr) {
       header.grad_number = scalars.grad_factor;
       header.grad_number_is = GradNumber::kFactor;
@@ -60,7 +63,7 @@ class Packer {
   }
 
   // False when there is no room left: launch() first.
-  bool add(const TensorEntry& entry, const Hyperparams<Sgd>& h) {
+  bool add(const TensorEntry& entry, const Hyperparams<Rule>& h) {
     int64_t chunks = (entry.numel - 1) / Kind::kChunk + 1;
     int64_t last_count = entry.numel - (chunks - 1) * Kind::kChunk;
     if constexpr (requires { Kind::num_chunks(entry); }) {
@@ -74,15 +77,19 @@ class Packer {
       return false;
     }
     uint64_t* const record = table_.words + at;
-    record[0] = reinterpret_cast<uint64_t>(entry.param);
-    record[1] = reinterpret_cast<uint64_t>(entry.grad);
-    record[2] = h.has_momentum ? reinterpret_cast<uint64_t>(entry.state[0]) : 0;
-    record[3] = pack_chunks(static_cast<uint32_t>(num_chunks_), static_cast<uint32_t>(last_count),
-                            static_cast<uint32_t>(group));
-    if constexpr (Kind::kRecord != kFlatRecord) {
-      record[4] = reinterpret_cast<uint64_t>(entry.average);
+    record[kParam] = reinterpret_cast<uint64_t>(entry.param);
+    record[kGrad] = reinterpret_cast<uint64_t>(entry.grad);
+    for (int k = 0; k < Rule::kMaxStates; ++k) {
+      const bool is_there = k < Rule::num_states(h);
+      record[kState + k] = is_there ? reinterpret_cast<uint64_t>(entry.state[k]) : 0;
     }
-    if constexpr (Kind::kRecord > kAveragedRecord) Kind::pack_rest(entry, record);
+    record[Fields::kChunks] =
+        pack_chunks(static_cast<uint32_t>(num_chunks_), static_cast<uint32_t>(last_count),
+                    static_cast<uint32_t>(group));
+    if constexpr (Kind::kRecord != Fields::kFlat) {
+      record[Fields::kAverage] = reinterpret_cast<uint64_t>(entry.average);
+    }
+    if constexpr (Kind::kRecord > Fields::kAveraged) Kind::pack_rest(entry, record);
     num_chunks_ += chunks;
     ++table_.header.num_tensors;
     return true;
@@ -109,9 +116,9 @@ class Packer {
   }
 
   // Neighbouring tensors are mostly of one group: the last answer is mostly the next. -1: no room.
-  int find_or_add_group(const TensorEntry& entry, const Hyperparams<Sgd>& h) {
+  int find_or_add_group(const TensorEntry& entry, const Hyperparams<Rule>& h) {
     const uint32_t cohort = entry.cohort != 0     ? entry.cohort
-                            : entry.is_first_step ? kFirstStep
+                            : entry.is_first_step ? kFirstStep<Rule>
                                                   : kNoCohort;
     if (num_groups_ == 0 || entry.group != last_group_ || cohort != last_cohort_) {
       last_answer_ = compare_or_add_group(cohort, h);
@@ -123,25 +130,17 @@ class Packer {
 
   // Groups are mostly of few kinds: those that were added last are compared, and one that was
   // missed is only written twice.
-  int compare_or_add_group(uint32_t cohort, const Hyperparams<Sgd>& h) {
-    const uint32_t flags = (h.weight_decay == WeightDecay::kL2 ? kHasWeightDecay : 0) |
-                           (h.weight_decay == WeightDecay::kDecoupled ? kIsDecoupled : 0) |
-                           (h.has_momentum ? kHasMomentum | cohort << kCohortShift : 0) |
-                           (h.has_momentum && h.nesterov ? kHasNesterov : 0);
+  int compare_or_add_group(uint32_t cohort, const Hyperparams<Rule>& h) {
+    const uint32_t flags = h.bits() | (Rule::num_states(h) != 0 ? cohort << kCohortShift<Rule> : 0);
     // Part by part, so that no byte between them is left unset: they are compared as words.
-    constexpr int kWords = kWordsOf<PackedGroup<opmath_t>>;
-    uint64_t words[kWords + kWordsOf<Sgd::OnDevice> + Kind::kRoundingWords] = {};
+    static_assert(std::has_unique_object_representations_v<OnDevice>);
+    uint64_t words[kWordsOf<Group> + kWordsOf<OnDevice> + Kind::kRoundingWords] = {};
     auto* const bytes = reinterpret_cast<char*>(words);
-    memcpy(bytes, &coefficients<opmath_t>(h), sizeof(Sgd::Coefficients<opmath_t>));
-    memcpy(bytes + offsetof(PackedGroup<opmath_t>, flags), &flags, sizeof(flags));
-    const bool has_numbers = table_.header.has_device_numbers != 0;
-    if (has_numbers) {
-      const DeviceNumber* const numbers[] = {&h.on_device.lr, &h.on_device.weight_decay,
-                                             &h.on_device.momentum};
-      for (int i = 0; i < 3; ++i) {
-        words[kWords + 2 * i] = reinterpret_cast<uint64_t>(numbers[i]->data);
-        words[kWords + 2 * i + 1] = static_cast<uint64_t>(numbers[i]->dtype);
-      }
+    const auto& numbers = coefficients<opmath_t>(h);
+    memcpy(bytes, &numbers, sizeof(numbers));
+    memcpy(bytes + offsetof(Group, flags), &flags, sizeof(flags));
+    if (table_.header.has_device_numbers != 0) {
+      memcpy(words + kWordsOf<Group>, &h.on_device, sizeof(OnDevice));
     }
     if constexpr (Kind::kRoundingWords != 0) {
       const GroupRounding rounding = {h.rounding_seed, rounding_step_, h.stochastic_rounding};
@@ -169,13 +168,14 @@ class Packer {
 };
 
 template <typename Kind, int kBytes>
-cudaError_t launch_all(const Launching& launching) {
-  const StepTable<Sgd>& table = launching.table;
+cudaError_t launch_all(const Launching<typename Kind::Rule>& launching) {
+  const auto& table = launching.table;
   Packer<Kind, kBytes> packer(launching);
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
-    if (!lies_on(entry, launching.device) || kind_of(entry) != launching.kind) continue;
-    const Hyperparams<Sgd>& h = table.groups[entry.group];
+    if (!lies_on(entry, launching.device) || kind_of<typename Kind::Rule>(entry) != launching.kind)
+      continue;
+    const auto& h = table.groups[entry.group];
     if (packer.add(entry, h)) continue;
     if (packer.empty()) return cudaErrorInvalidValue;  // 2^31 chunks: more than any memory holds
     if (const cudaError_t error = packer.launch(launching.stream); error != cudaSuccess) {
@@ -188,10 +188,10 @@ cudaError_t launch_all(const Launching& launching) {
 
 // A short list goes into the small parameter, which costs less to hand over.
 template <typename Kind>
-cudaError_t launch_kind(const Launching& launching) {
+cudaError_t launch_kind(const Launching<typename Kind::Rule>& launching) {
+  using Group = PackedGroup<typename Kind::Rule, typename Kind::opmath_t>;
   constexpr int64_t kLikelyGroups = 2;
-  constexpr int64_t kGroupWords =
-      kWordsOf<PackedGroup<typename Kind::opmath_t>> + Kind::kRoundingWords;
+  constexpr int64_t kGroupWords = kWordsOf<Group> + Kind::kRoundingWords;
   const int64_t words =
       launching.count * Kind::kRecord + Kind::kReserved + kLikelyGroups * kGroupWords;
   if (words > LaunchTable<kSmallTable>::kNumWords && has_large_parameters(launching.device)) {

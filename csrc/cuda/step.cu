@@ -4,9 +4,9 @@
 // which chunk it has and what to do with it, and then goes through it once: loads, the rule,
 // stores.
 //
-//   flat     parameter, gradient and buffer share one dense layout and a combination of dtypes from
-//            the list below: 128-bit accesses, wherever the three pointers let the same elements
-//            fall on 128-bit boundaries
+//   flat     parameter, gradient and states share one dense layout and have dtypes from the list in
+//            kinds.h: 128-bit accesses, wherever the pointers let the same elements fall on 128-bit
+//            boundaries
 //   strided  tensors that lie otherwise, one element at a time, each block of threads a block of up
 //            to three dimensions
 //
@@ -19,6 +19,7 @@
 
 #include <algorithm>
 
+#include "../rules/rules.h"
 #include "packing.h"
 #include "strided.cuh"
 #include "work.h"
@@ -37,86 +38,109 @@ __device__ __forceinline__ int elements_to_boundary(const scalar_t* first) {
   return -position & (kCount - 1);
 }
 
-template <bool kHasAverage_, typename param_t_, typename grad_t_, typename buffer_t_>
+template <typename Rule_, bool kHasAverage_, typename param_t_, typename grad_t_, typename state_t_>
 struct Flat {
+  using Rule = Rule_;
   using param_t = param_t_;
   using grad_t = grad_t_;
-  using buffer_t = buffer_t_;
+  using state_t = state_t_;
   using opmath_t = typename OpMath<param_t>::type;
+  using Fields = Record<Rule>;
   static constexpr bool kHasAverage = kHasAverage_;
-  static constexpr int kRecord = kHasAverage ? kAveragedRecord : kFlatRecord;
+  static constexpr int kRecord = kHasAverage ? Fields::kAveraged : Fields::kFlat;
   static constexpr int kReserved = kHasAverage ? kWordsOf<AverageWeight> : 0;
   static constexpr int kRoundingWords = 0;
+  static constexpr int kStates = Rule::kMaxStates;
   static constexpr int kVector =
-      kVectorBytes / std::max({sizeof(param_t), sizeof(grad_t), sizeof(buffer_t)});
+      kVectorBytes / std::max({sizeof(param_t), sizeof(grad_t), sizeof(state_t)});
   static constexpr int kChunk = kThreads * kVector * kVectorsPerThread;
   static_assert(kChunk <= kMaxChunk);
 
   param_t* param;
   const grad_t* grad;
-  buffer_t* buffer;  // nullptr without momentum
+  state_t* state[kStates];  // nullptr: there is none
   param_t* average;
   opmath_t average_weight;
-  Work<opmath_t> work;
+  Work<Rule, opmath_t> work;
 
   // Updates elements [i, i + kCount). All loads come before the first store.
   template <int kCount>
   __device__ __forceinline__ void update(int i) const {
     param_t p[kCount];
     grad_t g[kCount];
-    buffer_t b[kCount] = {};
+    state_t s[kStates][kCount] = {};
     read(param + i, p);
     read(grad + i, g);
-    if (work.reads_buffer) read(buffer + i, b);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      if (k < work.num_reads) read(state[k] + i, s[k]);
+    }
     [[maybe_unused]] param_t a[kCount] = {};
     if constexpr (kHasAverage) read(average + i, a);
-    with_variant(work.variant, [&](auto variant) {
+    with_variant(work, [&](auto variant) {
+      using Variant = decltype(variant);
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        opmath_t new_p = Sgd::decayed(work.decay_factor, opmath_t{load(p[k])});
-        opmath_t new_b = 0;
-        if constexpr (decltype(variant)::kMomentum == Momentum::kLaterStep) new_b = load(b[k]);
-        Sgd::update<FusedMultiplyAdd>(variant, work.coefficients, static_cast<opmath_t>(load(g[k])),
-                                      new_p, new_b);
-        if constexpr (decltype(variant)::kMomentum != Momentum::kNone) store(b[k], new_b);
-        store(p[k], new_p);
+      for (int e = 0; e < kCount; ++e) {
+        opmath_t new_p = load(p[e]);
+        opmath_t new_s[kStates];
+#pragma unroll
+        for (int k = 0; k < Variant::kReads; ++k) new_s[k] = load(s[k][e]);
+        Rule::template update<FusedMultiplyAdd>(variant, work.coefficients,
+                                                static_cast<opmath_t>(load(g[e])), new_p, new_s);
+#pragma unroll
+        for (int k = 0; k < Variant::kStates; ++k) store(s[k][e], new_s[k]);
+        store(p[e], new_p);
       }
     });
-    if (work.writes_buffer) write(buffer + i, b);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      if (k < work.num_states) write(state[k] + i, s[k]);
+    }
     write(param + i, p);
     if constexpr (kHasAverage) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        store(a[k],
-              new_average<FusedMultiplyAdd, opmath_t>(average_weight, load(a[k]), load(p[k])));
+      for (int e = 0; e < kCount; ++e) {
+        store(a[e],
+              new_average<FusedMultiplyAdd, opmath_t>(average_weight, load(a[e]), load(p[e])));
       }
       write(average + i, a);
     }
   }
 
   __device__ __forceinline__ bool is_aligned_after(int head) const {
-    return elements_to_boundary<kVector>(grad + head) == 0 &&
-           (buffer == nullptr || elements_to_boundary<kVector>(buffer + head) == 0) &&
-           (!kHasAverage || elements_to_boundary<kVector>(average + head) == 0);
+    bool aligned = elements_to_boundary<kVector>(grad + head) == 0 &&
+                   (!kHasAverage || elements_to_boundary<kVector>(average + head) == 0);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      aligned =
+          aligned && (state[k] == nullptr || elements_to_boundary<kVector>(state[k] + head) == 0);
+    }
+    return aligned;
   }
 };
 
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads)
     update_flat(const LaunchTable<kBytes> __grid_constant__ table) {
+  using Fields = typename Kind::Fields;
   if (overflowed(table)) return;
-  const Chunk chunk = find_chunk<Kind::kRecord>(table, Kind::kChunk);
+  const Chunk chunk = find_chunk<Kind>(table);
   const uint64_t* const record = table.words + chunk.tensor * Kind::kRecord;
   Kind kind;
-  kind.param = reinterpret_cast<typename Kind::param_t*>(record[0]) + chunk.begin;
-  kind.grad = reinterpret_cast<const typename Kind::grad_t*>(record[1]) + chunk.begin;
-  kind.buffer = reinterpret_cast<typename Kind::buffer_t*>(record[2]);
-  if (kind.buffer != nullptr) kind.buffer += chunk.begin;
+  kind.param = reinterpret_cast<typename Kind::param_t*>(record[kParam]) + chunk.begin;
+  kind.grad = reinterpret_cast<const typename Kind::grad_t*>(record[kGrad]) + chunk.begin;
+#pragma unroll
+  for (int k = 0; k < Kind::kStates; ++k) {
+    kind.state[k] = reinterpret_cast<typename Kind::state_t*>(record[kState + k]);
+    if (kind.state[k] != nullptr) kind.state[k] += chunk.begin;
+  }
   if constexpr (Kind::kHasAverage) {
-    kind.average = reinterpret_cast<typename Kind::param_t*>(record[4]) + chunk.begin;
+    kind.average =
+        reinterpret_cast<typename Kind::param_t*>(record[Fields::kAverage]) + chunk.begin;
     kind.average_weight = read_average_weight<typename Kind::opmath_t>(table);
   }
-  kind.work = read_group<typename Kind::opmath_t, Kind::kReserved>(table, chunk.group);
+  kind.work =
+      read_group<typename Kind::Rule, typename Kind::opmath_t, Kind::kReserved>(table, chunk.group);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int to_boundary = elements_to_boundary<Kind::kVector>(kind.param);
@@ -145,43 +169,27 @@ __global__ void count_update(const float* found_inf, double decay, int warms_up,
 
 // ---- which kernel takes which tensors -----------------------------------------------------------
 
-template <bool kHasAverage, typename param_t, typename grad_t, typename buffer_t, int kBytes>
-auto kernel_of(Flat<kHasAverage, param_t, grad_t, buffer_t>, const LaunchTable<kBytes>&) {
-  return update_flat<Flat<kHasAverage, param_t, grad_t, buffer_t>, kBytes>;
+template <typename Rule, bool kHasAverage, typename... scalars_t, int kBytes>
+auto kernel_of(Flat<Rule, kHasAverage, scalars_t...>, const LaunchTable<kBytes>&) {
+  return update_flat<Flat<Rule, kHasAverage, scalars_t...>, kBytes>;
 }
-template <typename opmath_t, int kBytes>
-auto kernel_of(Strided<opmath_t>, const LaunchTable<kBytes>&) {
-  return update_strided<Strided<opmath_t>, kBytes>;
-}
-
-template <bool kHasAverage, typename Visitor>
-auto visit_flat(int index, const Visitor& visitor) {
-  switch (index) {
-    case kF32:
-      return visitor(Flat<kHasAverage, float, float, float>());
-    case kF64:
-      return visitor(Flat<kHasAverage, double, double, double>());
-    case kBf16:
-      return visitor(Flat<kHasAverage, BFloat16, BFloat16, BFloat16>());
-    case kF16:
-      return visitor(Flat<kHasAverage, Float16, Float16, Float16>());
-    case kF32Bf16:
-      return visitor(Flat<kHasAverage, float, BFloat16, float>());
-    case kF32F16:
-      return visitor(Flat<kHasAverage, float, Float16, float>());
-    case kBf16F32:
-      return visitor(Flat<kHasAverage, BFloat16, BFloat16, float>());
-    default:
-      return visitor(Flat<kHasAverage, Float16, Float16, float>());
-  }
+template <typename Rule, typename opmath_t, int kBytes>
+auto kernel_of(Strided<Rule, opmath_t>, const LaunchTable<kBytes>&) {
+  return update_strided<Strided<Rule, opmath_t>, kBytes>;
 }
 
-template <typename Visitor>
-auto visit_kind(int index, const Visitor& visitor) {
-  if (index == kStrided32) return visitor(Strided<float>());
-  if (index == kStrided64) return visitor(Strided<double>());
-  return index < kAveraged ? visit_flat<false>(index, visitor)
-                           : visit_flat<true>(index - kAveraged, visitor);
+template <typename Rule>
+cudaError_t launch_one_kind(const Launching<Rule>& launching) {
+  const int kind = launching.kind;
+  if (kind >= kLowPrecisionFlat) return launch_low_precision(launching);
+  if (kind == kStrided32) return launch_kind<Strided<Rule, float>>(launching);
+  if (kind == kStrided64) return launch_kind<Strided<Rule, double>>(launching);
+  return choose<2 * kNumFlat>(kind, [&]<int k>() {
+    constexpr Dtypes kMine = kFlatDtypes[k % kNumFlat];
+    return launch_kind<
+        Flat<Rule, (k >= kNumFlat), Scalar<kMine.param>, Scalar<kMine.grad>, Scalar<kMine.state>>>(
+        launching);
+  });
 }
 
 // ---- launching ----------------------------------------------------------------------------------
@@ -192,34 +200,27 @@ struct Census {
   bool has_device_numbers = false;
 };
 
-Census count_tensors(const StepTable<Sgd>& table, int device) {
+template <typename Rule>
+Census count_tensors(const StepTable<Rule>& table, int device) {
   Census census;
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
     if (!lies_on(entry, device)) continue;
-    ++census.of_kind[kind_of(entry)];
+    ++census.of_kind[kind_of<Rule>(entry)];
     census.has_device_numbers =
         census.has_device_numbers || table.groups[entry.group].on_device.any();
   }
   return census;
 }
 
-cudaError_t launch_kinds(const StepTable<Sgd>& table, int device, const StepScalars& scalars,
+template <typename Rule>
+cudaError_t launch_kinds(const StepTable<Rule>& table, int device, const StepScalars& scalars,
                          cudaStream_t stream) {
   const Census census = count_tensors(table, device);
-  for (int8_t k = 0; k < kNumKinds; ++k) {
+  for (int k = 0; k < kNumKinds; ++k) {
     if (census.of_kind[k] == 0) continue;
-    const Launching launching = {table,
-                                 device,
-                                 scalars,
-                                 census.has_device_numbers,
-                                 stream,
-                                 static_cast<KindIndex>(k),
-                                 census.of_kind[k]};
-    const cudaError_t error =
-        k >= kLowPrecisionFlat
-            ? launch_low_precision(launching)
-            : visit_kind(k, [&](auto type) { return launch_kind<decltype(type)>(launching); });
+    const cudaError_t error = launch_one_kind<Rule>(
+        {table, device, scalars, census.has_device_numbers, stream, k, census.of_kind[k]});
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -227,13 +228,13 @@ cudaError_t launch_kinds(const StepTable<Sgd>& table, int device, const StepScal
 
 }  // namespace
 
-template <>
-cudaError_t step<Sgd>(const StepTable<Sgd>& table, int device, const StepScalars& scalars,
-                      bool one_by_one, cudaStream_t stream) {
+template <typename Rule>
+cudaError_t step(const StepTable<Rule>& table, int device, const StepScalars& scalars,
+                 bool one_by_one, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (one_by_one) {
     for (int64_t i = 0; i < table.num_entries && error == cudaSuccess; ++i) {
-      StepTable<Sgd> one = table;
+      StepTable<Rule> one = table;
       one.entries += i;
       one.num_entries = 1;
       error = launch_kinds(one, device, scalars, stream);
@@ -249,6 +250,11 @@ cudaError_t step<Sgd>(const StepTable<Sgd>& table, int device, const StepScalars
   void* arguments[] = {&found_inf, &newest_cohort, &settled, &settled_on_host};
   return cudaLaunchKernel(record_settled, dim3(1), dim3(1), arguments, 0, stream);
 }
+
+#define MOMENTUM_EXT_STEP(Rule)                                                                   \
+  template cudaError_t step(const StepTable<Rule>& table, int device, const StepScalars& scalars, \
+                            bool one_by_one, cudaStream_t stream);
+MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_STEP)
 
 cudaError_t count_average(const float* found_inf, double decay, bool warms_up, double* weight,
                           double* count, cudaStream_t stream) {

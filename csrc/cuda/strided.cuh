@@ -1,6 +1,6 @@
-// The strided kernel of a step: tensors whose parameter, gradient and buffer do not share one dense
-// layout, one element at a time, each block of threads a block of up to three dimensions. Included
-// by step.cu, after the packing that it reads.
+// The strided kernel of a step: tensors whose operands do not share one dense layout, one element at
+// a time, each block of threads a block of up to three dimensions. Included by step.cu, after the
+// packing that it reads.
 #pragma once
 
 #include "packing.h"
@@ -10,33 +10,18 @@ namespace momentum_ext::cuda {
 namespace {
 
 template <typename opmath_t>
-__device__ __forceinline__ opmath_t load_as(int dtype, const void* base, int64_t i) {
-  switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat32:
-      return static_cast<opmath_t>(static_cast<const float*>(base)[i]);
-    case Dtype::kBFloat16:
-      return load(static_cast<const BFloat16*>(base)[i]);
-    case Dtype::kFloat16:
-      return load(static_cast<const Float16*>(base)[i]);
-    default:
-      if constexpr (sizeof(opmath_t) == 8) return static_cast<const double*>(base)[i];
-      return 0;  // a float64 tensor is computed in double
-  }
+__device__ __forceinline__ opmath_t load_as(Dtype dtype, const void* base, int64_t i) {
+  return visit_dtype<opmath_t>(dtype, [&](auto type) {
+    return static_cast<opmath_t>(load(static_cast<const decltype(type)*>(base)[i]));
+  });
 }
 
 template <typename opmath_t>
-__device__ __forceinline__ void store_as(int dtype, void* base, int64_t i, opmath_t value) {
-  const auto single = static_cast<float>(value);
-  switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat32:
-      return store(static_cast<float*>(base)[i], single);
-    case Dtype::kBFloat16:
-      return store(static_cast<BFloat16*>(base)[i], single);
-    case Dtype::kFloat16:
-      return store(static_cast<Float16*>(base)[i], single);
-    default:
-      if constexpr (sizeof(opmath_t) == 8) static_cast<double*>(base)[i] = value;
-  }
+__device__ __forceinline__ void store_as(Dtype dtype, void* base, int64_t i, opmath_t value) {
+  visit_dtype<opmath_t>(dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    store(static_cast<scalar_t*>(base)[i], static_cast<typename OpMath<scalar_t>::type>(value));
+  });
 }
 
 // How a strided tensor is cut into chunks: blocks of three dimensions, each as long as a power of
@@ -53,17 +38,18 @@ struct BlockShape {
   int64_t num_blocks = 1;
 
   BlockShape(const TensorEntry& entry, int log_chunk) {
-    const StridedDim flat = {entry.numel, {1, 1, 1}};
-    const StridedLayout layout = entry.layout != nullptr ? *entry.layout : StridedLayout(&flat, 1);
-    const int inner = layout.ndim - 1;
-    dims[ndim++] = layout.dims[inner];
-    if (layout.across >= 0) dims[ndim++] = layout.dims[layout.across];
-    if (layout.third >= 0) dims[ndim++] = layout.dims[layout.third];
-    const int num_wanted = ndim;
-    for (int d = inner - 1; d >= 0; --d) {
-      if (d != layout.across && d != layout.third) dims[ndim++] = layout.dims[d];
-    }
-    while (ndim < kBlockDims) dims[ndim++] = {1, {0, 0, 0}};
+    int num_wanted = 0;
+    with_layout(entry, [&](const StridedLayout& layout) {
+      const int inner = layout.ndim - 1;
+      dims[ndim++] = layout.dims[inner];
+      if (layout.across >= 0) dims[ndim++] = layout.dims[layout.across];
+      if (layout.third >= 0) dims[ndim++] = layout.dims[layout.third];
+      num_wanted = ndim;
+      for (int d = inner - 1; d >= 0; --d) {
+        if (d != layout.across && d != layout.third) dims[ndim++] = layout.dims[d];
+      }
+    });
+    while (ndim < kBlockDims) dims[ndim++] = {1, {}};
 
     // What the dimensions that are wanted do not need is for whichever comes next.
     constexpr int kWanted[][kBlockDims] = {{10, 0, 0}, {4, 6, 0}, {4, 3, 3}};
@@ -87,10 +73,12 @@ struct BlockShape {
 // On a multiprocessor, which leaves 48 registers a thread; left to itself, ptxas 13.0 spills.
 constexpr int kStridedBlocksAtOnce = 5;
 
-template <typename opmath_t_>
+template <typename Rule_, typename opmath_t_>
 struct Strided {
+  using Rule = Rule_;
   using opmath_t = opmath_t_;
-  static constexpr int kRecord = kStridedRecord;
+  using Fields = Record<Rule>;
+  static constexpr int kRecord = Fields::kStrided;
   static constexpr int kReserved = kWordsOf<AverageWeight>;
   static constexpr int kRoundingWords = 0;
   static constexpr int kLogChunk = 10;
@@ -102,17 +90,19 @@ struct Strided {
 
   static void pack_rest(const TensorEntry& entry, uint64_t* record) {
     const BlockShape shape(entry, kLogChunk);
-    record[5] = pack_dtypes(entry) | static_cast<uint64_t>(shape.ndim) << 24;
-    for (int d = 0; d < shape.ndim; ++d)
-      pack_dim(shape.dims[d], record + kFirstDim + kDimWords * d);
+    TensorKind kind(entry, shape.ndim);
     for (int d = 0; d < BlockShape::kBlockDims; ++d) {
-      record[5] |= static_cast<uint64_t>(shape.log_sizes[d]) << (32 + 8 * d);
+      kind.number |= static_cast<uint32_t>(shape.log_sizes[d]) << 8 * d;
+    }
+    record[Fields::kKind] = kind.word();
+    for (int d = 0; d < shape.ndim; ++d) {
+      pack_dim<Rule>(shape.dims[d], record + Fields::kFirstDim + Fields::kDimWords * d);
     }
   }
 };
 
 template <typename opmath_t, int kBytes>
-__device__ __forceinline__ void average_one(const LaunchTable<kBytes>& table, int dtype,
+__device__ __forceinline__ void average_one(const LaunchTable<kBytes>& table, Dtype dtype,
                                             const void* param, void* average, int64_t i) {
   store_as(dtype, average, i,
            new_average<FusedMultiplyAdd>(read_average_weight<opmath_t>(table),
@@ -123,83 +113,88 @@ __device__ __forceinline__ void average_one(const LaunchTable<kBytes>& table, in
 template <typename Kind, int kBytes>
 __global__ void __launch_bounds__(kThreads, kStridedBlocksAtOnce)
     update_strided(const LaunchTable<kBytes> __grid_constant__ table) {
+  using Rule = typename Kind::Rule;
+  using Fields = typename Kind::Fields;
   using opmath_t = typename Kind::opmath_t;
+  constexpr int kOperands = Fields::kOperands;
   if (overflowed(table)) return;
-  const Chunk chunk = find_chunk<Kind::kRecord>(table, Kind::kChunk);
+  const Chunk chunk = find_chunk<Kind>(table);
   const uint64_t* const record = table.words + chunk.tensor * Kind::kRecord;
-  auto* const param = reinterpret_cast<void*>(record[0]);
-  const auto* const grad = reinterpret_cast<const void*>(record[1]);
-  auto* const buffer = reinterpret_cast<void*>(record[2]);
-  auto* const average = reinterpret_cast<void*>(record[4]);
-  const auto kinds = static_cast<uint32_t>(record[5]);
-  const int param_dtype = static_cast<int>(kinds & 0xffu);
-  const int grad_dtype = static_cast<int>(kinds >> 8 & 0xffu);
-  const int buffer_dtype = static_cast<int>(kinds >> 16 & 0xffu);
-  const int ndim = static_cast<int>(kinds >> 24);
-  const uint64_t* const dims = record + kFirstDim;
-  const Work<opmath_t> work = read_group<opmath_t, Kind::kReserved>(table, chunk.group);
+  void* memory[kOperands];
+#pragma unroll
+  for (int o = 0; o < kOperands; ++o) memory[o] = reinterpret_cast<void*>(record[o]);
+  auto* const average = reinterpret_cast<void*>(record[Fields::kAverage]);
+  const TensorKind kind(record[Fields::kKind]);
+  const uint64_t* const dims = record + Fields::kFirstDim;
+  const auto work = read_group<Rule, opmath_t, Kind::kReserved>(table, chunk.group);
 
   // Where this block of the tensor begins, and how much of it there is in each of its dimensions.
   constexpr int kBlockDims = BlockShape::kBlockDims;
-  const auto log_sizes = static_cast<uint32_t>(record[5] >> 32);  // a byte each
   int sizes[kBlockDims];
-  int64_t begin_param = 0, begin_grad = 0, begin_buffer = 0;
-  const auto begin_at = [&](int d, int64_t index) {
-    begin_param += index * static_cast<int64_t>(dims[kDimWords * d + 1]);
-    begin_grad += index * static_cast<int64_t>(dims[kDimWords * d + 2]);
-    begin_buffer += index * static_cast<int64_t>(dims[kDimWords * d + 3]);
+  int64_t begin[kOperands] = {};
+  const auto move = [&](int64_t (&offsets)[kOperands], int d, int64_t by) {
+#pragma unroll
+    for (int o = 0; o < kOperands; ++o) {
+      offsets[o] += by * static_cast<int64_t>(dims[Fields::kDimWords * d + 1 + o]);
+    }
   };
   uint64_t number = static_cast<uint64_t>(chunk.begin) >> Kind::kLogChunk;
 #pragma unroll
   for (int d = 0; d < kBlockDims; ++d) {
-    const auto size = static_cast<int64_t>(dims[kDimWords * d]);
-    const auto log_size = static_cast<int>(log_sizes >> 8 * d & 0xffu);
+    const auto size = static_cast<int64_t>(dims[Fields::kDimWords * d]);
+    const int log_size = kind.log_size(d);
     const auto [block, rest] =
         split_index(number, static_cast<uint64_t>((size - 1) >> log_size) + 1);
-    const int64_t begin = block << log_size;
-    const int64_t left = size - begin;
+    const int64_t first = block << log_size;
+    const int64_t left = size - first;
     sizes[d] = left >> log_size != 0 ? 1 << log_size : static_cast<int>(left);
-    begin_at(d, begin);
+    move(begin, d, first);
     number = rest;
   }
 #pragma unroll 1
-  for (int d = kBlockDims; d < ndim; ++d) {
-    const auto [index, rest] = split_index(number, dims[kDimWords * d]);
-    begin_at(d, index);
+  for (int d = kBlockDims; d < kind.ndim(); ++d) {
+    const auto [index, rest] = split_index(number, dims[Fields::kDimWords * d]);
+    move(begin, d, index);
     number = rest;
   }
 
 #pragma unroll 1
-  for (int k = static_cast<int>(threadIdx.x); k < Kind::kChunk; k += kThreads) {
-    int64_t at_param = begin_param, at_grad = begin_grad, at_buffer = begin_buffer;
-    int rest = k;
+  for (int i = static_cast<int>(threadIdx.x); i < Kind::kChunk; i += kThreads) {
+    int64_t at[kOperands];
+#pragma unroll
+    for (int o = 0; o < kOperands; ++o) at[o] = begin[o];
+    int rest = i;
     bool is_there = true;
 #pragma unroll
     for (int d = 0; d < kBlockDims; ++d) {
-      const auto log_size = static_cast<int>(log_sizes >> 8 * d & 0xffu);
+      const int log_size = kind.log_size(d);
       const int index = rest & ((1 << log_size) - 1);
       rest >>= log_size;
       is_there = is_there && index < sizes[d];
-      at_param += index * static_cast<int64_t>(dims[kDimWords * d + 1]);
-      at_grad += index * static_cast<int64_t>(dims[kDimWords * d + 2]);
-      at_buffer += index * static_cast<int64_t>(dims[kDimWords * d + 3]);
+      move(at, d, index);
     }
     if (!is_there || rest != 0) continue;
-    auto p = Sgd::decayed(work.decay_factor, load_as<opmath_t>(param_dtype, param, at_param));
-    const auto g = load_as<opmath_t>(grad_dtype, grad, at_grad);
-    opmath_t b = 0;
-    if (work.reads_buffer) b = load_as<opmath_t>(buffer_dtype, buffer, at_buffer);
-    with_variant(work.variant, [&](auto variant) {
-      Sgd::update<FusedMultiplyAdd>(variant, work.coefficients, g, p, b);
+    auto p = load_as<opmath_t>(kind.dtype(kParam), memory[kParam], at[kParam]);
+    const auto g = load_as<opmath_t>(kind.dtype(kGrad), memory[kGrad], at[kGrad]);
+    opmath_t s[Rule::kMaxStates] = {};
+    repeat<Rule::kMaxStates>([&]<int k>() {
+      constexpr int o = kState + k;
+      if (k < work.num_reads) s[k] = load_as<opmath_t>(kind.dtype(o), memory[o], at[o]);
     });
-    if (work.writes_buffer) store_as(buffer_dtype, buffer, at_buffer, b);
-    store_as(param_dtype, param, at_param, p);
+    with_variant(work, [&](auto variant) {
+      Rule::template update<FusedMultiplyAdd>(variant, work.coefficients, g, p, s);
+    });
+    repeat<Rule::kMaxStates>([&]<int k>() {
+      constexpr int o = kState + k;
+      if (k < work.num_states) store_as(kind.dtype(o), memory[o], at[o], s[k]);
+    });
+    store_as(kind.dtype(kParam), memory[kParam], at[kParam], p);
     if (average != nullptr) {
       // Computed in the type that goes with the parameter, whatever its gradient is.
-      if (sizeof(opmath_t) == 8 && param_dtype == static_cast<int>(Dtype::kFloat64)) {
-        average_one<opmath_t>(table, param_dtype, param, average, at_param);
+      if (sizeof(opmath_t) == 8 && kind.dtype(kParam) == Dtype::kFloat64) {
+        average_one<opmath_t>(table, kind.dtype(kParam), memory[kParam], average, at[kParam]);
       } else {
-        average_one<float>(table, param_dtype, param, average, at_param);
+        average_one<float>(table, kind.dtype(kParam), memory[kParam], average, at[kParam]);
       }
     }
   }

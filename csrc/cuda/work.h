@@ -1,5 +1,6 @@
 // What a block of the step's kernels has to do, read from the launch table: which chunk of which
-// tensor, by which rule, with which numbers; and the machine words in which it moves elements.
+// tensor, by which variant of its rule, with which numbers; and the machine words in which it moves
+// elements.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,42 +17,20 @@ constexpr int kVectorBytes = 16;
 
 // ---- what a block has to do ---------------------------------------------------------------------
 
-// Calls body(Sgd::Variant<...>()) for the variant with this number. All threads of a block have the
-// same one.
-template <typename Body>
-__device__ __forceinline__ void with_variant(int variant, const Body& body) {
-  switch (variant) {
-    case 0:
-      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kNone, false>());
-    case 1:
-      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kNone, false>());
-    case 2:
-      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kLaterStep, false>());
-    case 3:
-      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kLaterStep, false>());
-    case 4:
-      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kLaterStep, true>());
-    case 5:
-      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kLaterStep, true>());
-    case 6:
-      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kFirstStep, false>());
-    case 7:
-      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kFirstStep, false>());
-    case 8:
-      return body(Sgd::Variant<WeightDecay::kNone, Momentum::kFirstStep, true>());
-    default:
-      return body(Sgd::Variant<WeightDecay::kL2, Momentum::kFirstStep, true>());
-  }
-}
-
-template <typename opmath_t>
+// All threads of a block have the same.
+template <typename Rule, typename opmath_t>
 struct Work {
-  Sgd::Coefficients<opmath_t> coefficients;
-  opmath_t decay_factor;  // of decoupled weight decay, else 1: multiplying is cheaper than asking
+  typename Rule::template Coefficients<opmath_t> coefficients;
   int variant;
-  bool reads_buffer;
-  bool writes_buffer;
+  int num_reads;   // states that are read
+  int num_states;  // that are written
 };
+
+// Calls body(variant) with the variant of the rule that is to be computed.
+template <typename Rule, typename opmath_t, typename Body>
+__device__ __forceinline__ void with_variant(const Work<Rule, opmath_t>& work, const Body& body) {
+  Rule::template visit_variant<Rule::kMergedVariants>(work.variant, body);
+}
 
 template <typename opmath_t>
 __device__ __forceinline__ opmath_t read_number(const DeviceNumber& number) {
@@ -60,21 +39,18 @@ __device__ __forceinline__ opmath_t read_number(const DeviceNumber& number) {
   });
 }
 
-template <typename opmath_t, int kReserved, int kBytes>
-__device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& table, int group) {
+template <typename Rule, typename opmath_t, int kReserved, int kBytes>
+__device__ __forceinline__ Work<Rule, opmath_t> read_group(const LaunchTable<kBytes>& table,
+                                                           int group) {
   const TableHeader& header = table.header;
   const int at = group_at<kReserved>(table, group);
-  const auto packed = unpack<PackedGroup<opmath_t>>(table, at);
-  Work<opmath_t> work;
-  Sgd::Coefficients<opmath_t>& c = work.coefficients;
+  const auto packed = unpack<PackedGroup<Rule, opmath_t>>(table, at);
+  Work<Rule, opmath_t> work;
+  auto& c = work.coefficients;
   c = packed.coefficients;
-  bool decays = (packed.flags & kHasWeightDecay) != 0;
-  const bool decoupled = (packed.flags & kIsDecoupled) != 0;
-  work.decay_factor = decoupled ? c.weight_decay : opmath_t{1};
-  const bool has_momentum = (packed.flags & kHasMomentum) != 0;
-  const bool nesterov = (packed.flags & kHasNesterov) != 0;
-  const uint32_t cohort = packed.flags >> kCohortShift;
-  bool is_first_step = cohort == kFirstStep;
+  auto options = Rule::Options::of_bits(packed.flags);
+  const uint32_t cohort = packed.flags >> kCohortShift<Rule>;
+  bool is_first_step = cohort == kFirstStep<Rule>;
   if (header.settled != nullptr && cohort != kNoCohort) is_first_step = *header.settled < cohort;
   if (header.grad_number_is == GradNumber::kScale) {
     c.grad_coef *= inverse_of_scale(*static_cast<const float*>(header.grad_number));
@@ -82,19 +58,15 @@ __device__ __forceinline__ Work<opmath_t> read_group(const LaunchTable<kBytes>& 
     c.grad_coef *= static_cast<opmath_t>(*static_cast<const double*>(header.grad_number));
   }
   if (header.has_device_numbers != 0) {
-    const int behind = at + kWordsOf<PackedGroup<opmath_t>>;
-    const auto numbers = unpack<Sgd::OnDevice>(table, behind);
-    if (numbers.lr.data != nullptr) c.step = read_number<opmath_t>(numbers.lr);
-    if (numbers.momentum.data != nullptr) c.momentum = read_number<opmath_t>(numbers.momentum);
-    if (numbers.weight_decay.data != nullptr) {
-      c.weight_decay = read_number<opmath_t>(numbers.weight_decay);
-      decays = c.weight_decay != 0;
-    }
+    const int behind = at + kWordsOf<PackedGroup<Rule, opmath_t>>;
+    const auto numbers = unpack<typename Rule::OnDevice>(table, behind);
+    const auto read = [](const DeviceNumber& number) { return read_number<opmath_t>(number); };
+    Rule::read_on_device(numbers, read, options, c);
   }
-  work.variant =
-      (decays ? 1 : 0) + (has_momentum ? 2 : 0) + (nesterov ? 2 : 0) + (is_first_step ? 4 : 0);
-  work.reads_buffer = has_momentum && !is_first_step;
-  work.writes_buffer = has_momentum;
+  Rule::merge(options, c);
+  work.variant = Rule::variant_of(options, is_first_step);
+  work.num_reads = Rule::num_reads(options, is_first_step);
+  work.num_states = Rule::num_states(options);
   return work;
 }
 
@@ -118,15 +90,16 @@ struct Chunk {
   int count;
 };
 
-template <int kRecord, int kBytes>
-__device__ __forceinline__ Chunk find_chunk(const LaunchTable<kBytes>& table, int chunk_size) {
-  const int tensor = locate_tensor<kRecord, 3>(table, blockIdx.x);
-  const uint64_t word = table.words[tensor * kRecord + 3];
+template <typename Kind, int kBytes>
+__device__ __forceinline__ Chunk find_chunk(const LaunchTable<kBytes>& table) {
+  constexpr int kRecord = Kind::kRecord, kChunks = Record<typename Kind::Rule>::kChunks;
+  const int tensor = locate_tensor<kRecord, kChunks>(table, blockIdx.x);
+  const uint64_t word = table.words[tensor * kRecord + kChunks];
   const uint32_t end = tensor + 1 < table.header.num_tensors
-                           ? first_chunk_of(table.words[(tensor + 1) * kRecord + 3])
+                           ? first_chunk_of(table.words[(tensor + 1) * kRecord + kChunks])
                            : gridDim.x;
-  return {tensor, group_of(word), int64_t{blockIdx.x - first_chunk_of(word)} * chunk_size,
-          blockIdx.x + 1 == end ? last_count_of(word) : chunk_size};
+  return {tensor, group_of(word), int64_t{blockIdx.x - first_chunk_of(word)} * Kind::kChunk,
+          blockIdx.x + 1 == end ? last_count_of(word) : Kind::kChunk};
 }
 
 // The position within an innermost dimension of this size, and the index of the rest.
@@ -146,36 +119,22 @@ __device__ __forceinline__ Position split_index(uint64_t index, uint64_t size) {
 
 // ---- machine words ------------------------------------------------------------------------------
 
-// The machine words in which a thread moves its elements.
+// In which a thread moves its elements.
 template <int kBytes>
-struct MachineWord;
-template <>
-struct MachineWord<2> {
-  using type = uint16_t;
-};
-template <>
-struct MachineWord<4> {
-  using type = uint32_t;
-};
-template <>
-struct MachineWord<8> {
-  using type = uint2;
-};
-template <>
-struct MachineWord<16> {
-  using type = uint4;
-};
+using MachineWord = std::conditional_t<
+    kBytes == 2, uint16_t,
+    std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>>;
 
 template <typename scalar_t, int kCount>
 __device__ __forceinline__ void read(const scalar_t* from, scalar_t (&to)[kCount]) {
-  using Word = typename MachineWord<sizeof(to)>::type;
+  using Word = MachineWord<sizeof(to)>;
   const Word word = *reinterpret_cast<const Word*>(from);
   memcpy(to, &word, sizeof(to));
 }
 
 template <typename scalar_t, int kCount>
 __device__ __forceinline__ void write(scalar_t* to, const scalar_t (&from)[kCount]) {
-  using Word = typename MachineWord<sizeof(from)>::type;
+  using Word = MachineWord<sizeof(from)>;
   Word word;
   memcpy(&word, from, sizeof(from));
   *reinterpret_cast<Word*>(to) = word;

@@ -75,6 +75,7 @@ MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
 }
 
 // Calls visit(scalar_t()) with the type of a dtype of 8 bits.
+MOMENTUM_EXT_CALLS_BACK
 template <typename Visit>
 MOMENTUM_EXT_INLINE decltype(auto) visit_8_bit(Dtype dtype, const Visit& visit) {
   return dtype == Dtype::kInt8 ? visit(Int8()) : visit(Float8E4M3());

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../rules/math.h"
 
@@ -26,6 +27,12 @@ MOMENTUM_EXT_INLINE constexpr bool is_8_bit(Dtype dtype) {
 constexpr int64_t itemsize(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : is_8_bit(dtype) ? 1 : 2;
 }
+
+template <Dtype dtype>
+using Scalar = std::conditional_t<
+    dtype == Dtype::kFloat32, float,
+    std::conditional_t<dtype == Dtype::kFloat64, double,
+                       std::conditional_t<dtype == Dtype::kBFloat16, BFloat16, Float16>>>;
 
 // The type in which an element of type scalar_t is computed.
 template <typename scalar_t>
@@ -111,6 +118,7 @@ MOMENTUM_EXT_INLINE void store(Float16& out, float value) {
 
 // Calls visit(scalar_t()) with the type of a dtype of 16 bits or more that is computed in opmath_t or
 // in less. The only place that asks a dtype which type it is, but for visit_8_bit() in block8.h.
+MOMENTUM_EXT_CALLS_BACK
 template <typename opmath_t, typename Visit>
 MOMENTUM_EXT_INLINE decltype(auto) visit_dtype(Dtype dtype, const Visit& visit) {
   if (dtype == Dtype::kFloat32) return visit(float());

@@ -44,11 +44,13 @@ MOMENTUM_EXT_INLINE void store_stochastic(Float8E4M3& out, float value, uint32_t
   detail::assemble(out, value, magnitude, normal, subnormal);
 }
 
-// A parameter and its momentum buffer are rounded with the same 16 bits, the buffer with their
-// bytes exchanged: each is uniform by itself, which is all that an unbiased rounding needs, and to
-// draw them costs more than the rest of the update.
-MOMENTUM_EXT_INLINE uint32_t random_of_buffer(uint32_t random) {
-  return (random >> 8 | random << 8) & 0xffffu;
+// A parameter and its states are rounded with the same 16 bits, those of a state rotated by a number
+// of its own: each is uniform by itself, which is all that an unbiased rounding needs, and to draw
+// them costs more than the rest of the update.
+template <int kState>
+MOMENTUM_EXT_INLINE uint32_t random_of_state(uint32_t random) {
+  constexpr int kBits[] = {8, 4, 12};
+  return (random >> kBits[kState] | random << (16 - kBits[kState])) & 0xffffu;
 }
 
 }  // namespace momentum_ext

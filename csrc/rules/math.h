@@ -13,6 +13,13 @@
 #define MOMENTUM_EXT_INLINE inline __attribute__((always_inline))
 #endif
 
+// Before a function that calls a function it is given: on host or device, whichever that is for.
+#if defined(__CUDACC__)
+#define MOMENTUM_EXT_CALLS_BACK _Pragma("nv_exec_check_disable")
+#else
+#define MOMENTUM_EXT_CALLS_BACK
+#endif
+
 namespace momentum_ext {
 
 struct FusedMultiplyAdd {
@@ -31,5 +38,34 @@ struct SeparateMultiplyAdd {
     return a * b + c;
   }
 };
+
+// Calls f.operator()<k>() for each k below n.
+MOMENTUM_EXT_CALLS_BACK
+template <int n, int k = 0, typename F>
+MOMENTUM_EXT_INLINE void repeat(const F& f) {
+  if constexpr (k < n) {
+    f.template operator()<k>();
+    repeat<n, k + 1>(f);
+  }
+}
+
+// Returns f.operator()<k>() for the k below n that `number` is. By a switch: of a chain of questions
+// ptxas makes code with more registers.
+MOMENTUM_EXT_CALLS_BACK
+template <int n, typename F>
+MOMENTUM_EXT_INLINE decltype(auto) choose(int number, const F& f) {
+  static_assert(n <= 16);
+  // clang-format off
+#define MOMENTUM_EXT_CASE(k) case k: if constexpr (k < n) return f.template operator()<(k)>(); break;
+#define MOMENTUM_EXT_CASES(a, b, c, d, e) MOMENTUM_EXT_CASE(a) MOMENTUM_EXT_CASE(b) MOMENTUM_EXT_CASE(c) MOMENTUM_EXT_CASE(d) MOMENTUM_EXT_CASE(e)
+  switch (number) {
+    MOMENTUM_EXT_CASES(1, 2, 3, 4, 5) MOMENTUM_EXT_CASES(6, 7, 8, 9, 10) MOMENTUM_EXT_CASES(11, 12, 13, 14, 15)
+    default: break;
+  }
+#undef MOMENTUM_EXT_CASES
+#undef MOMENTUM_EXT_CASE
+  // clang-format on
+  return f.template operator()<0>();
+}
 
 }  // namespace momentum_ext

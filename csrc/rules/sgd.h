@@ -39,6 +39,15 @@ struct Sgd {
     WeightDecay weight_decay = WeightDecay::kNone;
     bool has_momentum = false;
     bool nesterov = false;
+
+    static constexpr int kBits = 4;
+    MOMENTUM_EXT_INLINE uint32_t bits() const {
+      return static_cast<uint32_t>(weight_decay) | uint32_t{has_momentum} << 2 |
+             uint32_t{nesterov} << 3;
+    }
+    static MOMENTUM_EXT_INLINE Options of_bits(uint32_t bits) {
+      return {static_cast<WeightDecay>(bits & 3), (bits & 4) != 0, (bits & 8) != 0};
+    }
   };
 
   // What the formulas need, rounded once from double to the type they are computed in.
@@ -107,9 +116,17 @@ struct Sgd {
     return maximize;
   }
 
-  // How many states an update has.
-  static MOMENTUM_EXT_INLINE int num_states(const Options& options) {
-    return options.has_momentum ? 1 : 0;
+  // read(number): the number, in opmath_t.
+  MOMENTUM_EXT_CALLS_BACK
+  template <typename opmath_t, typename Read>
+  static MOMENTUM_EXT_INLINE void read_on_device(const OnDevice& numbers, const Read& read,
+                                                 Options& options, Coefficients<opmath_t>& c) {
+    if (numbers.lr.data != nullptr) c.step = read(numbers.lr);
+    if (numbers.momentum.data != nullptr) c.momentum = read(numbers.momentum);
+    if (numbers.weight_decay.data != nullptr) {
+      c.weight_decay = read(numbers.weight_decay);
+      options.weight_decay = c.weight_decay != 0 ? WeightDecay::kL2 : WeightDecay::kNone;
+    }
   }
 
   static Coefficients<float> rounded(const Coefficients<double>& c) {
@@ -119,24 +136,71 @@ struct Sgd {
             static_cast<float>(c.step)};
   }
 
+  // How many states an update has, and how many of them it reads.
+  static MOMENTUM_EXT_INLINE int num_states(const Options& options) {
+    return options.has_momentum ? 1 : 0;
+  }
+  static MOMENTUM_EXT_INLINE int num_reads(const Options& options, bool is_first_step) {
+    return options.has_momentum && !is_first_step ? 1 : 0;
+  }
+
+  // An update as it is compiled.
   template <WeightDecay kWeightDecay_, Momentum kMomentum_, bool kNesterov_>
   struct Variant {
     static constexpr WeightDecay kWeightDecay = kWeightDecay_;
     static constexpr Momentum kMomentum = kMomentum_;
     static constexpr bool kNesterov = kNesterov_;
+    static constexpr int kStates = kMomentum == Momentum::kNone ? 0 : 1;
+    static constexpr int kReads = kMomentum == Momentum::kLaterStep ? 1 : 0;
   };
+
+  // Variants by number, those without weight decay last: where a multiplication costs less than a
+  // variant, they are left out, and merge() decays by a factor of 1.
+  static constexpr int kVariants = 15;
+  static constexpr int kMergedVariants = 10;
+
+  static MOMENTUM_EXT_INLINE int variant_of(const Options& options, bool is_first_step) {
+    const int momentum = options.has_momentum ? (is_first_step ? 1 : 3) + options.nesterov : 0;
+    if (options.weight_decay == WeightDecay::kNone) return kMergedVariants + momentum;
+    return 2 * momentum + (options.weight_decay == WeightDecay::kL2 ? 1 : 0);
+  }
+
+  // Returns visit(Variant<...>()) for the variant of this number, which is below kCount.
+  MOMENTUM_EXT_CALLS_BACK
+  template <int kCount = kVariants, typename Visit>
+  static MOMENTUM_EXT_INLINE decltype(auto) visit_variant(int number, const Visit& visit) {
+    return choose<kCount>(number, [&visit]<int k>() -> decltype(auto) {
+      constexpr bool kHasDecay = k < kMergedVariants;
+      constexpr int kIndex = kHasDecay ? k / 2 : k - kMergedVariants;
+      constexpr WeightDecay kDecay = !kHasDecay   ? WeightDecay::kNone
+                                     : k % 2 == 1 ? WeightDecay::kL2
+                                                  : WeightDecay::kDecoupled;
+      constexpr Momentum kMomentum = kIndex == 0  ? Momentum::kNone
+                                     : kIndex < 3 ? Momentum::kFirstStep
+                                                  : Momentum::kLaterStep;
+      return visit(Variant<kDecay, kMomentum, kIndex == 2 || kIndex == 4>());
+    });
+  }
+
+  template <typename opmath_t>
+  static MOMENTUM_EXT_INLINE void merge(Options& options, Coefficients<opmath_t>& c) {
+    if (options.weight_decay != WeightDecay::kNone) return;
+    options.weight_decay = WeightDecay::kDecoupled;
+    c.weight_decay = 1;
+  }
 
   template <typename Fma, typename Variant, typename opmath_t>
   static MOMENTUM_EXT_INLINE void update(Variant, const Coefficients<opmath_t>& c, opmath_t grad,
-                                         opmath_t& param, opmath_t& buffer) {
+                                         opmath_t& param, opmath_t* state) {
     opmath_t g = c.grad_coef * grad;
     if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
       g = Fma::apply(c.weight_decay, param, g);
     } else if constexpr (Variant::kWeightDecay == WeightDecay::kDecoupled) {
-      param = decayed(c.weight_decay, param);
+      param = c.weight_decay * param;
     }
     opmath_t direction = g;
     if constexpr (Variant::kMomentum != Momentum::kNone) {
+      opmath_t& buffer = state[0];
       if constexpr (Variant::kMomentum == Momentum::kFirstStep) {
         buffer = c.first_alpha * g;
       } else {
@@ -148,12 +212,6 @@ struct Sgd {
       }
     }
     param = Fma::apply(-c.step, direction, param);
-  }
-
-  // Decoupled weight decay, with factor 1 - lr * weight_decay.
-  template <typename opmath_t>
-  static MOMENTUM_EXT_INLINE opmath_t decayed(opmath_t factor, opmath_t param) {
-    return factor * param;
   }
 };
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../../csrc/rules/sgd.h"
-#include "../../csrc/table.h
+#include "../../csrc/table.h"
 
 namespace {
 

@@ -65,14 +65,13 @@ class Kernel:
         self.name = name
         self.is_norm = "norm_of_all" in name or "conclude_alone" in name
         self.is_flat = "update_flat" in name
-        self.is_averaged = "FlatILb1E" in name
+        self.is_averaged = re.search(r"FlatI\w+?ELb1E", name) is not None
         self.is_strided = "update_strided" in name
         self.is_low_precision = "update_low_precision" in name
         # Also the three kernels of one thread that work with doubles, and the norm, which sums up in double.
         self.is_double = (
             "Eddd" in name
-            or "StridedIdE" in name
-            or "LowPrecisionKindIdL" in name
+            or re.search(r"StridedI\w+?EdE|LowPrecisionKindI\w+?EdL", name) is not None
             or self.is_norm
             or "count_update" in name
         )

@@ -259,7 +259,7 @@ const cpu::Loops& loops_of(const std::string& isa) {
 }
 
 // As threads would divide it, at random places.
-void run_divided(cpu::RunFn run, const StepTable<Sgd>& table) {
+void run_divided(cpu::RunFn<Sgd> run, const StepTable<Sgd>& table) {
   const int64_t end = table.first_element[table.num_entries];
   for (int64_t from = 0; from < end;) {
     const int64_t to = std::min<int64_t>(end, from + static_cast<int64_t>(generator() % 200));
@@ -339,7 +339,7 @@ void test_instruction_set(const std::string& isa) {
   }
 
   // Any division of the range among threads covers every element exactly once.
-  const cpu::RunFn run = loops_of(isa).step;
+  const cpu::RunFn<Sgd> run = loops_of(isa).step;
   for (int trial = 0; trial < 50; ++trial) {
     std::vector<Case> cases;
     for (const int64_t numel : {130, 0, 64, 1, 500, 63}) {

@@ -34,7 +34,15 @@ def flags_of(compiler):
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize(
-    "program", ["test_kernels", "test_cuda_kernels", "test_cuda_low_precision", "test_cuda_norm", "test_cuda_on_host"]
+    "program",
+    [
+        "test_kernels",
+        "test_cuda_kernels",
+        "test_cuda_low_precision",
+        "test_cuda_norm",
+        "test_cuda_on_host",
+        "test_cuda_rules",
+    ],
 )
 def test_kernels_under_sanitizers(compiler, program, tmp_path):
     binary = tmp_path / program

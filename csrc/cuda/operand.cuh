@@ -1,0 +1,239 @@
+// Eight elements as numbers, and one operand of a tensor, whatever it is stored as: with a master, in
+// 8 bits, rounded at random. The counterpart of ../cpu/slots.h.
+#pragma once
+
+#include "../formats/master.h"
+#include "../formats/stochastic.h"
+#include "elements.cuh"
+
+namespace momentum_ext::cuda {
+namespace {
+
+// ---- eight elements as they are computed --------------------------------------------------------
+
+// Of a dtype of 16 bits or more.
+template <typename value_t, typename opmath_t>
+__device__ __forceinline__ void decode(Dtype dtype, const Stored<opmath_t>& stored,
+                                       value_t (&values)[kElemsPerThread]) {
+  visit_dtype<value_t>(dtype, [&](auto type) {
+#pragma unroll
+    for (int e = 0; e < kElemsPerThread; ++e) {
+      values[e] = static_cast<value_t>(load(element_of<decltype(type)>(stored, e)));
+    }
+  });
+}
+
+// 16 random bits for each of eight elements.
+struct Randoms {
+  uint32_t words[4];
+  bool are_drawn;
+
+  // For an element of an operand.
+  template <int kOperand>
+  __device__ __forceinline__ uint32_t of(int e) const {
+    const uint32_t bits = words[e / 2] >> 16 * (e % 2) & 0xffffu;
+    if constexpr (kOperand < kState) {
+      return bits;
+    } else {
+      return random_of_state<kOperand - kState>(bits);
+    }
+  }
+};
+
+template <int kOperand, typename scalar_t, typename value_t, typename opmath_t>
+__device__ __forceinline__ void encode_as(const value_t (&values)[kElemsPerThread],
+                                          const Randoms& randoms, Stored<opmath_t>& stored) {
+  scalar_t element;
+  if constexpr (sizeof(scalar_t) <= 2) {  // what is wider is not rounded at random
+    if (randoms.are_drawn) {
+#pragma unroll
+      for (int e = 0; e < kElemsPerThread; ++e) {
+        store_stochastic(element, static_cast<float>(values[e]), randoms.of<kOperand>(e));
+        set_element(stored, e, element);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kElemsPerThread; ++e) {
+    store(element, static_cast<typename OpMath<scalar_t>::type>(values[e]));
+    set_element(stored, e, element);
+  }
+}
+
+// Of a dtype of 16 bits or more.
+template <int kOperand, typename value_t, typename opmath_t>
+__device__ __forceinline__ void encode(Dtype dtype, const value_t (&values)[kElemsPerThread],
+                                       const Randoms& randoms, Stored<opmath_t>& stored) {
+  visit_dtype<value_t>(
+      dtype, [&](auto type) { encode_as<kOperand, decltype(type)>(values, randoms, stored); });
+}
+
+// ---- parameters with a master -------------------------------------------------------------------
+
+template <typename opmath_t>
+__device__ __forceinline__ void decode_master(Master kind, const Stored<opmath_t>& param,
+                                              const Stored<opmath_t>& master,
+                                              opmath_t (&values)[kElemsPerThread]) {
+  if (kind == Master::kRemainder) {
+#pragma unroll
+    for (int k = 0; k < kElemsPerThread; ++k) {
+      values[k] = join(element_of<BFloat16>(param, k), element_of<int16_t>(master, k));
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kElemsPerThread; ++k) {
+    const auto found = element_of<Float16>(param, k);
+    const auto copy = element_of<float>(master, k);
+    Float16 rounded;
+    store(rounded, copy);
+    values[k] = exact_value(found, load(found), copy, rounded);
+  }
+}
+
+template <typename opmath_t>
+__device__ __forceinline__ void encode_master(Master kind,
+                                              const opmath_t (&values)[kElemsPerThread],
+                                              Stored<opmath_t>& param, Stored<opmath_t>& master) {
+  if (kind == Master::kRemainder) {
+#pragma unroll
+    for (int k = 0; k < kElemsPerThread; ++k) {
+      BFloat16 upper;
+      int16_t lower;
+      split(static_cast<float>(values[k]), upper, lower);
+      set_element(param, k, upper);
+      set_element(master, k, lower);
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kElemsPerThread; ++k) {
+    Float16 rounded;
+    store(rounded, static_cast<float>(values[k]));
+    set_element(param, k, rounded);
+    set_element(master, k, static_cast<float>(values[k]));
+  }
+}
+
+// ---- states of 8 bits ---------------------------------------------------------------------------
+
+template <typename scalar_t, typename opmath_t>
+__device__ __forceinline__ void decode_block(const Stored<opmath_t>& stored, float scale,
+                                             opmath_t (&values)[kElemsPerThread]) {
+#pragma unroll
+  for (int k = 0; k < kElemsPerThread; ++k)
+    values[k] = load(element_of<scalar_t>(stored, k)) * scale;
+}
+
+// A warp's values, of which each lane has `count`; all lanes are here. Returns the block's scale.
+template <int kOperand, typename scalar_t, typename opmath_t>
+__device__ __forceinline__ float encode_block(const opmath_t (&values)[kElemsPerThread], int count,
+                                              const Randoms& randoms, Stored<opmath_t>& stored) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int k = 0; k < kElemsPerThread; ++k) {
+    const uint32_t bits = detail::bits_of(static_cast<float>(values[k])) & 0x7fffffffu;
+    largest = k < count && bits > largest ? bits : largest;
+  }
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, largest, distance);
+    largest = other > largest ? other : largest;
+  }
+  const BlockScale found = block_scale<scalar_t>(largest);
+  if (found.inverse == 0) {  // the values may be Inf or NaN
+    stored.words[0] = stored.words[1] = 0;
+    return found.scale;
+  }
+  float scaled[kElemsPerThread];
+#pragma unroll
+  for (int k = 0; k < kElemsPerThread; ++k) {
+    scaled[k] = k < count ? static_cast<float>(values[k]) * found.inverse : 0;
+  }
+  encode_as<kOperand, scalar_t>(scaled, randoms, stored);
+  return found.scale;
+}
+
+// ---- an operand ---------------------------------------------------------------------------------
+
+// A thread's elements, and its warp's block of 8-bit values.
+struct Span {
+  int64_t first;
+  int64_t block;
+  int count;
+  int lane;
+};
+
+// One operand of a tensor, and a thread's elements of it as they are stored. The counterpart of
+// OperandTile in ../cpu/slots.h.
+template <typename opmath_t>
+struct StoredOperand {
+  void* memory;
+  Dtype dtype;
+  bool is_random = false;
+  bool has_scale = false;
+  float* scales = nullptr;
+  Master master_kind = Master::kNone;
+  void* master = nullptr;
+
+  Stored<opmath_t> stored;
+  Stored<opmath_t> exact;  // what the master has of them
+  float scale;
+
+  // False where nothing is rounded.
+  __device__ __forceinline__ bool may_be_random() const {
+    return has_scale || (master_kind == Master::kNone &&
+                         (dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16));
+  }
+  __device__ __forceinline__ Dtype master_dtype() const {
+    return master_kind == Master::kCopy ? Dtype::kFloat32 : Dtype::kFloat16;
+  }
+
+  template <typename Place>
+  __device__ __forceinline__ void read(const Place& place, const Span& span) {
+    const InARow row = {span.first};
+    if (has_scale) {
+      read_bits<uint8_t>(memory, row, span.count, stored);
+      scale = scales[span.block];
+      return;
+    }
+    cuda::read(dtype, memory, place, span.count, stored);
+    if (master_kind != Master::kNone) cuda::read(master_dtype(), master, row, span.count, exact);
+  }
+
+  __device__ __forceinline__ void decode(opmath_t (&values)[kElemsPerThread]) const {
+    if (has_scale) {
+      visit_8_bit(dtype, [&](auto type) { decode_block<decltype(type)>(stored, scale, values); });
+    } else if (master_kind != Master::kNone) {
+      decode_master(master_kind, stored, exact, values);
+    } else {
+      cuda::decode(dtype, stored, values);
+    }
+  }
+
+  template <int kOperand, typename Place>
+  __device__ __forceinline__ void write(const opmath_t (&values)[kElemsPerThread], Randoms& randoms,
+                                        const Place& place, const Span& span) {
+    const InARow row = {span.first};
+    randoms.are_drawn = is_random;
+    if (has_scale) {
+      scale = visit_8_bit(dtype, [&](auto type) {
+        return encode_block<kOperand, decltype(type)>(values, span.count, randoms, stored);
+      });
+      write_bits<uint8_t>(memory, row, span.count, stored);
+      if (span.lane == 0) scales[span.block] = scale;
+      return;
+    }
+    if (master_kind != Master::kNone) {
+      encode_master(master_kind, values, stored, exact);
+      cuda::write(master_dtype(), master, row, span.count, exact);
+    } else {
+      encode<kOperand>(dtype, values, randoms, stored);
+    }
+    cuda::write(dtype, memory, place, span.count, stored);
+  }
+};
+
+}  // namespace
+}  // namespace momentum_ext::cuda
