@@ -89,9 +89,9 @@ def reader(tmp_path, monkeypatch):
     torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", False)  # and back, whatever a page sets
+    before = torch._dynamo.config.save_config()  # a page may set what it likes
     yield
+    torch._dynamo.config.load_config(before)
     torch._dynamo.reset()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
