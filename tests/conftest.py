@@ -2,15 +2,13 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT
 from values import matching_isas
 
 from momentum_ext import _C
-
-ROOT = Path(__file__).resolve().parents[1]
 
 try:
     import hypothesis

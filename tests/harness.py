@@ -75,7 +75,7 @@ def assert_same(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
         return
     if same_bits(actual, expected):
         return
-    found, wanted = actual.detach(), expected.detach()
+    found, wanted = (each.detach() if each.layout == torch.strided else each.to_dense() for each in (actual, expected))
     text = f"{what}: {found.dtype} {tuple(found.shape)} is not bit-identical to {wanted.dtype} {tuple(wanted.shape)}"
     if found.shape == wanted.shape and found.numel():
         if found.itemsize == wanted.itemsize == 1:

@@ -115,6 +115,7 @@ def test_formulations_when_steps_overflow(options):
         twins.scaled_step(overflows)
 
 
+@real
 def test_a_formulation_is_changed():
     twins = twins_of(oracle=FusedMomentum, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
     for formulation in ("torch", "classical", "classical", "torch", "torch"):
@@ -269,7 +270,7 @@ def test_a_buffer_that_is_converted_before_its_first_step():
     twins.scaled_step(True)
     twins.edit(momentum_dtype=FP16)
     for _ in range(2):
-        twins.scaled_step(False)
+        twins.scaled_step(False, reads=None)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +448,7 @@ def test_an_overflow_on_a_first_step_waits_for_its_gradient(present):
     ]:
         twins.new_grads(missing={0, 1, 2} - set(which))
         twins.mine.found_inf = cuda(torch.tensor(float(overflows)))
-        twins.step_ours()
+        twins.mine.step()
         if not overflows:
             twins.theirs.step()
         assert_all_same([cpu(mine) for mine, _ in twins.params], [theirs for _, theirs in twins.params])
@@ -470,7 +471,7 @@ def test_an_overflow_leaves_no_buffers_that_leave(low):
     twins.scaled_step(True)
     for opt in twins.optimizers:  # the plan is built anew
         del opt.param_groups[0]["params"][1:]
-    twins.scaled_step(False)
+    twins.scaled_step(False, reads=None)
 
 
 def test_an_overflow_is_read_where_the_cpu_must_know():
@@ -710,9 +711,9 @@ def test_averages_of_tensors_without_a_gradient(overflows):
     twins = averaged_twins(True)
     for step, missing in enumerate([range(4, 10), (), [0, *range(2, 10)], (), range(5, 10), ()]):
         if overflows:
-            twins.scaled_step(step in (0, 3), None, missing=missing)
+            twins.scaled_step(step in (0, 3), None, missing=missing, reads=None)
         else:
-            twins.step(missing=missing)
+            twins.step(missing=missing, reads=None)
 
 
 def test_averages_of_layouts():

@@ -11,14 +11,12 @@ import math
 from typing import Any
 
 import torch
-from harness import assert_same
+from harness import assert_same, params_of
 from torch import Tensor
+from values import BF16, EIGHT_BITS, FP16, FP32, FP64, HALVES
 
 from momentum_ext import FusedMomentum, reference
 
-FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-HALVES = (BF16, FP16)
-EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 TORCH_KEYS = set(torch.optim.SGD([torch.zeros(1)]).state_dict()["param_groups"][0])
 OWN_DEFAULTS = {
     "formulation": "torch",
@@ -145,7 +143,7 @@ class Model:
 
     @property
     def params(self) -> list[Tensor]:
-        return [param for group in self.opt.param_groups for param in group["params"]]
+        return params_of(self.opt)
 
     def add_weights(self) -> None:
         """For new groups."""

@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
+from harness import assert_same_training
+from values import EACH_COPY
 
 from momentum_ext import FusedMomentum
 
 FP64 = torch.float64
-COPIES = [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))]
 
 
 def make(*values, dtype=FP64, **options):
@@ -92,17 +93,15 @@ def test_momentum_dtype_taken_back_is_converted_whatever_comes_between(look, sto
     assert set(opt.state[param]) == {"momentum_buffer"}
 
 
-@pytest.mark.parametrize("copy_of", COPIES)
-def test_copies_convert_what_the_original_would(copy_of):
+@EACH_COPY
+def test_copies_convert_what_the_original_would(copied):
     param, opt = make(1.0, 3.0, dtype=torch.float32, lr=0.1, momentum=0.9, momentum_dtype="float16")
     for _ in range(2):
         opt.step()
     opt.param_groups[0].update(momentum_dtype=None, formulation="classical")
-    copied, original = copy_of((param, opt)), (param, opt)
-    copied[0].grad = param.grad.clone()
-    for _, optimizer in (copied, original):
+    twin, original = copied((param, opt)), (param, opt)
+    twin[0].grad = param.grad.clone()
+    for _, optimizer in (twin, original):
         optimizer.step()
-    for p, optimizer in (copied, original):
-        assert optimizer.state[p]["momentum_buffer"].dtype is torch.float32
-        assert torch.equal(p, param)
-        assert torch.equal(optimizer.state[p]["momentum_buffer"], opt.state[param]["momentum_buffer"])
+    assert_same_training(twin[1], opt)
+    assert opt.state[param]["momentum_buffer"].dtype is torch.float32

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ends
+from harness import ROOT, ends
 
-ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 

@@ -1,15 +1,13 @@
 """examples/train_char_gpt.py, killed with SIGKILL and resumed, gives an uninterrupted run's losses, bit for bit."""
 
-import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT, run_program
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 STEPS = 30
 CHECKPOINT_EVERY = 8
 RUNS = ("torch", "classical", "ema", "torch-nesterov")
@@ -45,12 +43,8 @@ sys.exit(train_char_gpt.main(sys.argv[3:]))
 def train(directory, what="nothing", count=0, **changes):
     options = {"steps": STEPS, "checkpoint-every": CHECKPOINT_EVERY, **changes}
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, what, str(count), "--quick", f"--directory={directory}", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, "-c", PROGRAM, what, count, "--quick", f"--directory={directory}", *arguments]
+    return run_program(*command, env={"OMP_NUM_THREADS": "1"})
 
 
 def steps_done(checkpoint):

@@ -1,24 +1,17 @@
 """examples/gallery.py: the page and the pictures in docs/gallery/ are what it computes."""
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from harness import ROOT, run_program
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gallery" / "README.md"
 
 
 def draw(directory, *arguments):
-    result = subprocess.run(
-        [sys.executable, ROOT / "examples" / "gallery.py", f"--directory={directory}", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, ROOT / "examples" / "gallery.py", f"--directory={directory}", *arguments]
+    result = run_program(*command, env={"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
 
 

@@ -3,13 +3,11 @@
 import os
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from harness import ends
+from harness import ROOT, ends
 
-ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("tqdm")
 
 

@@ -2,11 +2,10 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from harness import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = [
     ".ci/house", "csrc/binding/module.cpp", "csrc/rules/sgd.h", "csrc/binding/layout.h", "csrc/cpu/norm_fma.h",
     "momentum_ext/__init__.py", "tests/native/checks.h",

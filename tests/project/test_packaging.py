@@ -4,7 +4,6 @@ What has to be built is built from stand-in sources, a C++ file of a few lines, 
 """
 
 import importlib.metadata
-import os
 import re
 import shutil
 import subprocess
@@ -14,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT, run_program
 
 import momentum_ext
 from momentum_ext import _C
 
 PACKAGE = Path(momentum_ext.__file__).parent
-ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "pip install --no-build-isolation ."
 
 STAND_IN = r"""
@@ -40,10 +39,8 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 
 def run(*command, cwd, **env):
     """The command's result, in a process that sees nothing of this one's settings but what is given."""
-    kept = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MOMENTUM_EXT_ISA", "FORCE_CPU", "FORCE_CUDA")
-    }
-    return subprocess.run([*map(str, command)], cwd=cwd, env={**kept, **env}, capture_output=True, text=True)
+    without = ("PYTHONPATH", "MOMENTUM_EXT_ISA", "FORCE_CPU", "FORCE_CUDA")
+    return run_program(*command, cwd=cwd, env=env, without=without)
 
 
 def import_error(site, **env):

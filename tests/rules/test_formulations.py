@@ -512,7 +512,8 @@ def assert_buffers(opt, expected):
     """Those of the optimizer, by parameter, or of its state dict, in the order of its groups."""
     if isinstance(opt, dict):
         expected = expected.values() if isinstance(expected, dict) else expected
-        assert_all_same([entry["momentum_buffer"] for entry in opt["state"].values()], expected, "saved buffers")
+        found = [opt["state"][index]["momentum_buffer"] for index in sorted(opt["state"])]
+        assert_all_same(found, expected, "saved buffers")
     else:
         assert_all_same([opt.state[param]["momentum_buffer"] for param in expected], expected.values(), "buffers")
 
@@ -786,7 +787,7 @@ def test_a_checkpoint_that_cannot_be_converted_leaves_the_optimizer_as_it_was(ol
         mine.state_dict()
 
 
-@pytest.mark.parametrize(("own", "loaded"), itertools.product((False, True), repeat=2))
+@pytest.mark.parametrize(("own", "loaded"), list(itertools.product((False, True), repeat=2)))
 def test_decoupled_weight_decay_is_kept_or_loaded(own, loaded):
     """Kept when the checkpoint has no such key (torch's, or one of a training without), loaded when it has."""
     pair = pair_of(SMALL, "torch", {**PLAIN, "weight_decay": 0.1, "decoupled_weight_decay": own}, torch.float64)

@@ -8,6 +8,7 @@ import os
 import traceback
 
 import torch
+from harness import forbid_torchs_path
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -227,10 +228,7 @@ MODES = {
 def afterwards():
     """Plain tensors are torch's bits, by the kernels."""
 
-    def by_torch(*_):
-        raise AssertionError("plain tensors take torch's path")
-
-    FusedMomentum._check_torch_step = by_torch
+    forbid_torchs_path()
     both(lambda kind: trained(kind, torch.ones(8)))
 
 

@@ -1,18 +1,19 @@
 """The first call of a process may happen under any mode: no crash, no lost update, and no slowness afterwards."""
 
 import json
-import subprocess
+import os
 import sys
-from pathlib import Path
 
 import pytest
+from harness import TESTS, run_program
 from modes_program import MODES
 
 
 @pytest.fixture(scope="module")
 def results():
-    program = Path(__file__).with_name("modes_program.py")
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300, check=True)
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = run_program(sys.executable, TESTS / "trainers/modes_program.py", env={"PYTHONPATH": path}, timeout=300)
+    assert done.returncode == 0, done.stderr
     return dict(map(json.loads, done.stdout.splitlines()))
 
 
