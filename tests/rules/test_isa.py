@@ -112,8 +112,8 @@ def test_baseline_is_torch_without_fma_bit_for_bit():
     """The whole matrix of test_matches_torch.py, and sizes and layouts, beside a torch that runs without fma."""
     environment = {"ATEN_CPU_CAPABILITY": "default", "MOMENTUM_EXT_ISA": "baseline"}
     without = ["PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"]
-    probe = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import torch, harness; " + (
-        "print(torch.backends.cpu.get_cpu_capability(), harness.matching_isas())"
+    probe = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import torch, values; " + (
+        "print(torch.backends.cpu.get_cpu_capability(), values.matching_isas())"
     )
     found = run_python(probe, env=environment, without=without).stdout.strip()
     assert found in ("DEFAULT ['baseline']", "NO AVX ['baseline']")
