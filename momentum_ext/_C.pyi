@@ -8,7 +8,7 @@ from torch import Tensor
 class PreparedStep:
     """A step that was checked and has written nothing. Leaving it as a context discards it, unless it ran."""
 
-    def for_torch(self) -> list[tuple[int, int]]:
+    def fallback(self) -> list[tuple[int, int]]:
         """The (group, index in group) of tensors that torch is to update, between :meth:`begin` and :meth:`run`."""
 
     def is_on_devices(self, average_count: Tensor | None = None) -> bool:
@@ -148,7 +148,7 @@ class ListStep:
         inv_grad_scale: float,
         average_weight: float,
     ) -> None: ...
-    def for_torch(self) -> list[tuple[int, int]]:
+    def fallback(self) -> list[tuple[int, int]]:
         """The (group, index in group) that torch is to update before :meth:`run` updates the rest."""
 
     def run(self) -> None: ...

@@ -25,7 +25,7 @@ class _Coefficient:
     factor: float | Tensor
     norm: float | Tensor | None  # of the gradients that it was computed from
     unscales: bool  # 1 / scale of a GradScaler is in it
-    is_over: bool = False  # the GradScaler has gone on without a step
+    was_left_out: bool = False  # by a GradScaler, which has gone on without the step
 
     def lapses_when_written(self) -> bool:
         """False where new values would be multiplied with what was computed from others.
@@ -33,7 +33,7 @@ class _Coefficient:
         After an overflow they would not: then training goes on with new gradients in the same memory. Only this
         question reads the norm of CUDA gradients.
         """
-        if self.is_over:
+        if self.was_left_out:
             return True
         if self.unscales:
             return False
@@ -90,7 +90,7 @@ class GradFactor:
             return self._coefficients[code].factor
         name = f"gradient of param_groups[{g}]['params'][{i}]"
         if code == -1:
-            if any(each.unscales and not each.is_over for each in self._coefficients):
+            if any(each.unscales and not each.was_left_out for each in self._coefficients):
                 raise RuntimeError(
                     f"{name}: it was replaced after unscale_(), which takes effect in step(), so it may still be "
                     "scaled; replace it before unscale_(), or call optimizer.zero_grad() to start again"
@@ -121,7 +121,7 @@ class GradFactor:
     def outlive_scaler(self) -> None:
         """After a step, or GradScaler.update() without one: what still waits belongs to these very values."""
         for coefficient in self._coefficients:
-            coefficient.is_over = True
+            coefficient.was_left_out = True
 
     def unscale(self, param_groups: list[dict[str, Any]], inv_scale: Tensor, only_checks: bool) -> Tensor | None:
         """Have the next step multiply with `inv_scale`, which is 1 where it only checks.
@@ -248,7 +248,7 @@ class GradFactor:
     ) -> None:
         """The gradients that are there now have this factor; with stand-ins, each has it besides its own."""
         before = self._coefficients
-        unscales = unscales or any(each.unscales and not each.is_over for each in before)
+        unscales = unscales or any(each.unscales and not each.was_left_out for each in before)
         if grads is None:
             self._coefficients = [_Coefficient(factor, norm, unscales)]
             absent = 0 if self._is_same else self._norms.remember(param_groups, None, 1 if before else 0)

@@ -213,7 +213,7 @@ class FusedOptimizer(StatefulOptimizer):
     def _finish(self, prepared: _C.PreparedStep, factor: float, grads: StandIns, **numbers: Any) -> None:
         """What only torch can update, and then the rest."""
         with prepared:
-            if positions := prepared.for_torch():
+            if positions := prepared.fallback():
                 self._check_torch_step(positions)
                 prepared.begin()
                 self._torch_step(positions, factor, grads)

@@ -102,7 +102,7 @@ def _step(
     weight = 0.0 if average_weight is None else float(average_weight)
     run = _C.ListStep(groups, params, grads, buffers, kept, is_first_step, factor, weight)
 
-    by_torch = [(groups[g], ends[g] + i) for g, i in run.for_torch()]
+    by_torch = [(groups[g], ends[g] + i) for g, i in run.fallback()]
     for group, i in by_torch:
         check_torch_step(group, params[i], grads[i], None if is_first_step[i] else buffers[i])
     for param, average in started:

@@ -70,7 +70,7 @@ ListStep::ListStep(const py::list& groups, Lists lists, double inv_grad_scale,
       const bool is_ours = !reader.needs_torch() && !is_8_bit_buffer && has_kernel(operands);
       if (is_ours && !are_contiguous(operands)) layout = common_layout(operands);
       if (!is_ours || has_too_many_dims(layout.get(), *kernel_device(operands.param))) {
-        for_torch_.emplace_back(g, k);
+        fallback_.emplace_back(g, k);
         if (lists_.averages[i].has_value()) averaged_by_torch_.push_back(i);
         continue;
       }
@@ -143,9 +143,9 @@ bool ListStep::shares_memory() const {
   return false;
 }
 
-py::list ListStep::for_torch() const {
+py::list ListStep::fallback() const {
   py::list positions;
-  for (const auto& [group, index] : for_torch_) positions.append(py::make_tuple(group, index));
+  for (const auto& [group, index] : fallback_) positions.append(py::make_tuple(group, index));
   return positions;
 }
 

@@ -34,7 +34,7 @@ class ListStep {
 
   // The (group, index in group) of the tensors that the kernels are not made for: the caller
   // updates them by torch, then calls run(), or drops the step on an error.
-  py::list for_torch() const;
+  py::list fallback() const;
 
   // Updates all others.
   void run();
@@ -53,7 +53,7 @@ class ListStep {
   std::vector<DeviceShare> shares_;
   std::vector<std::unique_ptr<OwnedLayout>> layouts_;
   std::vector<size_t> averaged_by_torch_;
-  std::vector<std::pair<size_t, size_t>> for_torch_;
+  std::vector<std::pair<size_t, size_t>> fallback_;
 };
 
 }  // namespace momentum_ext::binding

@@ -74,7 +74,7 @@ void run(PreparedStep& step, double grad_factor, double average_weight,
 
 void define_steps(py::module_& m) {
   py::class_<PreparedStep>(m, "PreparedStep")
-      .def("for_torch", &PreparedStep::for_torch)
+      .def("fallback", &PreparedStep::fallback)
       .def("is_on_devices", &PreparedStep::is_on_devices, py::arg("average_count") = py::none())
       .def("begin", &PreparedStep::begin)
       .def("run", &run, py::arg("grad_factor") = 1.0, py::arg("average_weight") = 0.0,
@@ -153,7 +153,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("groups"), py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"),
            py::arg("averages"), py::arg("is_first_step"), py::arg("inv_grad_scale"),
            py::arg("average_weight"))
-      .def("for_torch", &ListStep::for_torch)
+      .def("fallback", &ListStep::fallback)
       .def("run", &ListStep::run);
   m.def("move_lookahead", &move_lookahead, py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lookaheads"), py::arg("distances"), py::arg("back"));

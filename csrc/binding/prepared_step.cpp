@@ -81,9 +81,9 @@ PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::d
   }
 }
 
-py::list PreparedStep::for_torch() const {
+py::list PreparedStep::fallback() const {
   py::list positions;
-  for (const size_t i : vectors_->for_torch) {
+  for (const size_t i : vectors_->fallback) {
     positions.append(py::make_tuple(plan_->slots[i].group, plan_->slots[i].index));
   }
   return positions;

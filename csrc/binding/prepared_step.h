@@ -33,8 +33,8 @@ class PreparedStep {
 
   // The (group, index in group) of the tensors that the kernels are not made for. The caller calls
   // begin(), updates those by torch and calls run().
-  py::list for_torch() const;
-  bool needs_torch() const { return !vectors_->for_torch.empty(); }
+  py::list fallback() const;
+  bool needs_torch() const { return !vectors_->fallback.empty(); }
 
   // True where kernels on CUDA devices do all of it, so that the host need not know the numbers.
   // With a count of the averages on one device it must be the only one.

@@ -133,7 +133,7 @@ void SlotPreparation::prepare(size_t i) {
   };
   if (grad.defined()) examine();
   // Torch makes its own state on a first step.
-  if (slot.path == Path::kTorch && !has_state) return vectors_.for_torch.push_back(i);
+  if (slot.path == Path::kTorch && !has_state) return vectors_.fallback.push_back(i);
   const bool is_first_step = num_states != 0 && !has_state;
   uint32_t cohort = has_state ? plan.first_steps.cohort_of(*found[0]) : 0;
   if (is_first_step) {
@@ -141,7 +141,7 @@ void SlotPreparation::prepare(size_t i) {
     cohort = cohort_of_first_step(slot);
     make_states(start, param, num_states, /*zero=*/cohort != 0);
     examine();
-    if (slot.path == Path::kTorch) return vectors_.for_torch.push_back(i);
+    if (slot.path == Path::kTorch) return vectors_.fallback.push_back(i);
     for (int k = 0; k < num_states; ++k) put(i, plan.rule->state_keys[k], start.states[k], cohort);
   }
   // A converted state is as old as the one that it comes from.
@@ -149,7 +149,7 @@ void SlotPreparation::prepare(size_t i) {
     put(i, key, tensor, key == plan.rule->state_keys[0] ? cohort : 0);
   }
   if (!grad.defined()) return;
-  if (slot.path == Path::kTorch) return vectors_.for_torch.push_back(i);
+  if (slot.path == Path::kTorch) return vectors_.fallback.push_back(i);
   fill_in(i, operands, is_first_step, cohort);
   attach_companions(plan, i, param, start);
 }

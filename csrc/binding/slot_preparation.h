@@ -1,4 +1,4 @@
-// Preparing a step's slots: a quick look at each, and all that it does not settle.
+// Preparing a step's slots: a quick look at each, then those that have changed.
 #pragma once
 
 #include "operands.h"

@@ -27,7 +27,7 @@ struct StepVectors {
   std::vector<size_t> changed;       // slots that are not as the plan says
   std::vector<size_t> shared_grads;  // slots whose gradient's storage has other owners
   std::vector<DeviceShare> shares;   // one for each CUDA device that has tensors in this step
-  std::vector<size_t> for_torch;
+  std::vector<size_t> fallback;
   std::vector<at::Tensor> resolved_grads;
   StateChanges changes;
   StepAverages averages;
@@ -39,7 +39,7 @@ struct StepVectors {
     changed.clear();
     shared_grads.clear();
     shares.clear();
-    for_torch.clear();
+    fallback.clear();
     resolved_grads.clear();
     changes.clear();
     averages.clear();

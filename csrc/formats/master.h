@@ -27,8 +27,8 @@ MOMENTUM_EXT_INLINE float join(BFloat16 param, int16_t remainder) {
   const uint32_t upper = static_cast<uint32_t>(param.bits) << 16;
   const uint32_t magnitude = upper & 0x7fffffffu;
   const auto rest = static_cast<int32_t>(remainder);
-  const bool is_foreign = magnitude == 0 ? rest < 0 : magnitude == 0x7f800000u && rest > 0;
-  return detail::float_from_bits(upper + static_cast<uint32_t>(is_foreign ? 0 : rest));
+  const bool is_overwritten = magnitude == 0 ? rest < 0 : magnitude == 0x7f800000u && rest > 0;
+  return detail::float_from_bits(upper + static_cast<uint32_t>(is_overwritten ? 0 : rest));
 }
 
 // The exact value of an fp16 parameter whose copy, rounded to fp16, is `rounded`. `widened` is the
