@@ -34,16 +34,30 @@ void update_flat(const OperandPointers& at, int64_t begin, int64_t end,
   }
 }
 
-// An instance of update_flat(), which is chosen once for each tensor.
+// The instances of update_flat(), of which one is chosen for each tensor. A table, because a switch
+// would jump once more.
 template <typename Rule>
 using FlatFn = void (*)(const OperandPointers& at, int64_t begin, int64_t end,
                         const Hyperparams<Rule>& hyperparams);
 
 template <typename Rule, typename scalar_t>
-FlatFn<Rule> choose_flat(const Hyperparams<Rule>& h, bool is_first_step) {
-  return Rule::visit_variant(Rule::variant_of(h, is_first_step), [](auto variant) -> FlatFn<Rule> {
-    return update_flat<Rule, decltype(variant), scalar_t>;
-  });
+struct FlatFns {
+  FlatFn<Rule> of_variant[Rule::kVariants];
+
+  constexpr FlatFns() : of_variant() {
+    for (int number = 0; number < Rule::kVariants; ++number) {
+      of_variant[number] = Rule::visit_variant(number, [](auto variant) -> FlatFn<Rule> {
+        return update_flat<Rule, decltype(variant), scalar_t>;
+      });
+    }
+  }
+};
+template <typename Rule, typename scalar_t>
+constexpr FlatFns<Rule, scalar_t> kFlatFns;
+
+template <typename Rule, typename scalar_t>
+MOMENTUM_EXT_INLINE FlatFn<Rule> choose_flat(const Hyperparams<Rule>& h, bool is_first_step) {
+  return kFlatFns<Rule, scalar_t>.of_variant[Rule::variant_of(h, is_first_step)];
 }
 
 // fp16 is computed in tiles, which have the processor's own conversions.
@@ -64,10 +78,11 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
   param.start(walker, kParam, entry.param, entry.param_dtype);
   grad.start(walker, kGrad, entry.grad, entry.grad_dtype);
   if (low != nullptr) param.keep_master(low->master_kind, low->master);
-  for (int k = 0; k < num_states; ++k) {
+  repeat<Rule::kMaxStates>([&]<int k>() {
+    if (k >= num_states) return;
     states[k].start(walker, kState + k, entry.state[k], entry.state_dtype[k]);
     if (low != nullptr) states[k].keep_scales(low->scale[k]);
-  }
+  });
   bool draws = false;
   RandomKey key{};
   if (low != nullptr && h.stochastic_rounding) {
@@ -81,9 +96,9 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
     OperandPointers tile;
     tile.param = param.load();
     tile.grad = grad.load();
-    for (int k = 0; k < num_states; ++k) {
-      tile.state[k] = k < num_reads ? states[k].load() : states[k].place();
-    }
+    repeat<Rule::kMaxStates>([&]<int k>() {
+      if (k < num_states) tile.state[k] = k < num_reads ? states[k].load() : states[k].place();
+    });
     update(tile, 0, walker.n(), h);
     if (draws) fill_random(random, key, walker.at(), walker.n());
     repeat<Rule::kMaxStates>([&]<int k>() {
@@ -100,22 +115,23 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
 template <typename Rule>
 void update_part(const TensorEntry& entry, int64_t begin, int64_t end, const Hyperparams<Rule>& h,
                  uint32_t rounding_step) {
+  const int num_states = Rule::num_states(h);
   bool one_dtype = entry.param_dtype == entry.grad_dtype;
-  bool in_double = entry.param_dtype == Dtype::kFloat64 || entry.grad_dtype == Dtype::kFloat64;
-  for (int k = 0; k < Rule::num_states(h); ++k) {
-    one_dtype = one_dtype && entry.param_dtype == entry.state_dtype[k];
-    in_double = in_double || entry.state_dtype[k] == Dtype::kFloat64;
-  }
+  repeat<Rule::kMaxStates>([&]<int k>() {
+    one_dtype = one_dtype && (k >= num_states || entry.param_dtype == entry.state_dtype[k]);
+  });
   if (entry.layout == nullptr && entry.low_precision == nullptr && one_dtype &&
       entry.param_dtype != Dtype::kFloat16) {
-    const auto update = visit_dtype<double>(entry.param_dtype, [&](auto type) -> FlatFn<Rule> {
+    return visit_dtype<double>(entry.param_dtype, [&](auto type) {
       using scalar_t = decltype(type);
-      if constexpr (!kIsFlat<scalar_t>)
-        return nullptr;
-      else
-        return choose_flat<Rule, scalar_t>(h, entry.is_first_step);
+      if constexpr (kIsFlat<scalar_t>) {
+        choose_flat<Rule, scalar_t>(h, entry.is_first_step)(entry, begin, end, h);
+      }
     });
-    return update(entry, begin, end, h);
+  }
+  bool in_double = entry.param_dtype == Dtype::kFloat64 || entry.grad_dtype == Dtype::kFloat64;
+  for (int k = 0; k < num_states; ++k) {
+    in_double = in_double || entry.state_dtype[k] == Dtype::kFloat64;
   }
   const auto update = in_double ? update_tiled<Rule, double> : update_tiled<Rule, float>;
   update(entry, begin, end, h, rounding_step);

@@ -51,6 +51,7 @@ void fill_random(RandomTile& random, const RandomKey& key, int64_t at, int64_t n
 // The same numbers for state k.
 template <int k>
 void rotate_random(const RandomTile& random, int64_t n, RandomTile& rotated) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     rotated.bits[i] = static_cast<uint16_t>(random_of_state<k>(random.bits[i]));
   }
@@ -123,6 +124,7 @@ void load_copy(const Float16* param, const float* master, int64_t n, opmath_t* t
 
 template <typename opmath_t>
 void store_copy(const opmath_t* tile, int64_t n, Float16* param, float* master) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) master[i] = static_cast<float>(tile[i]);
   float_to_half(master, n, param);
 }
@@ -143,6 +145,7 @@ void store_block(const opmath_t* tile, const RandomTile* random, int64_t n, scal
                  float* scale) {
   alignas(64) float values[kTile];
   int32_t largest = 0;
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     values[i] = static_cast<float>(tile[i]);
     const auto magnitude = static_cast<int32_t>(detail::bits_of(values[i]) & 0x7fffffffu);
@@ -171,14 +174,16 @@ void store_block(const opmath_t* tile, const RandomTile* random, int64_t n, scal
 // One operand of a tensor in the type that it is computed in: where its tensor has it like that,
 // else in a tile.
 template <typename opmath_t, typename W, bool kAhead = false>
-class OperandTile {
+class OperandTile : TensorTile<W, kAhead> {
+  using Memory = TensorTile<W, kAhead>;
+  using Memory::size_, Memory::tensor_, Memory::walker_;
+
  public:
   void start(const W& walker, int operand, const void* data, Dtype dtype) {
-    walker_ = &walker;
-    data_ = const_cast<void*>(data);
+    Memory::start(walker, operand, data, dtype);
     dtype_ = dtype;
-    is_8_bit_ = is_8_bit(dtype);
-    memory_.start(walker, operand, data, dtype);
+    is_in_place_ =
+        dtype == (sizeof(opmath_t) == sizeof(double) ? Dtype::kFloat64 : Dtype::kFloat32);
   }
   void keep_master(Master kind, void* master) {
     master_kind_ = kind;
@@ -187,81 +192,77 @@ class OperandTile {
   void keep_scales(float* scales) { scales_ = scales; }
 
   // False where nothing is rounded.
-  bool round_at_random() {
-    return is_random_ = itemsize(dtype_) <= 2 && master_kind_ == Master::kNone;
-  }
+  bool round_at_random() { return is_random_ = size_ <= 2 && master_kind_ == Master::kNone; }
   bool is_random() const { return is_random_; }
 
   // Where the walker's elements are to be written.
-  void* place() {
-    if (is_8_bit_) return tile_;
-    found_ = memory_.place();
-    return is_in_place() ? static_cast<void*>(found_) : tile_;
+  MOMENTUM_EXT_INLINE void* place() {
+    if (size_ == 1) return tile_;
+    found_ = Memory::place();
+    return is_in_place_ ? static_cast<void*>(found_) : tile_;
   }
 
   // Where they are.
-  void* load() {
-    const int64_t at = walker_->at();
-    const int64_t n = walker_->n();
-    if (is_8_bit_) {
-      visit_8_bit(dtype_, [&](auto type) {
-        const auto* const block = static_cast<decltype(type)*>(data_) + at;
-        load_block(block, scales_[at / kScaleBlock], n, tile_);
-      });
-      return tile_;
-    }
-    found_ = memory_.load();
-    if (is_in_place()) return found_;
-    if (master_kind_ == Master::kRemainder) {
-      load_split(as<BFloat16>(), static_cast<const int16_t*>(master_) + at, n, tile_);
-    } else if (master_kind_ == Master::kCopy) {
-      load_copy(as<Float16>(), static_cast<const float*>(master_) + at, n, tile_);
-    } else {
-      load_tile(dtype_, found_, n, tile_);
-    }
+  MOMENTUM_EXT_INLINE void* load() {
+    if (size_ != 1) found_ = Memory::load();
+    if (is_in_place_) return found_;
+    load_values();
     return tile_;
   }
 
   // What was written there.
-  void store(const RandomTile& random) {
-    const int64_t at = walker_->at();
-    const int64_t n = walker_->n();
-    if (is_8_bit_) {
-      return visit_8_bit(dtype_, [&](auto type) {
-        auto* const block = static_cast<decltype(type)*>(data_) + at;
-        store_block(tile_, is_random_ ? &random : nullptr, n, block, scales_ + at / kScaleBlock);
-      });
-    }
-    if (master_kind_ == Master::kRemainder) {
-      store_split(tile_, n, as<BFloat16>(), static_cast<int16_t*>(master_) + at);
-    } else if (master_kind_ == Master::kCopy) {
-      store_copy(tile_, n, as<Float16>(), static_cast<float*>(master_) + at);
-    } else if (is_random_) {
-      store_tile_stochastic(dtype_, tile_, random, n, found_);
-    } else if (!is_in_place()) {
-      store_tile(dtype_, tile_, n, found_);
-    }
-    memory_.store();
+  MOMENTUM_EXT_INLINE void store(const RandomTile& random) {
+    if (!is_in_place_) store_values(random);
+    if (size_ != 1) Memory::store();
   }
 
  private:
-  bool is_in_place() const {
-    return dtype_ == (sizeof(opmath_t) == sizeof(double) ? Dtype::kFloat64 : Dtype::kFloat32);
-  }
-  template <typename scalar_t>
-  scalar_t* as() {
-    return reinterpret_cast<scalar_t*>(found_);
+  void load_values() {
+    const int64_t at = walker_->at();
+    const int64_t n = walker_->n();
+    if (master_kind_ == Master::kRemainder) {
+      load_split(as<BFloat16>(found_), static_cast<const int16_t*>(master_) + at, n, tile_);
+    } else if (master_kind_ == Master::kCopy) {
+      load_copy(as<Float16>(found_), static_cast<const float*>(master_) + at, n, tile_);
+    } else if (size_ != 1) {
+      load_tile(dtype_, found_, n, tile_);
+    } else {
+      visit_8_bit(dtype_, [&](auto type) {
+        load_block(as<decltype(type)>(tensor_) + at, scales_[at / kScaleBlock], n, tile_);
+      });
+    }
   }
 
-  const W* walker_;
-  void* data_;
+  void store_values(const RandomTile& random) {
+    const int64_t at = walker_->at();
+    const int64_t n = walker_->n();
+    if (master_kind_ == Master::kRemainder) {
+      store_split(tile_, n, as<BFloat16>(found_), static_cast<int16_t*>(master_) + at);
+    } else if (master_kind_ == Master::kCopy) {
+      store_copy(tile_, n, as<Float16>(found_), static_cast<float*>(master_) + at);
+    } else if (size_ == 1) {
+      visit_8_bit(dtype_, [&](auto type) {
+        store_block(tile_, is_random_ ? &random : nullptr, n, as<decltype(type)>(tensor_) + at,
+                    scales_ + at / kScaleBlock);
+      });
+    } else if (is_random_) {
+      store_tile_stochastic(dtype_, tile_, random, n, found_);
+    } else {
+      store_tile(dtype_, tile_, n, found_);
+    }
+  }
+
+  template <typename scalar_t>
+  static scalar_t* as(char* memory) {
+    return reinterpret_cast<scalar_t*>(memory);
+  }
+
   Dtype dtype_;
-  bool is_8_bit_;
+  bool is_in_place_;
   bool is_random_ = false;
   Master master_kind_ = Master::kNone;
   void* master_ = nullptr;
   float* scales_ = nullptr;
   char* found_ = nullptr;  // the elements as they are stored
-  TensorTile<W, kAhead> memory_;
   alignas(64) opmath_t tile_[kTile];
 };

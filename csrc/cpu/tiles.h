@@ -10,6 +10,7 @@ constexpr int64_t kLineBytes = 64;
 
 template <typename scalar_t, typename opmath_t>
 void load_all(const scalar_t* source, int64_t n, opmath_t* tile) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<opmath_t>(load(source[i]));
 }
 void load_all(const Float16* source, int64_t n, float* tile) { half_to_float(source, n, tile); }
@@ -17,6 +18,7 @@ void load_all(const Float16* source, int64_t n, float* tile) { half_to_float(sou
 template <typename scalar_t, typename opmath_t>
 void store_all(const opmath_t* tile, int64_t n, scalar_t* target) {
   using stored_t = typename OpMath<scalar_t>::type;
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) store(target[i], static_cast<stored_t>(tile[i]));
 }
 void store_all(const float* tile, int64_t n, Float16* target) { float_to_half(tile, n, target); }
@@ -267,7 +269,7 @@ class TensorTile {
     if (place_ == copy_) copy<false>(walker_->begin(), walker_->end());
   }
 
- private:
+ protected:
   // The elements of each block lie in a row, and each block behind the one before.
   bool is_in_place() const {
     if (walker_->column_stride(operand_) != 1) return false;

@@ -53,7 +53,7 @@ MOMENTUM_EXT_INLINE void repeat(const F& f) {
 // ptxas makes code with more registers.
 MOMENTUM_EXT_CALLS_BACK
 template <int n, typename F>
-MOMENTUM_EXT_INLINE decltype(auto) choose(int number, const F& f) {
+MOMENTUM_EXT_INLINE constexpr decltype(auto) choose(int number, const F& f) {
   static_assert(n <= 16);
   // clang-format off
 #define MOMENTUM_EXT_CASE(k) case k: if constexpr (k < n) return f.template operator()<(k)>(); break;

@@ -168,7 +168,8 @@ struct Sgd {
   // Returns visit(Variant<...>()) for the variant of this number, which is below kCount.
   MOMENTUM_EXT_CALLS_BACK
   template <int kCount = kVariants, typename Visit>
-  static MOMENTUM_EXT_INLINE decltype(auto) visit_variant(int number, const Visit& visit) {
+  static MOMENTUM_EXT_INLINE constexpr decltype(auto) visit_variant(int number,
+                                                                    const Visit& visit) {
     return choose<kCount>(number, [&visit]<int k>() -> decltype(auto) {
       constexpr bool kHasDecay = k < kMergedVariants;
       constexpr int kIndex = kHasDecay ? k / 2 : k - kMergedVariants;
