@@ -41,7 +41,7 @@ QUICK_WORKLOADS = (
 )  # fmt: skip
 QUICK_SANITIZED = ("test_groups_and_long_lists", "test_layouts", "test_clip_and_step", "test_low_precision_gradients")
 SANITIZED = (
-    "test_bits_of_torch", "test_formulations", "test_layouts", "test_groups", "test_an_overflow", "test_norm",
+    "test_bits_of_torch", "test_formulations_when", "test_layouts", "test_groups", "test_an_overflow", "test_norm",
     "test_clip_and_step", "test_averages", "test_low_precision",
 )  # fmt: skip
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")

@@ -488,6 +488,11 @@ def counts_of(opt: Any) -> tuple[int, int] | None:
     return (int(opt._ema_count), opt._plan.rounding_step) if isinstance(opt, FusedMomentum) else None
 
 
+def miscount(opt: FusedMomentum) -> None:
+    """As a step that is not there would."""
+    opt._ema_count.add()
+
+
 def is_clipping(opt: FusedMomentum) -> bool:
     """A clip coefficient, or what unscale_() has found, waits for the next step."""
     return opt._grad_factor.is_active

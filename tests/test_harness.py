@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from harness import Oracle, Pair, Snapshot, assert_same, for_loop, only_elements_written, params_of, refused, storage_of
+from harness import Oracle, Pair, Snapshot, assert_same, for_loop, miscount, only_elements_written, params_of, refused
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from values import BF16, FP8, FP32, INT8, all_values, in_layout
+from values import BF16, FP8, FP32, INT8, all_values, in_layout, storage_of
 
 from momentum_ext import FusedMomentum
 
@@ -40,7 +40,7 @@ CHANGES = {
     "a group": lambda opt, p, state: opt.param_groups.append({"params": []}),
     "an attribute": lambda opt, p, state: setattr(opt, "ema_decay", 0.8),
     "a shrunk storage": lambda opt, p, state: p.grad.untyped_storage().resize_(8),
-    "the counts": lambda opt, p, state: [p.grad.data.zero_() for p in params_of(opt)] and opt._ema_count.add(),
+    "the counts": lambda opt, p, state: miscount(opt),
 }  # fmt: skip
 
 
