@@ -64,7 +64,8 @@ struct TestRule {
   }
   MOMENTUM_EXT_CALLS_BACK
   template <int kCount = kVariants, typename Visit>
-  static MOMENTUM_EXT_INLINE constexpr decltype(auto) visit_variant(int number, const Visit& visit) {
+  static MOMENTUM_EXT_INLINE constexpr decltype(auto) visit_variant(int number,
+                                                                    const Visit& visit) {
     return choose<kCount>(number, [&visit]<int k>() -> decltype(auto) {
       return visit(Variant<(k & 1) != 0, (k & 2) != 0, (k & 4) != 0>());
     });
