@@ -66,7 +66,9 @@ void check_operands(const Operands& operands, const NameOf& name_of) {
 }
 
 bool has_kernel(const Operands& operands) {
-  const auto& [param, grad, states, num_states] = operands;
+  const at::Tensor& param =
+      operands.param;  // a structured binding goes into no lambda with older clang++
+  const at::Tensor& grad = operands.grad;
   const std::optional<int16_t> device = kernel_device(param);
   const auto fits = [&](const at::Tensor& tensor) {
     return kernel_device(tensor) == device && kernel_dtype(tensor.scalar_type()).has_value() &&
@@ -75,13 +77,13 @@ bool has_kernel(const Operands& operands) {
   };
   if (!device.has_value() || !fits(param) || !fits(grad)) return false;
   if (overlap(param, grad) && !is_own_grad(param, grad)) return false;
-  for (int k = 0; k < num_states; ++k) {
-    const at::Tensor& state = states[k];
+  for (int k = 0; k < operands.num_states; ++k) {
+    const at::Tensor& state = operands.states[k];
     const bool is_quantized = is_8_bit(state.scalar_type()) && kernel_device(state) == device;
     if (!is_quantized && !fits(state)) return false;
     if (overlap(state, grad) || overlap(state, param)) return false;
     for (int other = 0; other < k; ++other) {
-      if (overlap(state, states[other])) return false;
+      if (overlap(state, operands.states[other])) return false;
     }
   }
   return true;

@@ -109,7 +109,6 @@ class Plan : public std::enable_shared_from_this<Plan> {
   bool read_state(PyObject* state);
   void rebuild(PyObject* state);
 
-  double grad_factor_ = 1;                                   // in the hyperparameters
   std::vector<PyObject*> params_;                            // the groups' lists, borrowed
   std::vector<std::pair<PyObject*, ptrdiff_t>> state_keys_;  // in order, each with its slot or -1
   std::vector<std::pair<size_t, size_t>> repeated_;  // a slot, and the first of the same parameter
