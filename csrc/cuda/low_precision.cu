@@ -155,11 +155,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
       }
     });
 
-    // Not before: what was read is in fewer registers now.
-    Stored<opmath_t> average;
-    if (average_memory != nullptr) {
-      read(param.dtype, average_memory, places[kParam], count, average);
-    }
     Randoms randoms;
     if (draws) random_block(key, static_cast<uint64_t>(first) / kElemsPerThread, randoms.words);
     repeat<kStates>([&]<int k>() {
@@ -167,6 +162,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
       state[k].template write<kState + k>(s[k], randoms, places[kState + k], span);
     });
     param.template write<kParam>(p, randoms, places[kParam], span);
+    // Not before: what was read is in fewer registers now.
+    Stored<opmath_t> average;
+    if (average_memory != nullptr) {
+      read(param.dtype, average_memory, places[kParam], count, average);
+    }
     if (average_memory != nullptr) {
       // Computed in the type that goes with the parameter, whatever its gradient is.
       if (sizeof(opmath_t) == 8 && param.dtype == Dtype::kFloat64) {
