@@ -162,6 +162,10 @@ class Oracle(torch.optim.SGD):
             group.setdefault("formulation", formulation)
             group.setdefault("decoupled_weight_decay", decoupled_weight_decay)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies go on averaging; torch's have the groups and the state alone."""
+        return {**super().__getstate__(), "ema_decay": self.ema_decay, "averages": self.averages}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from harness import Oracle, Pair, Snapshot, assert_same, for_loop, miscount, only_elements_written, params_of, refused
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from values import BF16, FP8, FP32, INT8, all_values, in_layout, storage_of
+from values import BF16, EACH_COPY, FP8, FP32, INT8, all_values, in_layout, storage_of
 
 from momentum_ext import FusedMomentum
 
@@ -106,6 +106,14 @@ def test_a_pair_sees(what):
         entry["note"] = 1
     with pytest.raises(AssertionError, match=r"params\[0\]"):
         pair.check()
+
+
+@EACH_COPY
+def test_both_sides_go_on_in_copies(copied):
+    pair = Pair([torch.randn(33), torch.randn(7)], Oracle, **HYPER, ema_decay=0.9)
+    pair.step(2, missing=[1])
+    pair.mine, pair.theirs = map(copied, pair.optimizers)
+    pair.step(3)
 
 
 def test_the_oracle_is_torchs_loop_and_rounds_once():
