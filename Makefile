@@ -71,9 +71,8 @@ format: $(VENV)/.dev  ## let clang-format and ruff rewrite the sources
 house: ## the rules of the house that a machine can check (CONTRIBUTING.md)
 	@.ci/house
 
-cuda-check: $(VENV)/.cuda $(VENV)/.test  ## the CUDA kernels without a GPU: what nvcc says, the machine code, and runs on the host
+cuda-check: $(VENV)/.cuda  ## the CUDA kernels without a GPU: what nvcc says, and the machine code (make test-all runs them on the host)
 	$(BIN)/python tests/native/cuda_check.py $(ARGS)
-	$(BIN)/python -m pytest --noconftest -q -m slow -k cuda tests/native/test_native.py
 
 cuda-build:  ## the whole extension for a torch with CUDA, in $(VENV_CUDA), which needs 5 GB: compiles, links, imports, passes tests
 	@.ci/cuda-build $(VENV_CUDA) $(TORCH_CUDA)

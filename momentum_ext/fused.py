@@ -121,7 +121,8 @@ class FusedOptimizer(StatefulOptimizer):
         ):
             prepared = self._plan.step(self.param_groups, self.state, self.defaults["differentiable"])
             if prepared is not None:
-                self._finish(prepared, 1.0, {})
+                with prepared:
+                    self._finish(prepared, 1.0, {})
         else:
             self._step_and_more(attributes.get("found_inf"), attributes.get("grad_scale"))
         return loss
@@ -212,12 +213,11 @@ class FusedOptimizer(StatefulOptimizer):
 
     def _finish(self, prepared: _C.PreparedStep, factor: float, grads: StandIns, **numbers: Any) -> None:
         """What only torch can update, and then the rest."""
-        with prepared:
-            if positions := prepared.fallback():
-                self._check_torch_step(positions)
-                prepared.begin()
-                self._torch_step(positions, factor, grads)
-            prepared.run(factor, **numbers)
+        if positions := prepared.fallback():
+            self._check_torch_step(positions)
+            prepared.begin()
+            self._torch_step(positions, factor, grads)
+        prepared.run(factor, **numbers)
 
     def _first_device(self) -> torch.device:
         params = (param for group in self.param_groups for param in group["params"])

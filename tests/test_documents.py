@@ -177,6 +177,8 @@ def test_files_that_are_named(page):
     for path in re.findall(rf"`((?:{folders})/[\w./*-]*)`", prose_of(page)):
         is_placeholder = re.search(r"[A-Z]{4,}", path.replace("README", ""))
         assert is_placeholder or any(ROOT.glob(path.rstrip("/"))), f"{name_of(page)}: {path}"
+    for name in re.findall(r"`(\w+\.(?:py|h|cpp|cu|cuh))`", prose_of(page)):  # the prose says in which folder
+        assert any((ROOT / folder).rglob(name) for folder in folders.split("|")), f"{name_of(page)}: {name}"
 
 
 def test_every_page_and_picture_is_shown():

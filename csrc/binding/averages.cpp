@@ -84,6 +84,12 @@ void StepAverages::attach(Plan& plan, Averaging averaging, bool in_order, StateC
     if (averaging == Averaging::kStart) continue;
     // In order, a later slot may yet write to this one's memory.
     if (in_order || !has_kernel(plan, i, param, average)) {
+      if (average.layout() == at::kStrided && overlaps_itself(average)) {
+        throw std::runtime_error(
+            "ema of " + slot.name() +
+            ": several of its elements share one place in memory, so it cannot "
+            "be updated in place; clone() it first");
+      }
       by_torch_.push_back(i);
     } else if (plan.entries[i].numel != 0) {
       plan.entries[i].average = mutable_data_of(average);

@@ -112,7 +112,6 @@ void Plan::rebuild(PyObject* state) {
     }
     first_slot.push_back(slots.size());
   }
-  has_repeated = !repeated_.empty();
   tensors.assign(slots.size(), {});
   entries.assign(slots.size(), {});
   low_precision.assign(slots.size(), {});

@@ -73,7 +73,6 @@ class Plan : public std::enable_shared_from_this<Plan> {
   std::vector<Slot> slots;
   std::vector<PyObject*> param_objects;  // only compared, until a step has compared them
   std::vector<size_t> first_slot;        // of each group, and the end
-  bool has_repeated = false;             // some parameter is listed twice
 
   // What the kernels are to work on. A step fills in gradients and what has changed.
   struct Tensors {

@@ -81,9 +81,21 @@ PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::d
   }
 }
 
+StepVectors& PreparedStep::vectors() const {
+  if (vectors_ == nullptr) throw std::runtime_error("this step has run or was discarded");
+  return *vectors_;
+}
+
+// The next step may begin.
+void PreparedStep::finish() noexcept {
+  vectors_->clear();
+  plan_->spare_vectors = std::move(vectors_);
+  lock_.reset();
+}
+
 py::list PreparedStep::fallback() const {
   py::list positions;
-  for (const size_t i : vectors_->fallback) {
+  for (const size_t i : vectors().fallback) {
     positions.append(py::make_tuple(plan_->slots[i].group, plan_->slots[i].index));
   }
   return positions;
@@ -104,12 +116,11 @@ bool PreparedStep::is_on_devices(const std::optional<at::Tensor>& average_count)
 }
 
 void PreparedStep::begin() {
-  if (!vectors_->changes.empty()) keep_alive();  // Python code is called
+  if (!vectors().changes.empty()) keep_alive();  // Python code is called
   vectors_->changes.insert(state_);
 }
 
 void PreparedStep::run(const Numbers& numbers) {
-  if (vectors_ == nullptr) throw std::runtime_error("run(): this step has run or was discarded");
   begin();
   Plan& plan = *plan_;
   plan.rule->scale(numbers.grad_factor);
@@ -137,16 +148,14 @@ void PreparedStep::run(const Numbers& numbers) {
   vectors_->averages.update_by_torch(plan, state_, numbers.average_weight);
   if (converts_) plan.note_converted();
   if (trains(plan)) ++plan.rounding_step;
-  vectors_->clear();
-  plan.spare_vectors = std::move(vectors_);
+  finish();
 }
 
 void PreparedStep::discard() noexcept {
   if (vectors_ == nullptr) return;
   restore_versions();
   vectors_->changes.take_back(state_);
-  vectors_->clear();
-  plan_->spare_vectors = std::move(vectors_);
+  finish();
 }
 
 void PreparedStep::bump_versions() {

@@ -18,8 +18,8 @@ namespace momentum_ext::binding {
 
 class PreparedStep {
  public:
-  // What a step need not know before it runs: what gradients are multiplied with, the weight of the parameters in their
-  // averages, and numbers on a CUDA device, for a step that is_on_devices().
+  // What a step need not know before it runs: what gradients are multiplied with, the weight of the
+  // parameters in their averages, and numbers on a CUDA device, for a step that is_on_devices().
   struct Numbers {
     double grad_factor = 1;
     double average_weight = 0;
@@ -31,10 +31,12 @@ class PreparedStep {
   PreparedStep(PreparedStep&&) noexcept = default;
   ~PreparedStep() { discard(); }
 
+  // The others raise once the step has run or was discarded.
+
   // The (group, index in group) of the tensors that the kernels are not made for. The caller calls
   // begin(), updates those by torch and calls run().
   py::list fallback() const;
-  bool needs_torch() const { return !vectors_->fallback.empty(); }
+  bool needs_torch() const { return !vectors().fallback.empty(); }
 
   // True where kernels on CUDA devices do all of it, so that the host need not know the numbers.
   // With a count of the averages on one device it must be the only one.
@@ -46,9 +48,13 @@ class PreparedStep {
   // The first writes: new state.
   void begin();
   void run(const Numbers& numbers);
+
+  // Other steps may go on, though an error that somebody keeps may keep this object.
   void discard() noexcept;
 
  private:
+  StepVectors& vectors() const;
+  void finish() noexcept;
   void restore_versions() noexcept;
   bool some_grad_meets_another_slot() const;
   void bump_versions();
@@ -57,7 +63,7 @@ class PreparedStep {
 
   std::shared_ptr<Plan> kept_plan_;
   Plan* plan_;
-  StepLock lock_;
+  std::optional<StepLock> lock_;
   std::unique_ptr<StepVectors> vectors_;  // null: it has run, was discarded or moved
   py::object state_;                      // opt.state
   bool versions_are_bumped_ = false;      // of the slots that are as the plan says
@@ -66,8 +72,9 @@ class PreparedStep {
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
 };
 
-// For a profiler: the bytes that a prepared step must move, but for what torch updates. Parameter, gradient and
-// state are read, parameter and state written, an average, a master and the scales of 8-bit states read and written.
+// For a profiler: the bytes that a prepared step must move, but for what torch updates. Parameter,
+// gradient and state are read, parameter and state written; an average, a master and the scales of
+// 8-bit states are read and written.
 int64_t bytes_to_move(const Plan& plan, const StepAverages& averages);
 
 // FusedMomentum.step(): prepares and runs it. None, or where torch has a part in it the step that

@@ -1,5 +1,5 @@
 """CUDA devices, by one suite: on a real one with `pytest --device cuda` (make gpu-check), on emulated ones from
-test_emulated_cuda.py (make test-all). The kernels by themselves: native/, make cuda-check.
+test_emulated_cuda.py (make test-all). The kernels by themselves: native/ (make test-all), make cuda-check.
 """
 
 import copy

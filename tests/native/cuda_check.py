@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +143,7 @@ def check_parameters(file: str, ptx: str) -> None:
         limit = PARAMETER_BYTES.get(kernel.table, 0)
         expect(int(size) <= limit, f"{kernel}: its parameter has {size} bytes, more than {limit}")
     print(f"  parameters of {', '.join(sorted({size for _, size in sizes}, key=int))} bytes")
+    print(f"  {file}.cu: parameters of {', '.join(sorted({size for _, size in sizes}, key=int))} bytes")
 
 
 def check_machine_code(arch: int, file: str, sass: str) -> None:
@@ -177,18 +179,28 @@ def main() -> int:
     nvdisasm = find("nvdisasm", f"{packages}/nvidia/*/bin/nvdisasm", f"{packages}/triton/backends/nvidia/bin/nvdisasm")
     expect(repr(FLAGS).replace("'", '"') in (ROOT / "setup.py").read_text(), "FLAGS are not setup.py's NVCC_FLAGS")
     print(re.search(r"release .*", run(nvcc, "--version"))[0])  # type: ignore[index]
-    with tempfile.TemporaryDirectory() as directory:
-        for source in SOURCES:
-            for arch in ARCHS:
-                cubin = f"{directory}/{source.stem}.cubin"
-                log = run(nvcc, *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(source), "-o", cubin)
-                registers = check_resources(arch, source.stem, log)
-                print(f"  {source.name}, sm_{arch}: no spills; registers: {registers}")
-                if nvdisasm is not None:
-                    check_machine_code(arch, source.stem, run(nvdisasm, "-c", cubin))
-            ptx = f"{directory}/{source.stem}.ptx"
-            run(nvcc, *FLAGS, f"-arch=compute_{ARCHS[0]}", "-ptx", str(source), "-o", ptx)
-            check_parameters(source.stem, Path(ptx).read_text())
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compiled(source: Path, arch: int) -> tuple[Path, str]:
+            cubin = Path(directory, f"{source.stem}-{arch}.cubin")
+            arguments = [f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(source), "-o", str(cubin)]
+            return cubin, run(nvcc, *FLAGS, *arguments)
+
+        def ptx_of(source: Path) -> str:
+            ptx = Path(directory, f"{source.stem}.ptx")
+            run(nvcc, *FLAGS, f"-arch=compute_{ARCHS[0]}", "-ptx", str(source), "-o", str(ptx))
+            return ptx.read_text()
+
+        cubins = {(source, arch): pool.submit(compiled, source, arch) for source in SOURCES for arch in ARCHS}
+        ptxs = {source: pool.submit(ptx_of, source) for source in SOURCES}
+        for (source, arch), future in cubins.items():
+            cubin, log = future.result()
+            registers = check_resources(arch, source.stem, log)
+            print(f"  {source.name}, sm_{arch}: no spills; registers: {registers}")
+            if nvdisasm is not None:
+                check_machine_code(arch, source.stem, run(nvdisasm, "-c", str(cubin)))
+        for source, ptx in ptxs.items():
+            check_parameters(source.stem, ptx.result())
     if nvdisasm is None:
         print("  nvdisasm was not found (pip install nvidia-cuda-nvdisasm): the machine code was not read")
         failures.extend(["no nvdisasm"] if "--require" in sys.argv else [])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from harness import Pair, Snapshot, params_of, refused
+from harness import Oracle, Pair, Snapshot, params_of, refused
 
 from momentum_ext import FusedMomentum
 
@@ -152,6 +152,39 @@ def test_training_goes_on_after_an_error(breakage):
     pair.mine.param_groups[0]["params"][-1] = param
     pair.step_as_is()
     pair.step(3)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}], ids=["plain", "average"])
+def test_training_goes_on_while_an_error_is_kept(options):
+    """An error keeps the frames that it came through, and the step that was prepared there with them."""
+    pair = Pair([torch.randn(9), torch.randn(33)], Oracle, lr=0.1, momentum=0.9, weight_decay=0.1, **options)
+    pair.new_grads()
+    param, grad = params_of(pair.mine)[1], params_of(pair.mine)[1].grad
+    param.grad = grad.to_sparse()  # torch cannot decay beside it, and says so when the step is prepared
+    with pytest.raises(RuntimeError, match="add") as kept:
+        pair.mine.step()
+    param.grad = grad
+    pair.mine.state_dict()
+    pair.step_as_is()
+    pair.step()
+    assert kept.tb is not None
+
+
+def test_a_prepared_step_that_is_dropped_has_changed_nothing():
+    opt = training().mine
+    before = Snapshot(opt)
+    prepared = opt._plan.prepare(opt.param_groups, opt.state, averaging=True)
+    with pytest.raises(RuntimeError, match="inside a step"):
+        opt.state_dict()
+    del prepared
+    before.assert_unchanged()
+    with opt._plan.prepare(opt.param_groups, opt.state) as prepared:
+        pass
+    for use in (prepared.begin, prepared.run, prepared.fallback, prepared.is_on_devices):
+        with pytest.raises(RuntimeError, match="has run or was discarded"):
+            use()
+    before.assert_unchanged()
+    opt.step()
 
 
 def test_training_goes_on_after_a_buffer_that_was_no_tensor():

@@ -213,6 +213,15 @@ def test_a_state_of_another_shape_is_refused():
         pair.mine.step()
 
 
+def test_an_average_whose_elements_share_one_place_is_refused():
+    pair = pair_of(33, 9)
+    pair.step()
+    pair.new_grads()
+    pair.mine.state[pair.params[1][0]]["ema"] = torch.zeros(1).expand(9)
+    with refused(pair.mine, RuntimeError, r"ema of param_groups\[0\]\['params'\]\[1\]: several of its elements"):
+        pair.mine.step()
+
+
 def test_a_swap_that_fails_half_way_is_undone():
     pair = pair_of(33, 9)
     pair.step()
