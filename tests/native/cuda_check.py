@@ -142,7 +142,6 @@ def check_parameters(file: str, ptx: str) -> None:
         kernel = Kernel(name)
         limit = PARAMETER_BYTES.get(kernel.table, 0)
         expect(int(size) <= limit, f"{kernel}: its parameter has {size} bytes, more than {limit}")
-    print(f"  parameters of {', '.join(sorted({size for _, size in sizes}, key=int))} bytes")
     print(f"  {file}.cu: parameters of {', '.join(sorted({size for _, size in sizes}, key=int))} bytes")
 
 
