@@ -76,7 +76,8 @@ def check_torch_step(group: dict[str, Any], param: Tensor, grad: Tensor, buffer:
 
 def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor of the same kind and of size 1 everywhere: torch refuses it where it would refuse the original."""
-    stand_in = torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
+    # Not zeros: of those a sparse tensor would hold none, and torch would have nothing to refuse.
+    stand_in = torch.ones((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
     if tensor.layout == torch.sparse_coo:
         stand_in = stand_in.to_sparse(tensor.sparse_dim())
     elif tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]

@@ -170,6 +170,20 @@ def test_training_goes_on_while_an_error_is_kept(options):
     assert kept.tb is not None
 
 
+def test_a_sparse_buffer_that_torch_can_multiply_but_not_add_to():
+    """torch's step multiplies the buffer of fp16, and only then finds that it has no kernel to add the gradient."""
+    dense, sparse = (torch.randn(9, dtype=torch.float16).requires_grad_() for _ in range(2))
+    opt = FusedMomentum([dense, sparse], lr=0.1, momentum=0.9)
+    for step in range(2):
+        dense.grad, sparse.grad = torch.randn_like(dense), torch.randn_like(sparse).to_sparse()
+        if step == 0:
+            opt.step()
+    with refused(opt, RuntimeError, "not implemented for 'Half'"):
+        opt.step()
+    sparse.grad = None
+    opt.step()
+
+
 def test_a_prepared_step_that_is_dropped_has_changed_nothing():
     opt = training().mine
     before = Snapshot(opt)
