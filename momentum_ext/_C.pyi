@@ -92,11 +92,17 @@ class GradNorm:
 
     def __init__(self) -> None: ...
     def compute(
-        self, param_groups: list[dict[str, Any]], norm_type: float, remembers: bool = False
+        self,
+        param_groups: list[dict[str, Any]],
+        norm_type: float,
+        remembers: bool = False,
+        grads: dict[Tensor, Tensor] | None = None,
+        process_group: Any = None,
     ) -> tuple[float | None, torch.dtype] | None:
         """The p-norm (1, 2 or inf) and the dtype that torch would return it in; None where it takes torch's path.
 
-        Of CUDA gradients the norm is None: :meth:`conclude` has it computed on their device.
+        Of CUDA gradients the norm is None: :meth:`conclude` has it computed on their device. With DTensors, and with a
+        process group, all ranks call it and get the same: which collectives run depends on the parameters alone.
         """
 
     def conclude(

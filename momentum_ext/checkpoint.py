@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
+from momentum_ext.dtensor import like, local
 from momentum_ext.keys import (
     AVERAGE,
     AVERAGE_COUNT,
@@ -78,16 +79,8 @@ def with_changes(state_dict: dict[str, Any], changes: list[Any], names: dict[int
 
 def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The same memory in another dtype of the same size; of a DTensor, too."""
-    if type(tensor) is Tensor:
-        return tensor.view(dtype)
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(tensor, DTensor):
-        return tensor.view(dtype)
-    local = tensor.to_local().view(dtype)
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    shard = local(tensor)
+    return tensor.view(dtype) if shard is tensor else like(tensor, shard.view(dtype))
 
 
 # ---- in -------------------------------------------------------------------------------------------------------------

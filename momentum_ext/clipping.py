@@ -58,9 +58,8 @@ class GradFactor:
         self._norms = _C.GradNorm()
         self._coefficients: list[_Coefficient] = []
         self._is_same = False  # current() has found the gradients that were remembered
-        self._known: tuple[float, float | None, torch.dtype] | None = (
-            None  # norm_type, norm of the gradients as they are (None: the device knows), dtype
-        )
+        # norm_type, norm of the gradients as they are (None: the device knows), dtype, process group
+        self._known: tuple[float, float | None, torch.dtype, Any] | None = None
 
     def current(self, param_groups: list[dict[str, Any]]) -> tuple[float | Tensor, StandIns | None]:
         """The factor for the gradients that are there now; where they have different ones 1, and stand-ins.
@@ -123,7 +122,9 @@ class GradFactor:
         for coefficient in self._coefficients:
             coefficient.was_left_out = True
 
-    def unscale(self, param_groups: list[dict[str, Any]], inv_scale: Tensor, only_checks: bool) -> Tensor | None:
+    def unscale(
+        self, param_groups: list[dict[str, Any]], inv_scale: Tensor, only_checks: bool, group: Any
+    ) -> Tensor | None:
         """Have the next step multiply with `inv_scale`, which is 1 where it only checks.
 
         Returns torch.amp.GradScaler's found_inf, on the gradients' device; None: torch must do it.
@@ -132,7 +133,7 @@ class GradFactor:
             ValueError: for fp16 gradients that are to be unscaled, as in torch.
         """
         factor, grads = self.current(param_groups)
-        computed = self._norms.compute(param_groups, 2.0, remembers=not self._coefficients)
+        computed = self._norms.compute(param_groups, 2.0, not self._coefficients, process_group=group)
         if computed is None:
             return None
         if not only_checks and self._norms.has_float16:
@@ -147,7 +148,7 @@ class GradFactor:
             new = float(factor) * float(inv_scale)
         unscales = not only_checks and (norm is None or float(inv_scale) != 1.0)
         self._remember(param_groups, grads, factor if only_checks else new, None, unscales)
-        self._known = (2.0, norm, dtype)
+        self._known = (2.0, norm, dtype, group)
         return found_inf
 
     @property
@@ -156,12 +157,18 @@ class GradFactor:
         return self._norms.num_grads != 0
 
     def clip(
-        self, param_groups: list[dict[str, Any]], max_norm: float, norm_type: float, error_if_nonfinite: bool
+        self,
+        param_groups: list[dict[str, Any]],
+        max_norm: float,
+        norm_type: float,
+        error_if_nonfinite: bool,
+        group: Any,
     ) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_, for the gradients times their factors, which take the coefficient."""
         factor, grads = self.current(param_groups)
-        computed = self._norm_of(param_groups, grads, norm_type)
+        computed = self._norm_of(param_groups, grads, norm_type, group)
         if computed is None:
+            _refuse(group)
             return self._clip_by_torch(param_groups, factor, grads, max_norm, norm_type, error_if_nonfinite, 1.0)
         norm, new = self._clipped(computed, factor, max_norm, norm_type, error_if_nonfinite, 1.0)
         exact = norm if computed[0] is None else computed[0]  # a 16-bit dtype may overflow
@@ -169,7 +176,7 @@ class GradFactor:
         return norm if grads is None else norm.to(_real_dtype(param_groups))
 
     def in_step(
-        self, param_groups: list[dict[str, Any]], max_norm: float | None, inv_grad_scale: float
+        self, param_groups: list[dict[str, Any]], max_norm: float | None, inv_grad_scale: float, group: Any
     ) -> tuple[float | Tensor, StandIns | None, Tensor | None]:
         """Factor and stand-ins for a step, and with a `max_norm` the norm of the gradients times `inv_grad_scale`.
 
@@ -178,19 +185,20 @@ class GradFactor:
         factor, grads = self.current(param_groups)
         if max_norm is None:
             return factor, grads, None
-        computed = self._norm_of(param_groups, grads, 2.0)
+        computed = self._norm_of(param_groups, grads, 2.0, group)
         if computed is None:
+            _refuse(group)
             return 1.0, None, self._clip_by_torch(param_groups, factor, grads, max_norm, 2.0, False, inv_grad_scale)
         norm, new = self._clipped(computed, factor, max_norm, 2.0, False, inv_grad_scale)
         return new, grads, norm if grads is None else norm.to(_real_dtype(param_groups))
 
     def in_step_on_device(
-        self, param_groups: list[dict[str, Any]], max_norm: float | None, grad_scale: Tensor | None
+        self, param_groups: list[dict[str, Any]], max_norm: float | None, grad_scale: Tensor | None, group: Any
     ) -> tuple[float | Tensor, StandIns | None, Tensor | None] | None:
         """The same; a factor that is a tensor has 1 / `grad_scale` in it. None where the host must know."""
         factor, grads = self.current(param_groups)
         if max_norm is not None:
-            computed = self._norm_of(param_groups, grads, 2.0)
+            computed = self._norm_of(param_groups, grads, 2.0, group)
             if computed is None or computed[0] is not None:
                 return None
             new, norm = self._norms.conclude(self._on_device(factor), None, grad_scale, max_norm)
@@ -200,15 +208,13 @@ class GradFactor:
         return factor, grads, None
 
     def _norm_of(
-        self, param_groups: list[dict[str, Any]], grads: StandIns | None, norm_type: float
+        self, param_groups: list[dict[str, Any]], grads: StandIns | None, norm_type: float, group: Any
     ) -> tuple[float | None, torch.dtype] | None:
         """Norm (None: the device knows it) and dtype; None for what only torch can do."""
-        if grads is not None:
-            return self._norms.compute_of(_all_grads(param_groups, grads), norm_type)
         known = self._known
-        if known is not None and known[0] == norm_type and self._is_same:
-            return known[1:]
-        return self._norms.compute(param_groups, norm_type)
+        if grads is None and known is not None and known[0] == norm_type and known[3] is group and self._is_same:
+            return known[1:3]
+        return self._norms.compute(param_groups, norm_type, grads=grads, process_group=group)
 
     def _clipped(
         self,
@@ -302,6 +308,15 @@ def clip_by_norm(
     return _C.clip_by_norm(norm, dtype, max_norm)
 
 
+def _refuse(process_group: Any) -> None:
+    """Torch's functions know nothing of it."""
+    if process_group is not None:
+        raise RuntimeError(
+            "process_group: norms over it need gradients that the kernels read (dense, all on one device, and a norm "
+            "of order 1, 2 or inf); keep the others in an optimizer of their own"
+        )
+
+
 def _with_grad(param_groups: list[dict[str, Any]]) -> list[Any]:
     """Parameters that have a gradient, each once."""
     params = {id(param): param for group in param_groups for param in group["params"]}
@@ -320,10 +335,6 @@ def _real_dtype(param_groups: list[dict[str, Any]]) -> torch.dtype:
     """The dtype in which torch returns the norm of these gradients."""
     dtypes: list[torch.dtype] = [param.grad.dtype.to_real() for param in _with_grad(param_groups)]
     return functools.reduce(torch.promote_types, dtypes)
-
-
-def _all_grads(param_groups: list[dict[str, Any]], grads: StandIns) -> list[Tensor]:
-    return [grads.get(param, param.grad) for param in _with_grad(param_groups)]
 
 
 @torch.no_grad()

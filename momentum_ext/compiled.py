@@ -158,10 +158,14 @@ def zero_grad(optimizer: FusedOptimizer, set_to_none: bool) -> None:
                     param.grad.zero_()
 
 
-def clip_grad_norm_(optimizer: FusedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def clip_grad_norm_(
+    optimizer: FusedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool, group: Any
+) -> Tensor:
     """FusedMomentum.clip_grad_norm_() in a graph: the factor stays a tensor, for a step that comes in any graph."""
+    if _has_ranks(optimizer, group):
+        return _clip_over_ranks(optimizer, max_norm, norm_type, error_if_nonfinite, group)  # type: ignore[no-any-return]
     if optimizer._grad_factor.is_active and optimizer._grad_factor.traced is None:
-        return _eager_clip(optimizer, max_norm, norm_type, error_if_nonfinite)  # type: ignore[no-any-return]
+        return _eager_clip(optimizer, max_norm, norm_type, error_if_nonfinite, None)  # type: ignore[no-any-return]
     return _clip(optimizer, max_norm, norm_type, error_if_nonfinite)
 
 
@@ -224,6 +228,7 @@ _REASONS = {
     "count": "the averages' count of updates is on the CUDA device, since an overflow or a warm-up there",
     "hyperparameters": "a hyperparameter is neither a number nor a tensor that needs no gradient",
     "repeated": "a parameter is listed twice",
+    "ranks": "parameters are DTensors, or a norm goes over a process group",
 }
 
 
@@ -239,6 +244,8 @@ def _why_not(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str,
         return "scaler"
     if optimizer.defaults["differentiable"]:
         return "differentiable"
+    if _has_ranks(optimizer, optimizer.process_group):
+        return "ranks"
     if optimizer._held_weights.context is not None:
         return "held"
     if optimizer._grad_factor.is_active and optimizer._grad_factor.traced is None:
@@ -263,6 +270,12 @@ def _why_not(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str,
                 return "repeated"
             seen.add(param)
     return None
+
+
+def _has_ranks(optimizer: FusedOptimizer, process_group: Any) -> bool:
+    """Whether a step or a norm has to do with other ranks."""
+    params = [param for group in optimizer.__dict__["param_groups"] for param in group["params"]]
+    return process_group is not None or any(hasattr(param, "device_mesh") for param in params)
 
 
 def _has_other_state(optimizer: FusedOptimizer) -> bool:
@@ -299,8 +312,10 @@ def _run_eager_step(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: di
     return optimizer._own_step(*args, **kwargs)
 
 
-def _run_eager_clip(optimizer: FusedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    return optimizer._grad_factor.clip(optimizer.param_groups, max_norm, norm_type, error_if_nonfinite)
+def _run_eager_clip(
+    optimizer: FusedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool, group: Any
+) -> Tensor:
+    return optimizer._grad_factor.clip(optimizer.param_groups, max_norm, norm_type, error_if_nonfinite, group)
 
 
 def _eager_step_because(reason: str) -> Callable[..., Any]:
@@ -316,6 +331,7 @@ def _run_eager_zero_grad(optimizer: FusedOptimizer, set_to_none: bool) -> None:
 
 _EAGER_STEPS = {name: _eager_step_because(reason) for name, reason in _REASONS.items()}
 _eager_clip = _outside(_run_eager_clip, _REASONS["clipped"])
+_clip_over_ranks = _outside(_run_eager_clip, _REASONS["ranks"])
 _eager_zero_grad = _outside(
     _run_eager_zero_grad, "zero_grad() in a graph needs torch 2.13; call the model's zero_grad() there, or this outside"
 )

@@ -12,6 +12,8 @@ __all__ = ["FORMULATIONS", "check_group", "check_torch_step", "torch_step"]
 
 FORMULATIONS = ("torch", "classical", "ema")
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 def check_group(group: dict[str, Any]) -> None:
     """Refuse what no step could do, when a group is made.
@@ -75,15 +77,25 @@ def check_torch_step(group: dict[str, Any], param: Tensor, grad: Tensor, buffer:
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor of the same kind and of size 1 everywhere: torch refuses it where it would refuse the original."""
-    # Not zeros: of those a sparse tensor would hold none, and torch would have nothing to refuse.
-    stand_in = torch.ones((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
+    """A tensor of the same kind, of one element or as empty: torch refuses it where it would refuse the original."""
+    shape = [min(size, 1) for size in tensor.shape]
+    options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
     if tensor.layout == torch.sparse_coo:
-        stand_in = stand_in.to_sparse(tensor.sparse_dim())
-    elif tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
-        stand_in = stand_in.to_mkldnn()
-    elif tensor.layout not in (torch.strided, torch.jagged):
-        stand_in = stand_in.to_sparse(layout=tensor.layout)
+        # torch refuses some dtypes only where elements are added up: as many as show it.
+        count = min(tensor._nnz(), 1 if tensor.is_coalesced() else 2)
+        indices = torch.zeros((tensor.sparse_dim(), count), dtype=torch.int64, device=tensor.device)
+        values = torch.ones([count, *shape[tensor.sparse_dim() :]], **options)
+        stand_in = torch.sparse_coo_tensor(
+            indices, values, shape, check_invariants=False, is_coalesced=tensor.is_coalesced()
+        )
+    else:
+        is_empty = tensor.layout in _COMPRESSED and tensor._nnz() == 0
+        stand_in = (torch.zeros if is_empty else torch.ones)(shape, **options)
+        if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+            stand_in = stand_in.to_mkldnn()
+        elif tensor.layout in _COMPRESSED:
+            is_blocked = tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
+            stand_in = stand_in.to_sparse(layout=tensor.layout, blocksize=(1, 1) if is_blocked else None)
     if tensor.requires_grad:
         stand_in.requires_grad_()
     return stand_in if tensor.is_leaf else stand_in.clone()

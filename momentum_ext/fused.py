@@ -137,7 +137,9 @@ class FusedOptimizer(StatefulOptimizer):
                 self._grad_factor.clear()
                 return
             inv_grad_scale = 1.0 if grad_scale is None else _C.inverse_scale(float(grad_scale))
-            factor, grads, norm = self._grad_factor.in_step(self.param_groups, self.max_grad_norm, inv_grad_scale)
+            factor, grads, norm = self._grad_factor.in_step(
+                self.param_groups, self.max_grad_norm, inv_grad_scale, self.process_group
+            )
             if inv_grad_scale != 1.0:
                 factor = inv_grad_scale * float(factor)
             numbers = _Numbers(factor, grads, norm)
@@ -153,7 +155,9 @@ class FusedOptimizer(StatefulOptimizer):
         """Those of a GradScaler that only a device knows; None where the host must know them, or there is none."""
         if found_inf is grad_scale or not (_is_on_device(found_inf) and _is_on_device(grad_scale)):
             return None
-        in_step = self._grad_factor.in_step_on_device(self.param_groups, self.max_grad_norm, grad_scale)
+        in_step = self._grad_factor.in_step_on_device(
+            self.param_groups, self.max_grad_norm, grad_scale, self.process_group
+        )
         if in_step is None:
             return None
         factor, grads, norm = in_step
@@ -261,6 +265,7 @@ class FusedOptimizer(StatefulOptimizer):
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
+        process_group: Any = None,
     ) -> Tensor:
         """Clip the norm of all gradients together, in the next :meth:`step`.
 
@@ -285,6 +290,11 @@ class FusedOptimizer(StatefulOptimizer):
             foreach: accepted as torch's function does; has no effect.
             error_if_nonfinite: raise if the norm is inf or NaN, instead of multiplying with what comes out; waits for
                 a CUDA device.
+            process_group: whose ranks hold other parameters of the same model (pipeline and expert parallelism): the
+                norm is over all of theirs. None: that of the constructor.
+
+        The norm of DTensors is over all their shards, with one all-reduce for each mesh. Which collectives run depends
+        on the parameters alone; an error on one rank raises on all of them.
 
         Returns:
             The norm before clipping, a tensor of no dimension in the gradients' dtype, on their device.
@@ -293,9 +303,10 @@ class FusedOptimizer(StatefulOptimizer):
             RuntimeError: for a norm that is not finite, if asked for; for a gradient that was written to after the
                 last clipping, with its place in ``param_groups``.
         """
+        group = self.process_group if process_group is None else process_group
         if is_dynamo_compiling():
-            return compiled.clip_grad_norm_(self, max_norm, norm_type, error_if_nonfinite)
-        return self._grad_factor.clip(self.param_groups, float(max_norm), float(norm_type), error_if_nonfinite)
+            return compiled.clip_grad_norm_(self, max_norm, norm_type, error_if_nonfinite, group)
+        return self._grad_factor.clip(self.param_groups, float(max_norm), float(norm_type), error_if_nonfinite, group)
 
 
 def _is_on_device(value: Tensor | None) -> bool:

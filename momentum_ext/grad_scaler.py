@@ -68,7 +68,7 @@ class GradScaler(torch.amp.GradScaler):
         if isinstance(optimizer, FusedOptimizer):
             factor = optimizer._grad_factor
             # Without unscale_(), torch asks for fp16 too and gives 1: step() gets the scale itself.
-            ours = factor.unscale(optimizer.param_groups, inv_scale, only_checks=allow_fp16)
+            ours = factor.unscale(optimizer.param_groups, inv_scale, allow_fp16, optimizer.process_group)
             self._unscaled.add(optimizer)
             if ours is not None:
                 return {ours.device: ours} if factor.has_grads else {}

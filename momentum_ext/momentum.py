@@ -100,6 +100,9 @@ class FusedMomentum(FusedOptimizer, SGD):
         decoupled_weight_decay: decay the parameter instead of adding to the gradient (default: False).
         max_grad_norm: clip the 2-norm of all gradients together in each step, as :meth:`clip_grad_norm_` would; the
             norm is then in the attribute ``grad_norm`` (default: None).
+        process_group: over whose ranks norms and inf checks go beyond the mesh of DTensors: where each rank holds other
+            parameters of one model, as in pipeline and expert parallelism. A copy of the optimizer has none
+            (default: None).
         ema_decay: keep an exponential moving average of each parameter in its state, ``"ema"``, in the same pass: that
             of ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(ema_decay)``, updated after each
             step; see :meth:`ema_weights`. Where the layouts differ, and for parameters without a gradient, torch's
@@ -148,6 +151,7 @@ class FusedMomentum(FusedOptimizer, SGD):
         formulation: str = "torch",
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
+        process_group: Any = None,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
@@ -159,6 +163,7 @@ class FusedMomentum(FusedOptimizer, SGD):
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
+        self.process_group = process_group
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
         # Groups have a key only where it says something: others load into torch's SGD, and cost no comparison.
@@ -252,7 +257,6 @@ class FusedMomentum(FusedOptimizer, SGD):
                 if param.is_cuda and not _C.HAS_CUDA_KERNELS:
                     _warn_of_missing_kernels()
                 entry = self.state.get(param, {})
-                _check_shards(f"param_groups[{g}]['params'][{i}]", {"": param, "gradient": param.grad, **entry})
                 buffer = entry.get(BUFFER)
                 if needs_low_precision_step(group, self.state.get(param, {})):
                     name = f"param_groups[{g}]['params'][{i}]"
@@ -260,13 +264,6 @@ class FusedMomentum(FusedOptimizer, SGD):
                     if isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS:
                         buffer = param.detach()  # torch gets a value of its parameter's kind
                 check_torch_step(group, param, param.grad, buffer)
-
-
-def _check_shards(name: str, tensors: dict[str, Any]) -> None:
-    """Raises RuntimeError where the memory of a DTensor's local shard is not there any more."""
-    for key, tensor in tensors.items():
-        if isinstance(shard := getattr(tensor, "_local_tensor", None), Tensor):
-            _C.check_memory(shard, f"{key} of {name}" if key else name)
 
 
 @functools.cache

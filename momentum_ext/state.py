@@ -18,6 +18,7 @@ from momentum_ext.checkpoint import (
     without_defaults,
 )
 from momentum_ext.clipping import GradFactor
+from momentum_ext.dtensor import local
 from momentum_ext.formulation import check_group
 from momentum_ext.keys import AVERAGE, AVERAGE_COUNT, BUFFER, BUFFER_FORMULATION, OPTIONS, ROUNDING_STEP, SCALE
 from momentum_ext.lookahead import restore_lookahead
@@ -30,6 +31,7 @@ class StatefulOptimizer(Optimizer):
 
     # Set by the optimizer's constructor, before torch's adds the groups.
     max_grad_norm: float | None
+    process_group: Any
     ema_decay: float | None
     ema_warmup: bool
     _own_defaults: dict[str, Any]
@@ -142,7 +144,7 @@ class StatefulOptimizer(Optimizer):
         buffers = {id(buffer) for buffer in self._plan.unstarted_buffers()}
         if not buffers:
             return []
-        params = [param for param, entry in self.state.items() if id(entry.get(BUFFER)) in buffers]
+        params = [param for param, entry in self.state.items() if id(local(entry.get(BUFFER))) in buffers]
         return [(param, key, None) for param in params for key in (BUFFER, SCALE)]
 
     def _update_counts(self) -> None:
@@ -211,7 +213,12 @@ class StatefulOptimizer(Optimizer):
         unpack(state["state"])
         super().__setstate__(state)
         self._own_defaults = {name: self.defaults[name] for name in OPTIONS if name in self.defaults}
-        for name, default in (("max_grad_norm", None), ("ema_decay", None), ("ema_warmup", False)):
+        for name, default in (
+            ("max_grad_norm", None),
+            ("process_group", None),
+            ("ema_decay", None),
+            ("ema_warmup", False),
+        ):
             self.__dict__.setdefault(name, default)
         self._start()
 

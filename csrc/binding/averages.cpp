@@ -12,10 +12,20 @@ namespace momentum_ext::binding {
 namespace {
 
 // The tensor that is there. Raises for one that is not its parameter's.
-const at::Tensor* find_average(const Slot& slot, const at::Tensor& param) {
-  const at::Tensor* const average = find_tensor(slot.state_dict, state_keys().average);
+const at::Tensor* find_average(Slot& slot, PyObject* listed, const at::Tensor& param) {
+  const at::Tensor* average = find_tensor(slot.state_dict, state_keys().average);
   if (average == nullptr) return nullptr;
   const auto name = [&] { return "ema of " + slot.name(); };
+  PyObject* const object = object_of(*average);
+  if (slot.specs != nullptr && object != nullptr &&
+      local_impl(object, slot.specs->average.ptr()) != nullptr) {
+    average = &resolve(object);
+  } else {
+    average = &resolve_state(listed, *average, name);
+    if (slot.specs != nullptr) {
+      slot.specs->average = py::reinterpret_borrow<py::object>(shard_of(object).spec);
+    }
+  }
   if (average->sizes() != param.sizes() || average->scalar_type() != param.scalar_type() ||
       average->device() != param.device()) {
     throw std::runtime_error(name() +
@@ -56,13 +66,13 @@ void StepAverages::attach(Plan& plan, Averaging averaging, bool in_order, StateC
   for (size_t i = 0; i < plan.slots.size(); ++i) {
     plan.entries[i].average = nullptr;
     plan.tensors[i].average = nullptr;
-    const Slot& slot = plan.slots[i];
+    Slot& slot = plan.slots[i];
     if (averaging == Averaging::kNone || !THPVariable_Check(plan.param_objects[i]) ||
         slot.is_repeated) {
       continue;
     }
     const at::Tensor& param = plan.param(i);
-    const bool has_grad = param.unsafeGetTensorImpl()->grad().defined();
+    const bool has_grad = plan.listed(i).unsafeGetTensorImpl()->grad().defined();
     if (!param.is_floating_point() && !param.is_complex() && has_grad) {
       throw std::runtime_error(slot.name() +
                                ": ema_decay keeps averages of floating-point "
@@ -70,7 +80,7 @@ void StepAverages::attach(Plan& plan, Averaging averaging, bool in_order, StateC
                                std::string(c10::toString(param.scalar_type())) +
                                "; give it an optimizer of its own without ema_decay");
     }
-    const at::Tensor* const found = find_average(slot, param);
+    const at::Tensor* const found = find_average(slot, plan.param_objects[i], param);
     // What has never had a gradient has never moved: it is its own average.
     if (found == nullptr && !has_grad) continue;
     at::Tensor made;
@@ -104,12 +114,13 @@ void StepAverages::update_by_torch(const Plan& plan, const py::object& state, do
     const at::Tensor& param = plan.param(i);
     const auto state_dict = py::reinterpret_borrow<py::object>(
         state[py::reinterpret_borrow<py::object>(plan.param_objects[i])]);
-    const at::Tensor* const average = find_tensor(state_dict.ptr(), state_keys().average);
-    if (average == nullptr) continue;
+    PyObject* const held = find_item(state_dict.ptr(), state_keys().average);
+    if (held == nullptr || !THPVariable_Check(held)) continue;
+    const at::Tensor& average = resolve(held);
     if (weight == 1) {
-      average->copy_(param);
+      average.copy_(param);
     } else {
-      average->lerp_(param, weight);
+      average.lerp_(param, weight);
     }
   }
 }

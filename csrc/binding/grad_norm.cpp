@@ -9,18 +9,33 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <unordered_set>
 #include <utility>
 
 #include "../cpu/backend.h"
 #include "../rules/clip.h"
+#include "shards.h"
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
-py::object GradNorm::compute(const py::list& param_groups, double norm_type, bool remembers) {
+namespace {
+
+// Most of the time a look at the keys is enough.
+bool has_no_shard(const at::Tensor& grad) {
+  return !grad.key_set().has(c10::DispatchKey::Python) || object_of(grad) == nullptr;
+}
+
+}  // namespace
+
+py::object GradNorm::compute(const py::list& param_groups, double norm_type, bool remembers,
+                             const py::object& grads, const py::object& process_group) {
   remembers_ = remembers;
+  if (!process_group.is(process_group_)) listed_.clear();  // to be read anew
+  process_group_ = process_group;
+  const bool readable = read_params(param_groups);
   py::object computed =
-      compute(norm_type, [&](bool complex_too) { return collect(param_groups, complex_too); });
+      compute(norm_type, [&](bool complex_too) { return readable && collect(complex_too, grads); });
   remembers_ = remembers && !computed.is_none();
   if (remembers_) records_.resize(entries_.size());
   return computed;
@@ -46,28 +61,50 @@ py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& 
   if (kind == Norm::kMax && norm_type != std::numeric_limits<double>::infinity()) {
     return py::none();
   }
-  if (!collect(/*complex_too=*/kind == Norm::kSumOfSquares)) return py::none();
+  std::exception_ptr error;
+  Status status = collect_safely(collect, /*complex_too=*/kind == Norm::kSumOfSquares, error);
+  if (!has_ranks() && error) std::rethrow_exception(error);
+  if (!has_ranks() && status != Status::kFine) return py::none();
+  is_pending_ = !has_ranks() && device_.value_or(kCpu) != kCpu;
+  kind_ = kind;
+  double norm = is_pending_ ? 0 : sum(kind, 1.0, status);
+  if (error) std::rethrow_exception(error);
+  if (status == Status::kError) {
+    throw std::runtime_error(
+        "the gradients of another rank could not be read, see its error; nothing was written");
+  }
+  if (status == Status::kNotOurs) return py::none();
   const at::ScalarType dtype = dtype_ == at::ScalarType::Undefined ? at::kFloat : dtype_;
   const auto dtype_object =
       py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype)));
-  is_pending_ = device_.value_or(kCpu) != kCpu;
-  kind_ = kind;
   if (is_pending_) return py::make_tuple(py::none(), dtype_object);
-  double norm = sum(kind, 1.0);
   if (kind == Norm::kSumOfSquares) {
     // Squares of doubles can leave a double's range, where their root does not.
-    const bool in_range = norm == 0 ? dtype_ != at::kDouble : norm > 1e-280 && norm < 1e300;
+    const bool in_range =
+        norm == 0 ? dtype_ != at::kDouble && !has_ranks() : norm > 1e-280 && norm < 1e300;
     double scale = 1;
     if (!in_range) {
-      const double largest = sum(Norm::kMax, 1.0);
+      const double largest = sum(Norm::kMax, 1.0, status);
       if (std::isfinite(largest) && largest > 0) {
         scale = std::exp2(-std::clamp(std::ilogb(largest), -1000, 1000));
-        norm = sum(Norm::kSumOfSquares, scale);
+        norm = sum(Norm::kSumOfSquares, scale, status);
       }
     }
     norm = std::sqrt(norm) / scale;
   }
   return py::make_tuple(norm, dtype_object);
+}
+
+// Where other ranks wait for what this one has found, an error comes after it was told to them.
+GradNorm::Status GradNorm::collect_safely(const std::function<bool(bool)>& collect,
+                                          bool complex_too, std::exception_ptr& error) const {
+  try {
+    if (!collect(complex_too)) return Status::kNotOurs;
+  } catch (...) {
+    error = std::current_exception();
+    return Status::kError;
+  }
+  return Status::kFine;
 }
 
 py::tuple GradNorm::conclude(const std::optional<at::Tensor>& factor,
@@ -156,8 +193,8 @@ bool GradNorm::read_params(const py::list& param_groups) {
     return true;
   };
   const bool readable = for_each_param([&](PyObject* param, Place place) {
-    same =
-        same && n < listed_.size() && listed_[n].first == param && listed_[n].second == place.group;
+    same = same && n < listed_.size() &&
+           listed_[n] == std::tuple(param, place.group, shard_of(param).spec);
     ++n;
   });
   if (!readable) return false;
@@ -166,20 +203,25 @@ bool GradNorm::read_params(const py::list& param_groups) {
   params_.clear();
   places_.clear();
   std::unordered_set<PyObject*> visited;
-  return for_each_param([&](PyObject* param, Place place) {
-    listed_.emplace_back(param, place.group);
+  for_each_param([&](PyObject* param, Place place) {
+    resolve(param);  // finds out what a DTensor is
+    listed_.emplace_back(param, place.group, shard_of(param).spec);
     if (!visited.insert(param).second) return;
     params_.push_back(param);
     places_.push_back(place);
   });
+  std::tie(ranks_, meshes_) = find_ranks(params_, process_group_);
+  return true;
 }
 
 // Calls visit(gradient, its parameter's number) in order; stops and returns false when that does.
+// Of a DTensor it is the local shard, whose memory is the gradient's.
 template <typename Visit>
 bool GradNorm::for_each_grad(const Visit& visit) const {
   for (size_t k = 0; k < params_.size(); ++k) {
     const at::Tensor& grad = grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
-    if (grad.defined() && !visit(grad, k)) return false;
+    if (!grad.defined()) continue;
+    if (has_no_shard(grad) ? !visit(grad, k) : !visit(shard_of_grad(grad), k)) return false;
   }
   return true;
 }
@@ -187,6 +229,8 @@ bool GradNorm::for_each_grad(const Visit& visit) const {
 void GradNorm::start_collecting() {
   entries_.clear();
   layouts_.clear();
+  mesh_of_entry_.clear();
+  redistributed_.clear();
   first_block_.assign(1, 0);
   dtype_ = at::ScalarType::Undefined;
   device_.reset();
@@ -194,18 +238,31 @@ void GradNorm::start_collecting() {
   is_watched_ = operators_are_watched();
 }
 
-bool GradNorm::collect(const py::list& param_groups, bool complex_too) {
+bool GradNorm::collect(bool complex_too, const py::object& grads) {
   start_collecting();
-  return read_params(param_groups) && for_each_grad([&](const at::Tensor& grad, size_t k) {
-           const auto name = [&] {
-             return "gradient of param_groups[" + std::to_string(places_[k].group) +
-                    "]['params'][" + std::to_string(places_[k].index) + "]";
-           };
-           if (!add(grad, complex_too, name)) return false;
-           const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
-           if (remembers_) records_.put(entries_.size() - 1, impl);
-           return true;
-         });
+  return for_each_grad([&](const at::Tensor& found, size_t k) {
+    const auto name = [&] {
+      return "gradient of param_groups[" + std::to_string(places_[k].group) + "]['params'][" +
+             std::to_string(places_[k].index) + "]";
+    };
+    const at::Tensor* grad = &found;
+    PyObject* const stand_in =
+        grads.is_none() ? nullptr : PyDict_GetItemWithError(grads.ptr(), params_[k]);
+    if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (stand_in != nullptr || !meshes_.empty()) {
+      const at::Tensor& listed =
+          stand_in != nullptr ? THPVariable_Unpack(stand_in)
+                              : grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
+      grad = &redistributed_.emplace_back(resolve_grad(params_[k], listed, name));
+    }
+    if (!add(*grad, complex_too, name)) return false;
+    if (!meshes_.empty()) {
+      mesh_of_entry_.push_back(meshes_[k]);
+      if (meshes_[k] == -2) first_block_.back() = first_block_[first_block_.size() - 2];
+    }
+    if (remembers_) records_.put(entries_.size() - 1, *found.unsafeGetTensorImpl());
+    return true;
+  });
 }
 
 template <typename Name>
@@ -256,10 +313,52 @@ TensorTable GradNorm::table() const {
   return {entries_.data(), first_block_.data(), static_cast<int64_t>(entries_.size())};
 }
 
-double GradNorm::sum(Norm kind, double scale) {
+double GradNorm::sum(Norm kind, double scale, Status& status) {
   block_norms_.resize(static_cast<size_t>(first_block_.back()));
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return cpu::norm(kind, table(), scale, block_norms_.data(), threads);
+  const bool is_fine = status == Status::kFine;
+  const bool is_on_cpu = device_.value_or(kCpu) == kCpu;
+  const double total =
+      is_fine && is_on_cpu ? cpu::norm(kind, table(), scale, block_norms_.data(), threads) : 0.0;
+  if (!has_ranks()) return total;
+  // What each mesh has of it; the last are the plain tensors.
+  const auto num_meshes = ranks_.attr("num_meshes").cast<int>();
+  std::vector<double> sums(static_cast<size_t>(num_meshes) + 1, 0.0);
+  for (int mesh = 0; is_fine && mesh <= num_meshes; ++mesh) {
+    const int key = mesh < num_meshes ? mesh : -1;
+    sums[static_cast<size_t>(mesh)] =
+        is_on_cpu ? sum_of_mesh(kind, key) : sum_on_device(kind, key, scale);
+  }
+  const auto [reduced, worst] =
+      ranks_.attr("reduce")(sums, kind == Norm::kMax, static_cast<int>(status))
+          .cast<std::pair<double, int>>();
+  status = static_cast<Status>(worst);
+  return reduced;
+}
+
+double GradNorm::sum_of_mesh(Norm kind, int mesh) const {
+  double sum = 0;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (mesh_of_entry_[i] != mesh) continue;
+    for (int64_t block = first_block_[i]; block < first_block_[i + 1]; ++block) {
+      const double norm = block_norms_[static_cast<size_t>(block)];
+      sum = kind == Norm::kMax ? larger(sum, norm) : sum + norm;
+    }
+  }
+  return sum;
+}
+
+// Waits for the device: other ranks must be told whether this one goes on.
+double GradNorm::sum_on_device(Norm kind, int mesh, double scale) {
+  std::vector<TensorEntry> entries;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (mesh_of_entry_[i] == mesh) entries.push_back(entries_[i]);
+  }
+  if (entries.empty()) return 0;
+  const TensorTable table{entries.data(), nullptr, static_cast<int64_t>(entries.size())};
+  const double norm =
+      on_device_.conclude(*device_, &table, kind, {}, 1.0, at::kDouble).norm.item<double>() * scale;
+  return kind == Norm::kSumOfSquares ? norm * norm : norm;
 }
 
 std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm) {

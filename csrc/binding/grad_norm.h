@@ -5,9 +5,11 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,8 +28,10 @@ class GradNorm {
   // it; None where a gradient is not one for the kernels. On a CUDA device the norm is None:
   // conclude() has it computed there.
   // With `remembers`, for a caller for whom no coefficient waits, the next remember() is done
-  // already.
-  py::object compute(const py::list& param_groups, double norm_type, bool remembers);
+  // already. `grads`: parameters with what stands in for their gradients, or null.
+  // Where parameters are DTensors, or with a process group, all ranks call this, and get the same.
+  py::object compute(const py::list& param_groups, double norm_type, bool remembers,
+                     const py::object& grads, const py::object& process_group);
 
   // The same for a list of gradients.
   py::object compute_of(const std::vector<at::Tensor>& grads, double norm_type);
@@ -58,16 +62,24 @@ class GradNorm {
   py::object match(const py::list& param_groups);
 
  private:
+  // Whether the kernels can read what was found: said by one rank, or by the worst of all.
+  enum class Status : uint8_t { kFine, kNotOurs, kError };
+
   py::object compute(double norm_type, const std::function<bool(bool)>& collect);
+  Status collect_safely(const std::function<bool(bool)>& collect, bool complex_too,
+                        std::exception_ptr& error) const;
   void start_collecting();
   bool read_params(const py::list& param_groups);
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;
-  bool collect(const py::list& param_groups, bool complex_too);
+  bool collect(bool complex_too, const py::object& grads);
   template <typename Name>
   bool add(const at::Tensor& grad, bool complex_too, const Name& name);
   TensorTable table() const;
-  double sum(Norm kind, double scale);
+  bool has_ranks() const { return static_cast<bool>(ranks_); }
+  double sum(Norm kind, double scale, Status& status);
+  double sum_of_mesh(Norm kind, int mesh) const;
+  double sum_on_device(Norm kind, int mesh, double scale);
 
   // A parameter's place in the groups.
   struct Place {
@@ -75,15 +87,23 @@ class GradNorm {
     size_t index;
   };
 
-  std::vector<std::pair<PyObject*, size_t>> listed_;  // with their groups, in order: only compared
+  // Parameters with their groups and, of DTensors, specs, in order: only compared.
+  std::vector<std::tuple<PyObject*, size_t, PyObject*>> listed_;
   std::vector<PyObject*> params_;  // each once; followed only after they were compared
   std::vector<Place> places_;      // of each of these
+  // Of the same list: adds up what ranks have found, or null; and the mesh of each of params_ among
+  // those that it knows, -1: none, -2: another rank counts this replica.
+  py::object ranks_;
+  py::object process_group_;
+  std::vector<int> meshes_;
   GradRecords records_;
   bool remembers_ = false;  // compute() has remembered what it has read
   // The vectors keep their capacity, so that nothing is allocated once warm.
   std::vector<TensorEntry> entries_;
   std::vector<int64_t> first_block_;
   std::vector<double> block_norms_;
+  std::vector<int> mesh_of_entry_;  // only where there are ranks_
+  std::vector<at::Tensor> redistributed_;
   std::vector<std::unique_ptr<OwnedLayout>> layouts_;
   at::ScalarType dtype_ = at::ScalarType::Undefined;
   std::optional<int16_t> device_;  // of the gradients; none where there are none

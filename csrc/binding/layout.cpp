@@ -198,7 +198,7 @@ bool overlaps_itself(const at::Tensor& tensor) {
     reach += stride * (size - 1);
   }
   if (nested) return false;  // each dimension steps over all that the smaller ones cover
-  // Interleaved dimensions may still be disjoint. Mark every element: rare, and done once.
+  // Interleaved dimensions may still be disjoint. Mark every element: rare.
   std::vector<bool> taken(reach + 1, false);
   std::vector<int64_t> index(dims.size(), 0);
   int64_t offset = 0;

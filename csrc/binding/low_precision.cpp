@@ -50,13 +50,21 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
   }
   low.tensor = static_cast<uint32_t>(i);
   plan.entries[i].low_precision = &low;
+  if (plan.is_dtensor(i) && plan.reader(slot).storage().stochastic_rounding &&
+      rounds_at_random(plan.entries[i], slot.num_states)) {
+    throw std::runtime_error(slot.name() +
+                             ": stochastic_rounding needs plain tensors, got DTensor; put it into "
+                             "a group without");
+  }
 }
 
 bool find_companions(Plan& plan, size_t i) noexcept {
   const Slot& slot = plan.slots[i];
+  // DTensors have no scales beside them.
+  const PyObject* const spec = slot.specs != nullptr ? slot.specs->master.ptr() : nullptr;
   const auto find = [&](const Companion& companion, c10::TensorImpl*& tensor) {
     if (companion.key == nullptr) return true;
-    tensor = companion.find(slot.state_dict, slot.keys, slot.device);
+    tensor = companion.find(slot.state_dict, spec, slot.keys, slot.device);
     return tensor != nullptr;
   };
   Plan::CompanionTensors& tensors = plan.companion_tensors[i];

@@ -81,7 +81,11 @@ void define_steps(py::module_& m) {
            py::arg("found_inf") = py::none(), py::arg("grad_scale") = py::none(),
            py::arg("device_factor") = py::none(), py::arg("average") = py::none(),
            py::arg("ema_decay") = 0.0, py::arg("ema_warmup") = false)
-      .def("__enter__", [](py::object step) { return step; })
+      .def("__enter__",
+           [](const py::object& step) {
+             step.cast<const PreparedStep&>().needs_torch();  // raises for a step that is over
+             return step;
+           })
       .def("__exit__", [](PreparedStep& step, const py::args&) { step.discard(); });
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
       .def(py::init<const std::string&>(), py::arg("rule"))
@@ -125,8 +129,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("HAS_CUDA_KERNELS") = kHasCudaKernels;
   py::class_<GradNorm>(m, "GradNorm")
       .def(py::init<>())
-      .def("compute", py::overload_cast<const py::list&, double, bool>(&GradNorm::compute),
-           py::arg("param_groups"), py::arg("norm_type"), py::arg("remembers") = false)
+      .def("compute",
+           py::overload_cast<const py::list&, double, bool, const py::object&, const py::object&>(
+               &GradNorm::compute),
+           py::arg("param_groups"), py::arg("norm_type"), py::arg("remembers") = false,
+           py::arg("grads") = py::none(), py::arg("process_group") = py::none())
       .def("compute_of", &GradNorm::compute_of, py::arg("grads"), py::arg("norm_type"))
       .def("conclude", &GradNorm::conclude, py::arg("factor"), py::arg("inv_scale"),
            py::arg("grad_scale"), py::arg("max_norm"))

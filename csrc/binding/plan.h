@@ -22,6 +22,7 @@
 #include "device.h"
 #include "group_reader.h"
 #include "rule_groups.h"
+#include "shards.h"
 #include "slot.h"
 #include "step_lock.h"
 
@@ -53,8 +54,11 @@ class Plan : public std::enable_shared_from_this<Plan> {
   // After a slot was examined.
   void find_shared_memory();
 
-  // A slot's parameter, its group, and what stands there.
-  const at::Tensor& param(size_t i) const { return THPVariable_Unpack(param_objects[i]); }
+  // A slot's parameter as it is listed, the tensor that is updated for it, its group, and what
+  // stands there.
+  const at::Tensor& listed(size_t i) const { return THPVariable_Unpack(param_objects[i]); }
+  const at::Tensor& param(size_t i) const { return resolve(param_objects[i]); }
+  bool is_dtensor(size_t i) const { return shard_of(param_objects[i]).spec != nullptr; }
   const GroupReader& reader(const Slot& slot) const { return readers[slot.group]; }
   int num_states(const Slot& slot) const { return rule->num_states(slot.group); }
   bool wants_conversion(const Slot& slot) const {

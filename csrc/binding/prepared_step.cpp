@@ -81,6 +81,22 @@ PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::d
   }
 }
 
+// Python code that is called while a step writes, or another thread, may hold the same step.
+class PreparedStep::Writing {
+ public:
+  explicit Writing(PreparedStep& step) : step_(step) {
+    step.vectors();
+    if (step.is_writing_) throw std::runtime_error("this step is running");
+    step.is_writing_ = true;
+  }
+  ~Writing() { step_.is_writing_ = false; }
+  Writing(const Writing&) = delete;
+  Writing& operator=(const Writing&) = delete;
+
+ private:
+  PreparedStep& step_;
+};
+
 StepVectors& PreparedStep::vectors() const {
   if (vectors_ == nullptr) throw std::runtime_error("this step has run or was discarded");
   return *vectors_;
@@ -88,8 +104,10 @@ StepVectors& PreparedStep::vectors() const {
 
 // The next step may begin.
 void PreparedStep::finish() noexcept {
-  vectors_->clear();
-  plan_->spare_vectors = std::move(vectors_);
+  std::unique_ptr<StepVectors> vectors =
+      std::move(vectors_);  // first: clearing may call Python code
+  vectors->clear();
+  plan_->spare_vectors = std::move(vectors);
   lock_.reset();
 }
 
@@ -116,12 +134,18 @@ bool PreparedStep::is_on_devices(const std::optional<at::Tensor>& average_count)
 }
 
 void PreparedStep::begin() {
-  if (!vectors().changes.empty()) keep_alive();  // Python code is called
+  const Writing writing(*this);
+  insert_state();
+}
+
+void PreparedStep::insert_state() {
+  if (!vectors_->changes.empty()) keep_alive();  // Python code is called
   vectors_->changes.insert(state_);
 }
 
 void PreparedStep::run(const Numbers& numbers) {
-  begin();
+  const Writing writing(*this);
+  insert_state();
   Plan& plan = *plan_;
   plan.rule->scale(numbers.grad_factor);
   std::optional<at::RecordFunction> range;
@@ -152,7 +176,8 @@ void PreparedStep::run(const Numbers& numbers) {
 }
 
 void PreparedStep::discard() noexcept {
-  if (vectors_ == nullptr) return;
+  if (vectors_ == nullptr || is_writing_) return;
+  const Writing writing(*this);
   restore_versions();
   vectors_->changes.take_back(state_);
   finish();
@@ -161,7 +186,7 @@ void PreparedStep::discard() noexcept {
 void PreparedStep::bump_versions() {
   versions_are_bumped_ = false;  // those of the other slots stay as they are now
   for (const size_t i : vectors_->changed) {
-    bump_version(plan_->tensors[i].param);
+    if (plan_->tensors[i].param != nullptr) bump_version(plan_->listed(i).unsafeGetTensorImpl());
     for (c10::TensorImpl* const state : plan_->tensors[i].states) bump_version(state);
   }
   if (!plan_->has_averages && !plan_->has_low_precision) return;
@@ -177,16 +202,19 @@ void PreparedStep::bump_versions() {
 void PreparedStep::restore_versions() noexcept {
   if (!versions_are_bumped_) return;
   versions_are_bumped_ = false;
-  std::vector<bool> is_changed(plan_->slots.size());
-  for (const size_t i : vectors_->changed) is_changed[i] = true;
+  auto next_changed = vectors_->changed.begin();  // in order
   for (size_t i = 0; i < plan_->slots.size(); ++i) {
-    if (is_changed[i]) continue;
+    if (next_changed != vectors_->changed.end() && *next_changed == i) {
+      ++next_changed;
+      continue;
+    }
     const auto restore = [](c10::TensorImpl* written) {
       if (written == nullptr || written->is_inference()) return;
       c10::VariableVersion counter = written->version_counter();
       counter.set_version(static_cast<int64_t>(counter.current_version()) - 1);
     };
-    restore(plan_->tensors[i].param);
+    if (plan_->tensors[i].param == nullptr) continue;
+    restore(plan_->listed(i).unsafeGetTensorImpl());
     for (c10::TensorImpl* const state : plan_->tensors[i].states) restore(state);
   }
 }

@@ -31,7 +31,7 @@ class PreparedStep {
   PreparedStep(PreparedStep&&) noexcept = default;
   ~PreparedStep() { discard(); }
 
-  // The others raise once the step has run or was discarded.
+  // The others raise once the step has run or was discarded, and while it writes.
 
   // The (group, index in group) of the tensors that the kernels are not made for. The caller calls
   // begin(), updates those by torch and calls run().
@@ -49,11 +49,15 @@ class PreparedStep {
   void begin();
   void run(const Numbers& numbers);
 
-  // Other steps may go on, though an error that somebody keeps may keep this object.
+  // Other steps may go on, though an error that somebody keeps may keep this object. Nothing while
+  // the step writes: that ends by itself.
   void discard() noexcept;
 
  private:
+  class Writing;
+
   StepVectors& vectors() const;
+  void insert_state();
   void finish() noexcept;
   void restore_versions() noexcept;
   bool some_grad_meets_another_slot() const;
@@ -68,6 +72,7 @@ class PreparedStep {
   py::object state_;                      // opt.state
   bool versions_are_bumped_ = false;      // of the slots that are as the plan says
   bool converts_ = false;                 // some slot's formulation is not its group's
+  bool is_writing_ = false;
   bool may_be_left_out_;
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
 };

@@ -2,6 +2,8 @@
 
 #include <string>
 
+#include "shards.h"
+
 namespace momentum_ext::binding {
 
 std::string Slot::name() const {
@@ -117,11 +119,11 @@ Companion::Companion(PyObject* key_, const at::Tensor& tensor) {
   shape = shape_of(tensor);
 }
 
-c10::TensorImpl* Companion::find(PyObject* state_dict, c10::DispatchKeySet keys,
-                                 int16_t device) const noexcept {
+c10::TensorImpl* Companion::find(PyObject* state_dict, const PyObject* spec,
+                                 c10::DispatchKeySet keys, int16_t device) const noexcept {
   PyObject* const value = find_item(state_dict, key);
-  if (value == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(value))) return nullptr;
-  c10::TensorImpl* const tensor = THPVariable_Unpack(value).unsafeGetTensorImpl();
+  c10::TensorImpl* const tensor = value != nullptr ? local_impl(value, spec) : nullptr;
+  if (tensor == nullptr) return nullptr;
   const auto itemsize = static_cast<int64_t>(dtype.itemsize());
   try {
     const bool same = tensor->key_set() == keys && tensor->dtype() == dtype &&

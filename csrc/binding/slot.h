@@ -37,7 +37,7 @@ struct Companion {
   Companion() = default;
   Companion(PyObject* key_, const at::Tensor& tensor);
   // The tensor in this dict where it is as it was; nullptr where not. Never where there is none.
-  c10::TensorImpl* find(PyObject* state_dict, c10::DispatchKeySet keys,
+  c10::TensorImpl* find(PyObject* state_dict, const PyObject* spec, c10::DispatchKeySet keys,
                         int16_t device) const noexcept;
 };
 struct Companions {
@@ -49,6 +49,16 @@ struct SlotOperand {
   void* data = nullptr;
   caffe2::TypeMeta dtype;
   uint8_t itemsize = 0;
+};
+
+// Of a DTensor parameter: the specs with which it, its gradient and its state were found to lie
+// alike. They hold no tensor.
+struct Specs {
+  py::object param;
+  py::object grad;
+  py::object states[kMaxStates];
+  py::object master;
+  py::object average;
 };
 
 struct Slot {
@@ -73,6 +83,7 @@ struct Slot {
   uint32_t index = 0;  // in the group's list
   std::unique_ptr<Shapes> shapes;
   std::unique_ptr<Companions> companions;
+  std::unique_ptr<Specs> specs;  // nullptr: the parameter is no DTensor
 
   std::string name() const;
 

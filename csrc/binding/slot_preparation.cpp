@@ -23,6 +23,19 @@ void make_states(StartingState& start, const at::Tensor& param, int num_states, 
   }
 }
 
+// A gradient's shard, where it lies as the parameter or as the gradient before it; else nullptr.
+c10::TensorImpl* local_grad(const at::Tensor& grad, const Specs& specs) {
+  PyObject* const object = object_of(grad);
+  if (object == nullptr) return nullptr;
+  c10::TensorImpl* const local = local_impl(object, specs.param.ptr());
+  return local != nullptr || !specs.grad ? local : local_impl(object, specs.grad.ptr());
+}
+
+// The spec of what is a DTensor; null for anything else.
+py::object spec_of(PyObject* tensor) {
+  return py::reinterpret_borrow<py::object>(tensor != nullptr ? shard_of(tensor).spec : nullptr);
+}
+
 }  // namespace
 
 void SlotPreparation::look_at_all() {
@@ -44,19 +57,27 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
   const Slot& slot = plan.slots[i];
   PyObject* const param_object = plan.param_objects[i];
   if (num_states != 0 && slot.formulation != reader.formulation()) return false;
-  if (!THPVariable_CheckTypeExact(Py_TYPE(param_object))) return false;
-  c10::TensorImpl* const param = THPVariable_Unpack(param_object).unsafeGetTensorImpl();
-  const at::Tensor& grad_tensor = grad_of(*param);
+  const Specs* const specs = slot.specs.get();
+  c10::TensorImpl* const param =
+      local_impl(param_object, specs != nullptr ? specs->param.ptr() : nullptr);
+  if (param == nullptr) return false;
+  c10::TensorImpl* const listed = THPVariable_Unpack(param_object).unsafeGetTensorImpl();
+  const at::Tensor& grad_tensor = grad_of(*listed);
   if (!grad_tensor.defined()) {
     plan.tensors[i] = {};
     plan.entries[i].numel = 0;
     return true;
   }
   Plan::Tensors found{param, grad_tensor.unsafeGetTensorImpl()};
+  if (specs != nullptr) {
+    found.grad = local_grad(grad_tensor, *specs);
+    if (found.grad == nullptr) return false;
+  }
   for (int k = 0; k < num_states; ++k) {
     PyObject* const value = find_item(slot.state_dict, plan.rule->state_keys[k]);
-    if (value == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(value))) return false;
-    found.states[k] = THPVariable_Unpack(value).unsafeGetTensorImpl();
+    if (value == nullptr) return false;
+    found.states[k] = local_impl(value, specs != nullptr ? specs->states[k].ptr() : nullptr);
+    if (found.states[k] == nullptr) return false;
   }
   try {
     if (!slot.is_unchanged(*param, *found.grad, found.states, num_states)) return false;
@@ -70,7 +91,7 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
   entry.numel = slot.num_reals;
   entry.is_first_step = false;
   if (has_shared_storage(*found.grad)) vectors_.shared_grads.push_back(i);
-  bump_version(param);
+  bump_version(listed);  // a DTensor counts what is written to its shard
   for (int k = 0; k < num_states; ++k) bump_version(found.states[k]);
   return true;
 }
@@ -99,6 +120,7 @@ void SlotPreparation::prepare(size_t i) {
   Plan& plan = plan_;
   Slot& slot = plan.slots[i];
   slot.path = Path::kUnknown;  // whatever happens below, the next step examines it again
+  slot.specs.reset();
   plan.tensors[i] = {};
   plan.companion_tensors[i] = {};
   plan.entries[i] = {};
@@ -128,7 +150,8 @@ void SlotPreparation::prepare(size_t i) {
     }
     plan.memory_has_changed = true;
     slot.examine(
-        operands, [&](Operand operand) { return state.name_of(operand); },
+        operands,
+        [&](Operand operand) { return state.name_of(operand) + where_is(plan.param_objects[i]); },
         options_.all_by_torch || state.reader().needs_torch());
   };
   if (grad.defined()) examine();
@@ -152,6 +175,23 @@ void SlotPreparation::prepare(size_t i) {
   if (slot.path == Path::kTorch) return vectors_.fallback.push_back(i);
   fill_in(i, operands, is_first_step, cohort);
   attach_companions(plan, i, param, start);
+  remember_specs(i);
+}
+
+// Of what stands in the optimizer now; what is not there yet, the next step looks at anew.
+void SlotPreparation::remember_specs(size_t i) {
+  const Plan& plan = plan_;
+  Slot& slot = plan_.slots[i];
+  PyObject* const param = plan.param_objects[i];
+  if (!spec_of(param)) return;
+  slot.specs = std::make_unique<Specs>();
+  slot.specs->param = spec_of(param);
+  slot.specs->grad = spec_of(object_of(grad_of(*plan.listed(i).unsafeGetTensorImpl())));
+  for (int k = 0; k < slot.num_states; ++k) {
+    slot.specs->states[k] = spec_of(find_item(slot.state_dict, plan.rule->state_keys[k]));
+  }
+  if (!slot.has_companions || slot.companions->master.key == nullptr) return;
+  slot.specs->master = spec_of(find_item(slot.state_dict, slot.companions->master.key));
 }
 
 // What the kernels read of a slot that was examined.
@@ -174,17 +214,19 @@ void SlotPreparation::fill_in(size_t i, const Operands& operands, bool is_first_
 // The gradient to use; undefined: there is none.
 at::Tensor SlotPreparation::find_grad(size_t i) {
   std::vector<at::Tensor>& resolved = vectors_.resolved_grads;  // keeps what nobody else does
+  PyObject* const param = plan_.param_objects[i];
+  at::Tensor grad = grad_of(*plan_.listed(i).unsafeGetTensorImpl());
   if (options_.grads) {
-    PyObject* const stand_in =
-        PyDict_GetItemWithError(options_.grads.ptr(), plan_.param_objects[i]);
+    PyObject* const stand_in = PyDict_GetItemWithError(options_.grads.ptr(), param);
     if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    if (stand_in != nullptr) return resolved.emplace_back(THPVariable_Unpack(stand_in));
+    if (stand_in != nullptr) grad = THPVariable_Unpack(stand_in);
   }
-  const at::Tensor& grad = grad_of(*plan_.param(i).unsafeGetTensorImpl());
-  if (!grad.defined() || !(grad.is_neg() || grad.is_conj())) return grad;
+  if (!grad.defined()) return grad;
+  grad = resolve_grad(param, grad, [&] { return SlotState{plan_, i, nullptr}.name_of(kGrad); });
   // Torch negates and conjugates lazily, by a bit; the kernels need the values. A rare case, and
   // a copy.
-  return resolved.emplace_back(grad.resolve_conj().resolve_neg());
+  if (grad.is_neg() || grad.is_conj()) grad = grad.resolve_conj().resolve_neg();
+  return resolved.emplace_back(std::move(grad));
 }
 
 // 0 where the host knows that the tensor's first step takes place.

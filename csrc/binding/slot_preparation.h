@@ -27,6 +27,7 @@ class SlotPreparation {
   at::Tensor find_grad(size_t i);
   uint32_t cohort_of_first_step(const Slot& slot);
   void fill_in(size_t i, const Operands& operands, bool is_first_step, uint32_t cohort);
+  void remember_specs(size_t i);
   void put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort);
 
   Plan& plan_;

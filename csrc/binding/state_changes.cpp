@@ -1,6 +1,6 @@
 #include "state_changes.h"
 
-#include <torch/csrc/autograd/python_variable.h>
+#include "shards.h"
 
 namespace momentum_ext::binding {
 
@@ -28,7 +28,7 @@ void StateChanges::insert(const py::object& state) {
                                   : py::dict(state[change.param]);
       if (target.contains(key)) change.replaced = target[key];
       if (change.tensor.defined()) {
-        target[key] = py::reinterpret_steal<py::object>(THPVariable_Wrap(change.tensor));
+        target[key] = as_state_of(change.param.ptr(), change.tensor);
       } else if (change.replaced && PyObject_DelItem(target.ptr(), key.ptr()) != 0) {
         throw py::error_already_set();
       }

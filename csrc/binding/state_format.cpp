@@ -127,6 +127,12 @@ void start_state(const SlotState& state, StartingState& start, int k, const at::
   }
   const bool is_plain = kernel_device(param).has_value() && kernel_dtype(param.scalar_type());
   const at::ScalarType dtype = wanted.dtype_of_buffer(param);
+  if (state.plan.is_dtensor(state.i) &&
+      (is_8_bit(dtype) || (value.defined() && is_8_bit(value.scalar_type())))) {
+    throw std::runtime_error(slot.name() +
+                             ": momentum of 8 bits needs plain tensors, got DTensor; put it into a "
+                             "group with a 16- or 32-bit momentum_dtype");
+  }
   if (!value.defined()) {
     if (is_plain && dtype != param.scalar_type()) make_state(state, start, k, param, dtype);
     return;
@@ -211,7 +217,9 @@ const at::Tensor* SlotState::find(PyObject* key) const {
       return change->tensor.defined() ? &change->tensor : nullptr;
     }
   }
-  return find_tensor(slot().state_dict, key);
+  const at::Tensor* const found = find_tensor(slot().state_dict, key);
+  if (found == nullptr) return nullptr;
+  return &resolve_state(plan.param_objects[i], *found, [&] { return name_of(key); });
 }
 
 const at::Tensor* SlotState::find_state(int k) const {
@@ -270,8 +278,7 @@ py::tuple pending_changes(Plan& plan, const py::list& param_groups, const py::di
       changes.append(py::make_tuple(
           py::reinterpret_borrow<py::object>(plan.param_objects[i]),
           py::reinterpret_borrow<py::object>(key),
-          tensor.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor))
-                           : py::object(py::none())));
+          tensor.defined() ? as_state_of(plan.param_objects[i], tensor) : py::object(py::none())));
     };
     const int num_states = moved_only ? 0 : plan.num_states(slot);
     const at::Tensor* found[kMaxStates] = {};

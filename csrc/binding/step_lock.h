@@ -4,9 +4,9 @@
 #include <Python.h>
 
 #include <atomic>
+#include <cstdint>
 #include <semaphore>
 #include <stdexcept>
-#include <thread>
 #include <utility>
 
 namespace momentum_ext::binding {
@@ -27,10 +27,10 @@ class GilReleased {
 // One step at a time works on a plan.
 class StepMutex {
  public:
-  // A second thread waits, without the GIL. Python code that is called from inside a step and steps the same optimizer
-  // again gets an error instead of a deadlock.
+  // A second thread waits, without the GIL. Python code that is called from inside a step and steps
+  // the same optimizer again gets an error instead of a deadlock.
   void lock() {
-    if (owner_.load() == std::this_thread::get_id()) {
+    if (owner_.load() == this_thread()) {
       throw std::runtime_error(
           "called from inside a step() of the same optimizer, which must finish first");
     }
@@ -38,17 +38,24 @@ class StepMutex {
       const GilReleased released(true);
       free_.acquire();
     }
-    owner_ = std::this_thread::get_id();
+    owner_ = this_thread();
   }
   void unlock() {
-    owner_ = std::thread::id();
+    owner_ = 0;
     free_.release();
   }
 
  private:
-  std::binary_semaphore free_{
-      1};  // unlike a mutex, any thread may release it: a step may be destroyed in another
-  std::atomic<std::thread::id> owner_{};
+  // Not the system's id, which a later thread may get again.
+  static uint64_t this_thread() {
+    static std::atomic<uint64_t> count{0};
+    static thread_local const uint64_t number = ++count;
+    return number;
+  }
+
+  // Unlike a mutex, any thread may release it: a step may be destroyed in another.
+  std::binary_semaphore free_{1};
+  std::atomic<uint64_t> owner_{0};
 };
 
 // Holds the mutex as long as it lives.

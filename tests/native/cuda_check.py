@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,7 +179,9 @@ def main() -> int:
     nvdisasm = find("nvdisasm", f"{packages}/nvidia/*/bin/nvdisasm", f"{packages}/triton/backends/nvidia/bin/nvdisasm")
     expect(repr(FLAGS).replace("'", '"') in (ROOT / "setup.py").read_text(), "FLAGS are not setup.py's NVCC_FLAGS")
     print(re.search(r"release .*", run(nvcc, "--version"))[0])  # type: ignore[index]
-    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        stack.callback(pool.shutdown, cancel_futures=True)  # the first failure ends it
 
         def compiled(source: Path, arch: int) -> tuple[Path, str]:
             cubin = Path(directory, f"{source.stem}-{arch}.cubin")

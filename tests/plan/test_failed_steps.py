@@ -1,9 +1,12 @@
 """A step that raises has changed nothing, and the next one is right: nothing of the failed one is left."""
 
+import math
+import threading
+
 import numpy as np
 import pytest
 import torch
-from harness import Oracle, Pair, Snapshot, params_of, refused
+from harness import Oracle, Pair, Snapshot, assert_alike, for_loop, params_of, refused
 
 from momentum_ext import FusedMomentum
 
@@ -184,6 +187,48 @@ def test_a_sparse_buffer_that_torch_can_multiply_but_not_add_to():
     opt.step()
 
 
+def sparse(shape, dtype, count, sparse_dim):
+    """A sparse tensor of so many elements, of which two share a place where there are two."""
+    indices = torch.zeros((sparse_dim, count), dtype=torch.int64)
+    values = torch.arange(1, 1 + count * math.prod(shape[sparse_dim:])).reshape(count, *shape[sparse_dim:])
+    return torch.sparse_coo_tensor(indices, values.to(dtype), shape, check_invariants=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex32, torch.complex64])
+@pytest.mark.parametrize(
+    "shape, count, sparse_dim",
+    [
+        *(((5,), 0, 1), ((0,), 0, 1), ((5,), 1, 1), ((5,), 2, 1), ((4, 3), 0, 1), ((4, 3), 1, 1), ((4, 3), 2, 1)),
+        *(((4, 3), 2, 2), ((4, 0), 2, 1), ((4, 3), 1, 0), ((0, 3), 0, 1)),
+    ],
+)
+@pytest.mark.parametrize("is_coalesced", [False, True])
+def test_a_sparse_gradient_is_refused_where_torch_refuses_it(dtype, shape, count, sparse_dim, is_coalesced):
+    """Also where it holds nothing: that is a batch in which an embedding was not asked for."""
+
+    def run(kind):
+        opt = kind([torch.ones(shape, dtype=dtype).requires_grad_()], lr=0.1, momentum=0.9)
+        (param,) = params_of(opt)
+        for elements in (count, 0, count, 2 * min(count, 1)):
+            try:
+                grad = sparse(shape, dtype, elements, sparse_dim)
+                grad = grad.coalesce() if is_coalesced else grad
+            except RuntimeError:
+                continue  # torch has no such gradient of this dtype
+            param.grad = grad
+            try:
+                opt.step()
+            except RuntimeError as error:
+                outcomes[kind].append(str(error).splitlines()[0])
+                return
+            outcomes[kind].append(None)
+            yield param.detach().clone()
+
+    outcomes = {FusedMomentum: [], for_loop: []}
+    assert_alike(run)
+    assert outcomes[FusedMomentum] == outcomes[for_loop]
+
+
 def test_a_prepared_step_that_is_dropped_has_changed_nothing():
     opt = training().mine
     before = Snapshot(opt)
@@ -194,11 +239,69 @@ def test_a_prepared_step_that_is_dropped_has_changed_nothing():
     before.assert_unchanged()
     with opt._plan.prepare(opt.param_groups, opt.state) as prepared:
         pass
-    for use in (prepared.begin, prepared.run, prepared.fallback, prepared.is_on_devices):
+    for use in (prepared.begin, prepared.run, prepared.fallback, prepared.is_on_devices, prepared.__enter__):
         with pytest.raises(RuntimeError, match="has run or was discarded"):
             use()
     before.assert_unchanged()
     opt.step()
+
+
+class Meddling(dict):
+    """A state that uses the step that is writing to it."""
+
+    def use(self):
+        self.prepared.__exit__(None, None, None)  # no effect
+        with pytest.raises(RuntimeError, match="this step is running"):
+            self.prepared.run()
+        self.used += 1
+
+    def __getitem__(self, param):
+        if hasattr(self, "prepared"):
+            self.use()
+        return super().__getitem__(param)
+
+    def __setitem__(self, param, entry):
+        if hasattr(self, "prepared"):
+            self.use()
+        super().__setitem__(param, entry)
+
+
+@pytest.mark.parametrize("first", ["begin", "run"])
+def test_a_step_that_writes_is_not_ended_by_what_it_calls(first):
+    pair = training()
+    opt = pair.mine
+    opt.state = Meddling(opt.state)
+    opt.state.used = 0
+    prepared = opt.state.prepared = opt._plan.prepare(opt.param_groups, opt.state)
+    getattr(prepared, first)()
+    if first == "begin":
+        prepared.run()
+    assert opt.state.used > 0
+    with pytest.raises(RuntimeError, match="has run or was discarded"):
+        prepared.run()
+    pair.theirs.step()
+    pair.check()
+
+
+def test_a_thread_that_has_ended_is_not_taken_for_one_that_came_after_it():
+    """The system gives a thread's id to a later one, which is then not inside of the first one's step."""
+    opt = training().mine
+    held, errors = [], []
+
+    def step():
+        try:
+            opt.step()
+        except RuntimeError as error:
+            errors.append(error)
+
+    first = threading.Thread(target=lambda: held.append(opt._plan.prepare(opt.param_groups, opt.state)))
+    first.start()
+    first.join()
+    second = threading.Thread(target=step)
+    second.start()
+    held.pop().__exit__(None, None, None)  # or the second would wait for ever
+    second.join()
+    assert not errors
 
 
 def test_training_goes_on_after_a_buffer_that_was_no_tensor():

@@ -1,0 +1,130 @@
+#include "shards.h"
+
+#include <structmember.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace momentum_ext::binding {
+namespace {
+
+// Where objects of a type have what is declared in its __slots__; -1: not there.
+Py_ssize_t offset_of_slot(PyObject* type, const char* name) {
+  const py::object descriptor = py::getattr(type, name, py::none());
+  if (Py_TYPE(descriptor.ptr()) != &PyMemberDescr_Type) return -1;
+  const PyMemberDef* const member =
+      reinterpret_cast<PyMemberDescrObject*>(descriptor.ptr())->d_member;
+  return member->type == T_OBJECT_EX ? member->offset : -1;
+}
+
+// Looks for the type where no tensor was one yet. Left alone where a torch has other DTensors than
+// ours are made for: then torch's own path takes them.
+void find_dtensor_type() {
+  if (dtensor_type.type != nullptr) return;
+  const auto module = py::reinterpret_steal<py::object>(
+      PyImport_GetModule(py::str("torch.distributed.tensor").ptr()));
+  if (!module) {
+    PyErr_Clear();
+    return;
+  }
+  const py::object type = py::getattr(module, "DTensor", py::none());
+  if (!PyType_Check(type.ptr())) return;
+  const Py_ssize_t local = offset_of_slot(type.ptr(), "_local_tensor");
+  const Py_ssize_t spec = offset_of_slot(type.ptr(), "_spec");
+  if (local < 0 || spec < 0) return;
+  dtensor_type = {reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr()), local, spec};
+}
+
+bool is_dtensor(PyObject* tensor) {
+  if (THPVariable_CheckTypeExact(Py_TYPE(tensor))) return false;
+  find_dtensor_type();
+  return Py_TYPE(tensor) == dtensor_type.type;
+}
+
+Shard find_shard(PyObject* tensor) { return is_dtensor(tensor) ? shard_of(tensor) : Shard{}; }
+
+// What calls DTensor's own methods.
+py::object python(const char* function) {
+  return py::module_::import("momentum_ext.dtensor").attr(function);
+}
+
+py::object object(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+bool lies_like(PyObject* param, const at::Tensor& other) {
+  const Shard wanted = find_shard(param);
+  const Shard found = find_shard(object_of(other));
+  if (wanted.spec == found.spec) return true;
+  if (wanted.spec == nullptr || found.spec == nullptr) return false;
+  const py::handle a(wanted.spec);
+  const py::handle b(found.spec);
+  return a.attr("mesh").equal(b.attr("mesh")) && a.attr("placements").equal(b.attr("placements")) &&
+         other.sizes() == THPVariable_Unpack(param).sizes();
+}
+
+}  // namespace
+
+const at::Tensor& resolve(PyObject* param) {
+  const Shard shard = find_shard(param);
+  return THPVariable_Unpack(shard.spec != nullptr ? shard.local : param);
+}
+
+const at::Tensor& resolve_state(PyObject* param, const at::Tensor& state,
+                                const std::function<std::string()>& name) {
+  const Shard wanted = find_shard(param);
+  PyObject* const found = object_of(state);
+  const bool is_plain = found == nullptr || !is_dtensor(found);
+  // A DTensor that is not resolved is torch's, with all that belongs to it.
+  if (wanted.spec == nullptr && (is_plain || is_dtensor(param))) return state;
+  if (is_plain || !lies_like(param, state)) {
+    throw std::runtime_error(
+        name() + ": " + python("mismatch")(py::handle(param), object(state)).cast<std::string>());
+  }
+  return resolve(found);
+}
+
+at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
+                        const std::function<std::string()>& name) {
+  PyObject* const found = object_of(grad);
+  if (find_shard(param).spec == nullptr || found == nullptr || !is_dtensor(found) ||
+      (find_shard(found).spec != nullptr && lies_like(param, grad))) {
+    return resolve_state(param, grad, name);
+  }
+  const py::object placed = python("redistributed")(py::handle(param), object(grad), name());
+  return THPVariable_Unpack(placed.ptr());
+}
+
+at::Tensor shard_of_grad(const at::Tensor& grad) {
+  PyObject* const found = object_of(grad);
+  if (found == nullptr || !is_dtensor(found)) return grad;
+  const Shard shard = shard_of(found);
+  if (shard.spec != nullptr) return THPVariable_Unpack(shard.local);
+  const py::object local = python("awaited")(py::handle(found));
+  return THPVariable_Unpack(local.ptr());
+}
+
+std::pair<py::object, std::vector<int>> find_ranks(const std::vector<PyObject*>& params,
+                                                   const py::object& process_group) {
+  const bool has_group = process_group && !process_group.is_none();
+  const bool any = std::any_of(params.begin(), params.end(),
+                               [](PyObject* param) { return find_shard(param).spec != nullptr; });
+  if (!has_group && !any) return {};
+  py::list list;
+  for (PyObject* const param : params) list.append(py::handle(param));
+  const py::object ranks =
+      python("Ranks")(list, has_group ? process_group : py::object(py::none()));
+  return {ranks, ranks.attr("mesh_of").cast<std::vector<int>>()};
+}
+
+py::object as_state_of(PyObject* param, const at::Tensor& local) {
+  if (find_shard(param).spec == nullptr) return object(local);
+  return python("like")(py::handle(param), object(local));
+}
+
+std::string where_is(PyObject* param) {
+  if (find_shard(param).spec == nullptr) return "";
+  return python("where_is")(py::handle(param)).cast<std::string>();
+}
+
+}  // namespace momentum_ext::binding

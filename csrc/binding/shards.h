@@ -1,0 +1,91 @@
+// DTensors: what a step updates is their local shards, which are plain tensors. Python is called
+// only where something is new; what was seen before is compared by address.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../table.h"
+#include "tensor_access.h"
+
+namespace momentum_ext::binding {
+
+namespace py = pybind11;
+
+// torch.distributed.tensor.DTensor, and where its objects have _local_tensor and _spec. The type is
+// null until that module is imported: before, no tensor is one.
+struct DTensorType {
+  PyTypeObject* type = nullptr;
+  Py_ssize_t local = 0;
+  Py_ssize_t spec = 0;
+};
+inline DTensorType dtensor_type;
+
+// The local shard of a DTensor, and its spec (mesh, placements, global shape), both borrowed; null
+// for any other object, and for a DTensor whose shard is no plain tensor.
+struct Shard {
+  PyObject* local = nullptr;
+  PyObject* spec = nullptr;
+};
+MOMENTUM_EXT_INLINE Shard shard_of(PyObject* tensor) noexcept {
+  if (Py_TYPE(tensor) != dtensor_type.type) return {};
+  const auto slot = [tensor](Py_ssize_t offset) {
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
+  };
+  PyObject* const local = slot(dtensor_type.local);
+  if (local == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(local))) return {};
+  return {local, slot(dtensor_type.spec)};
+}
+
+// The tensor that a step updates, which an object stands for; nullptr where its spec is not this
+// one. A plain tensor stands for itself and has none.
+MOMENTUM_EXT_INLINE c10::TensorImpl* local_impl(PyObject* tensor, const PyObject* spec) noexcept {
+  if (THPVariable_CheckTypeExact(Py_TYPE(tensor))) {
+    return spec == nullptr ? THPVariable_Unpack(tensor).unsafeGetTensorImpl() : nullptr;
+  }
+  const Shard shard = shard_of(tensor);
+  return shard.spec != nullptr && shard.spec == spec
+             ? THPVariable_Unpack(shard.local).unsafeGetTensorImpl()
+             : nullptr;
+}
+
+// The Python object that a tensor has; nullptr: none.
+inline PyObject* object_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+}
+
+// What an item of a parameter list resolves to: the tensor that is updated in its place. The tensor
+// itself for anything but a DTensor.
+const at::Tensor& resolve(PyObject* param);
+
+// The same for a parameter's gradient or state, which must lie as the parameter does. Raises, with
+// the remedy, where one of the two is a DTensor and the other is not, or lies elsewhere.
+const at::Tensor& resolve_state(PyObject* param, const at::Tensor& state,
+                                const std::function<std::string()>& name);
+
+// A gradient with other placements on the same mesh is redistributed; what that makes is kept by
+// what is returned.
+at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
+                        const std::function<std::string()>& name);
+
+// The local shard of a gradient, whatever its placements, once it is there: a collective may still
+// run. The gradient itself where it is no DTensor.
+at::Tensor shard_of_grad(const at::Tensor& grad);
+
+// What adds up norms over the ranks that hold DTensors of these parameters, or over a process
+// group, or null: momentum_ext.dtensor.Ranks; and the mesh of each parameter among its meshes.
+std::pair<py::object, std::vector<int>> find_ranks(const std::vector<PyObject*>& params,
+                                                   const py::object& process_group);
+
+// A tensor like what the parameter resolves to, as the object that the optimizer's state holds: a
+// DTensor of the parameter's mesh and placements for a DTensor.
+py::object as_state_of(PyObject* param, const at::Tensor& local);
+
+// " on rank 1 of [Shard(dim=0)] on DeviceMesh(...)" for a DTensor, for errors; else nothing.
+std::string where_is(PyObject* param);
+
+}  // namespace momentum_ext::binding

@@ -1,0 +1,383 @@
+"""DTensors on two and four ranks, beside plain tensors of the whole model: the same bits, whatever the sharding."""
+
+import copy
+
+import pytest
+import torch
+from harness import Snapshot, assert_same, for_loop, refused
+from ranks import mesh_of
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import momentum_ext
+from momentum_ext import FusedMomentum
+from momentum_ext.dtensor import like
+
+HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+# Even, uneven, one element for two ranks, none at all.
+SHAPES = ((8, 6), (5, 3), (1, 4), (7,), (0, 3), (4, 3, 2))
+ON_TWO = [((2,), places) for places in ([Shard(0)], [Replicate()])]
+ON_FOUR = [((2, 2), places) for places in ([Replicate(), Shard(0)], [Shard(0), Shard(0)], [Shard(0), Replicate()])]
+ON_FOUR += [((4,), [Shard(0)])]
+
+
+def full(tensor):
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype == torch.int16:  # gloo does not move it
+        return like(tensor, tensor.to_local().view(torch.bfloat16)).full_tensor().view(torch.int16)
+    return tensor.full_tensor()
+
+
+class Twins:
+    """A list of parameters, distributed and whole, and an optimizer of each."""
+
+    def __init__(self, shape_of_mesh, places, other=FusedMomentum, dtype=torch.float32, plain=1, **options):
+        self.mesh, self.places = mesh_of(*shape_of_mesh), places
+        values = [torch.randn(shape).to(dtype) for shape in SHAPES]
+        self.whole = [nn.Parameter(value.clone()) for value in values]
+        self.mine = [nn.Parameter(self.placed(value)) for value in values[: len(values) - plain]]
+        self.mine += [nn.Parameter(value.clone()) for value in values[len(values) - plain :]]
+        self.theirs = other(self.whole, **{**HYPER, **(options if other is FusedMomentum else {})})
+        self.opt = FusedMomentum(self.mine, **{**HYPER, **options})
+
+    def placed(self, tensor):
+        return distribute_tensor(tensor.clone(), self.mesh, self.places)
+
+    def new_grads(self, missing=(), scale=1.0):
+        for i, (mine, theirs) in enumerate(zip(self.mine, self.whole, strict=True)):
+            grad = (scale * torch.randn(theirs.shape)).to(theirs.dtype)
+            theirs.grad = None if i in missing else grad
+            mine.grad = None if i in missing else self.placed(grad) if isinstance(mine, DTensor) else grad.clone()
+
+    def step(self, times=1, missing=()):
+        for _ in range(times):
+            self.new_grads(missing)
+            self.step_as_is()
+
+    def step_as_is(self):
+        self.opt.step()
+        self.theirs.step()
+        self.check()
+
+    def check(self):
+        for mine, theirs in zip(self.mine, self.whole, strict=True):
+            assert_same(full(mine.detach()), theirs.detach())
+            found, wanted = self.opt.state.get(mine, {}), self.theirs.state.get(theirs, {})
+            assert set(found) == set(wanted)
+            for key, value in wanted.items():
+                assert type(found[key]) is type(mine.data), key
+                assert_same(full(found[key]), value, key)
+                if isinstance(mine, DTensor):
+                    assert (found[key].placements, found[key].device_mesh) == (mine.placements, mine.device_mesh)
+
+
+def trained(mesh, places, other, options):
+    twins = Twins(mesh, places, other, **options)
+    twins.step(2, missing=(1, 3))
+    twins.step(2)
+    for opt in (twins.opt, twins.theirs):
+        opt.param_groups[0]["lr"] = 0.03
+    twins.step(3)
+
+
+MODES = [
+    {},
+    {"ema_decay": 0.9},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.bfloat16, "master_weights": True, "ema_decay": 0.9},
+    {"dtype": torch.float16, "master_weights": True},
+    {"momentum_dtype": "bfloat16", "formulation": "classical"},
+    {"max_grad_norm": 1e6, "decoupled_weight_decay": True},
+]
+
+
+@pytest.mark.parametrize("places", [[Shard(0)], [Replicate()]], ids=str)
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_every_mode_has_the_bits_of_plain_tensors(two_ranks, options, places):
+    two_ranks.run(trained, (2,), places, FusedMomentum, options)
+
+
+@pytest.mark.parametrize("mesh, places", ON_TWO, ids=str)
+def test_two_ranks_have_the_bits_of_the_for_loop(two_ranks, mesh, places):
+    two_ranks.run(trained, mesh, places, for_loop, {})
+
+
+@pytest.mark.parametrize("mesh, places", ON_FOUR, ids=str)
+def test_four_ranks_have_the_bits_of_the_for_loop(four_ranks, mesh, places):
+    four_ranks.run(trained, mesh, places, for_loop, {})
+
+
+def trained_by_kernels(mesh, places):
+    """Torch's own path, and a preparation of what has not changed, would be slow."""
+    twins = Twins(mesh, places)
+    twins.step(3)
+    twins.opt._torch_step = momentum_ext.dtensor.like = None
+    try:
+        twins.step(2)
+    finally:
+        momentum_ext.dtensor.like = like
+
+
+def test_dtensors_go_to_the_kernels(two_ranks):
+    two_ranks.run(trained_by_kernels, (2,), [Shard(0)])
+
+
+# ---- gradients that lie otherwise -----------------------------------------------------------------------------------
+
+
+def other_placements(grad_places):
+    twins = Twins((2,), [Shard(0)], max_grad_norm=0.5)
+    for _ in range(3):
+        twins.new_grads()
+        for mine, theirs in zip(twins.mine, twins.whole, strict=True):
+            if isinstance(mine, DTensor):
+                mine.grad = None
+                part = theirs.grad / 2 if grad_places == [Partial()] else theirs.grad
+                mine.data.grad_dtype = None
+                mine.grad = DTensor.from_local(part.clone(), twins.mesh, grad_places, run_check=False)
+        twins.opt.max_grad_norm = twins.theirs.max_grad_norm = None
+        twins.step_as_is()
+
+
+@pytest.mark.parametrize("places", [[Replicate()], [Partial()]], ids=str)
+def test_a_gradient_with_other_placements_is_redistributed(two_ranks, places):
+    two_ranks.run(other_placements, places)
+
+
+def plain_gradient():
+    twins = Twins((2,), [Shard(0)])
+    twins.step()
+    twins.new_grads()
+    local = twins.mine[1].to_local()
+    state = twins.opt.state[twins.mine[1]]
+    buffer = state["momentum_buffer"]
+    for wrong in (
+        torch.zeros(5, 3),
+        buffer.to_local(),
+        distribute_tensor(torch.zeros(5, 3), twins.mesh, [Replicate()]),
+    ):
+        state["momentum_buffer"] = wrong
+        with refused(
+            twins.opt, RuntimeError, r"momentum_buffer of param_groups\[0\]\['params'\]\[1\]: .* its parameter"
+        ):
+            twins.opt.step()
+    state["momentum_buffer"] = buffer
+    local.untyped_storage().resize_(0)
+    if local.numel():
+        with pytest.raises(RuntimeError, match=r"params'\]\[1\] on rank \d of .*Shard.* it was freed or resized"):
+            twins.opt.step()
+
+
+def test_state_that_lies_otherwise_is_refused(two_ranks):
+    two_ranks.run(plain_gradient)
+
+
+def refused_modes(options, match):
+    twins = Twins((2,), [Shard(0)], plain=0, dtype=torch.bfloat16, **options)
+    twins.new_grads()
+    with refused(twins.opt, RuntimeError, match):
+        twins.opt.step()
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"momentum_dtype": "int8"}, "8 bits needs plain tensors"),
+        ({"stochastic_rounding": True}, "needs plain tensors"),
+    ],
+    ids=str,
+)
+def test_what_dtensors_cannot_have_yet(two_ranks, options, match):
+    two_ranks.run(refused_modes, options, match)
+
+
+def versions():
+    mesh = mesh_of(2)
+    found = []
+    for make in (FusedMomentum, for_loop):
+        param = nn.Parameter(distribute_tensor(torch.ones(6, 2), mesh, [Shard(0)]))
+        opt = make([param], lr=0.1)  # one operation
+        for _ in range(3):
+            param.grad = distribute_tensor(torch.ones(6, 2), mesh, [Shard(0)])
+            before = param._version, param.to_local()._version
+            opt.step()
+            found.append((param._version - before[0], param.to_local()._version - before[1]))
+    assert found[:3] == found[3:], found
+
+
+def test_autograd_sees_the_writes(two_ranks):
+    two_ranks.run(versions)
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+
+
+def clipped(mesh, places, norm_type, how, dtype):
+    """Norms of the shards, of plain tensors beside them, and what the step then does."""
+    twins = Twins(mesh, places, dtype=dtype)
+    for k in range(3):
+        twins.new_grads(missing=(1,) if k else (), scale=10.0)
+        grads = [p.grad.double() for p in twins.whole if p.grad is not None]
+        expected = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in grads]), norm_type).item()
+        if how == "method":
+            norm = twins.opt.clip_grad_norm_(0.5, norm_type)
+        else:
+            twins.opt.max_grad_norm = 0.5
+        twins.opt.step()
+        norm = twins.opt.grad_norm if how == "option" else norm
+        assert type(norm) is torch.Tensor
+        torch.testing.assert_close(norm.item(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+        everywhere = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, norm.item())
+        assert len(set(everywhere)) == 1
+        coefficient = 0.5 / (norm.item() + 1e-6)
+        for param in twins.whole:
+            param.grad = None if param.grad is None else param.grad * coefficient
+        twins.theirs.step()
+        for mine, theirs in zip(twins.mine, twins.whole, strict=True):
+            torch.testing.assert_close(full(mine.detach()), theirs.detach(), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+@pytest.mark.parametrize("how", ["method", "option"])
+@pytest.mark.parametrize("mesh, places", ON_TWO, ids=str)
+def test_norm_over_two_ranks(two_ranks, mesh, places, how, norm_type):
+    if how == "method" or norm_type == 2.0:
+        two_ranks.run(clipped, mesh, places, norm_type, how, torch.float32)
+
+
+@pytest.mark.parametrize("mesh, places", ON_FOUR, ids=str)
+def test_norm_over_four_ranks(four_ranks, mesh, places):
+    four_ranks.run(clipped, mesh, places, 2.0, "method", torch.float64)
+
+
+def extreme(value):
+    twins = Twins((2,), [Shard(0)], dtype=torch.float64)
+    twins.new_grads(scale=value)
+    grads = torch.cat([p.grad.flatten() for p in twins.whole])
+    expected = (grads / value).norm().item() * value if 0 < value < float("inf") else grads.norm().item()
+    norm = twins.opt.clip_grad_norm_(1.0).item()
+    torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-200, 1e200, float("inf")])
+def test_norms_at_the_ends_of_the_range(two_ranks, value):
+    two_ranks.run(extreme, value)
+
+
+def only_one_rank(what):
+    """One rank has an overflow, freed memory, or no gradients at all."""
+    rank = torch.distributed.get_rank()
+    twins = Twins((2,), [Shard(0)], plain=0)
+    twins.step()
+    twins.new_grads()
+    shard = twins.mine[0].grad.to_local()
+    if what == "nan" and rank == 1:
+        shard[0] = float("nan")
+    if what == "inf norm of nan" and rank == 1:
+        shard[0] = float("nan")
+    if what == "freed" and rank == 1:
+        shard.untyped_storage().resize_(0)
+    if what == "none" and rank == 1:
+        for param in twins.mine:
+            param.grad = None
+    before = Snapshot(twins.opt)
+    if what == "none":
+        norms = [None, None]
+        torch.distributed.all_gather_object(norms, twins.opt.clip_grad_norm_(1.0).item())
+        assert norms[0] == norms[1] != 0
+        return
+    norm_type = float("inf") if what == "inf norm of nan" else 2.0
+    match = "non-finite" if "nan" in what else "was freed" if rank == 1 else "another rank"
+    with pytest.raises(RuntimeError, match=match):
+        twins.opt.clip_grad_norm_(1.0, norm_type, error_if_nonfinite=True)
+    if what != "freed":
+        before.assert_unchanged()
+
+
+@pytest.mark.parametrize("what", ["nan", "inf norm of nan", "freed", "none"])
+def test_what_one_rank_finds_is_known_to_all(two_ranks, what):
+    two_ranks.run(only_one_rank, what)
+
+
+def pipeline(how):
+    """Each rank has other parameters, all of them plain."""
+    rank = torch.distributed.get_rank()
+    group = torch.distributed.group.WORLD
+    param = nn.Parameter(torch.ones(3 + rank))
+    opt = FusedMomentum([param], lr=1.0, process_group=group if how == "option" else None)
+    param.grad = torch.full_like(param, 2.0)
+    expected = (4.0 * (3 + 4)) ** 0.5
+    if how == "scaler":
+        opt.process_group = group
+        scaler = momentum_ext.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.ones(()))
+        param.grad = param.grad * 4 if rank == 0 else torch.full_like(param, float("inf"))
+        scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        assert scaler.get_scale() == 2.0
+        assert torch.equal(param, torch.ones_like(param))
+        return
+    norm = opt.clip_grad_norm_(1.0, process_group=None if how == "option" else group)
+    torch.testing.assert_close(norm.item(), expected, rtol=1e-6, atol=0)
+    opt.step()
+    torch.testing.assert_close(param.detach(), torch.full_like(param, 1 - 2.0 / (expected + 1e-6)))
+
+
+@pytest.mark.parametrize("how", ["option", "argument", "scaler"])
+def test_norm_over_a_process_group(two_ranks, how):
+    two_ranks.run(pipeline, how)
+
+
+# ---- what trainers make ---------------------------------------------------------------------------------------------
+
+
+def model_of(seed=3):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5, bias=False), nn.Tanh(), nn.Linear(5, 1))
+
+
+def fully_sharded(mesh, tp, options):
+    """FSDP2, alone, over a mesh of replicas, and over tensor parallelism (whose shards are strided)."""
+    whole, model = model_of(), model_of()
+    if tp:
+        mesh_2d = mesh_of(*mesh, names=("dp", "tp"))
+        parallelize_module(model, mesh_2d["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        for layer in (*model, model):
+            fully_shard(layer, mesh=mesh_2d["dp"])
+    else:
+        names = ("replicate", "shard")[-len(mesh) :]
+        for layer in (*model, model):
+            fully_shard(layer, mesh=mesh_of(*mesh, names=names))
+    opt = FusedMomentum(model.parameters(), **HYPER, **options)
+    twin = FusedMomentum(whole.parameters(), **HYPER, **options)
+    opt._torch_step = None
+    for k in range(4):
+        torch.manual_seed(k)
+        x = torch.randn(8, 6)  # the same on all ranks, so that the mean of gradients is the gradient
+        for each, optimizer in ((model, opt), (whole, twin)):
+            optimizer.zero_grad()
+            each(x).square().mean().backward()
+        norms = [optimizer.clip_grad_norm_(0.1).item() for optimizer in (opt, twin)]
+        torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+        for optimizer in (opt, twin):
+            optimizer.step()
+        for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(mine.detach().full_tensor(), theirs.detach(), rtol=1e-5, atol=1e-6)
+    state = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(state)
+    opt.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}], ids=str)
+def test_fsdp2(two_ranks, options):
+    two_ranks.run(fully_sharded, (2,), False, options)
+
+
+@pytest.mark.parametrize("tp", [False, True], ids=["hsdp", "tp"])
+def test_fsdp2_in_two_dimensions(four_ranks, tp):
+    four_ranks.run(fully_sharded, (2, 2), tp, {})
