@@ -267,7 +267,7 @@ def draw(report: Report, path: Path) -> None:
     figure, panels = plt.subplot_mosaic(mosaic, figsize=(width, height), layout=layout)
     environment = report.environment
     on_gpu = "gpu" in environment
-    dtypes = "fp32" if {entry.dtype for entry in entries} <= {"float32"} else "fp32 where nothing else is said"
+    dtypes = "fp32" if {entry.dtype for entry in entries} <= {"float32"} else "fp32 unless named"
     time = "the host's time" if on_gpu else "time"
     where = "a GPU" if on_gpu else "the CPU"
     yardstick = "a copy of as many" if on_gpu else "a plain native loop over the same"
