@@ -39,6 +39,7 @@ char-gpt: build $(VENV)/.demo  ## train a small GPT with each form of momentum (
 	$(BIN)/python examples/train_char_gpt.py $(ARGS)
 
 test test-all soak: build $(VENV)/.test $(VENV)/.demo $(VENV)/.bench
+test-all: $(VENV)/.trainers
 
 PYTEST = $(BIN)/python -m pytest $(TESTS) -q -n $(JOBS) --dist worksteal
 
@@ -116,8 +117,10 @@ with open("pyproject.toml", "rb") as file:
 endef
 export EXTRA
 
-$(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.dev $(VENV)/.cuda: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+# None of them may bring another torch.
+$(VENV)/.demo $(VENV)/.bench $(VENV)/.test $(VENV)/.dev $(VENV)/.cuda $(VENV)/.trainers: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	@echo "[set-up] packages for $*"
 	@$(BIN)/python -c "$$EXTRA" $* > $@.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $@.txt
 	@$(PIP) install -r $@.txt
 	@touch $@

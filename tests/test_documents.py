@@ -1,6 +1,7 @@
 """The pages: their examples run, their links lead somewhere, and README.md stays short."""
 
 import doctest
+import importlib.util
 import re
 import socket
 from pathlib import Path
@@ -15,6 +16,14 @@ ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "
 README, START = ROOT / "README.md", ROOT / "docs" / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAX_README_LINES = 150
+
+# The extra "trainers" in pyproject.toml, which make test-all installs.
+TRAINERS = ["import transformers", "import accelerate", "import lightning", "from torchtitan.components"]
+
+
+def has_package(name):
+    return importlib.util.find_spec(name.split(".")[0]) is not None
+
 
 HAS_GPU = _C.HAS_CUDA_KERNELS and torch.cuda.is_available()
 # Blocks that do not run everywhere, by the page and a part of the block: what they need, and whether it is here.
@@ -33,6 +42,8 @@ NEEDS = {
         torch.distributed.is_available(),
     ),
     ("docs/distributed.md", "fully_shard"): ("a torch with torch.distributed", torch.distributed.is_available()),
+    ("docs/distributed.md", "group.WORLD"): ("a torch with torch.distributed", torch.distributed.is_available()),
+    **{("docs/trainers.md", part): (part.split()[1], has_package(part.split()[1])) for part in TRAINERS},
 }
 
 
