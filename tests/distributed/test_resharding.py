@@ -1,0 +1,178 @@
+"""Checkpoints that go from one number of ranks, or one sharding, to another: ten more steps have the bits of a run that
+was not interrupted."""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from harness import assert_same, for_loop, one_process_group
+from ranks import mesh_of
+from test_ranks import HYPER, full
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from momentum_ext import FusedMomentum
+
+SHAPES = ((8, 6), (5, 3), (1, 4), (7,), (4, 3, 2))
+MODES = {
+    "fp32": {},
+    "average": {"ema_decay": 0.9},
+    "split": {"dtype": torch.bfloat16, "master_weights": True, "ema_decay": 0.5},
+    "master": {"dtype": torch.float16, "master_weights": True},
+    "bf16 momentum": {"momentum_dtype": "bfloat16", "formulation": "classical"},
+}
+PLAIN = (None, None)  # no mesh: plain tensors
+ONE_RANK = ((1,), [Shard(0)])
+TWO_RANKS = ((2,), [Shard(0)])
+COLUMNS = ((2,), [Shard(-1)])
+REPLICAS = ((2,), [Replicate()])
+FOUR_RANKS = ((4,), [Shard(0)])
+GRID = ((2, 2), [Replicate(), Shard(0)])
+
+
+class Training:
+    def __init__(self, layout, make=FusedMomentum, dtype=torch.float32, **options):
+        shape_of_mesh, places = layout
+        torch.manual_seed(5)
+        self.place = lambda tensor: tensor
+        if shape_of_mesh is not None:
+            mesh = mesh_of(*shape_of_mesh)
+            self.place = lambda tensor: distribute_tensor(
+                tensor, mesh, [Shard(each.dim % tensor.dim()) if each.is_shard() else each for each in places]
+            )
+        self.model = nn.Module()
+        for i, shape in enumerate(SHAPES):
+            self.model.register_parameter(f"p{i}", nn.Parameter(self.place(torch.randn(shape).to(dtype))))
+        self.opt = make(self.model.parameters(), **{**HYPER, **options})
+
+    def steps(self, begin, end):
+        for k in range(begin, end):
+            torch.manual_seed(100 + k)
+            for param in self.model.parameters():
+                param.grad = self.place(torch.randn(param.shape).to(param.dtype))
+            self.opt.step()
+        return self
+
+    def check(self, mode):
+        """Against plain tensors that were never interrupted."""
+        wanted = Training(PLAIN, **MODES[mode]).steps(0, 13)
+        for mine, theirs in zip(self.model.parameters(), wanted.model.parameters(), strict=True):
+            assert_same(full(mine.detach()), theirs.detach())
+            found, expected = self.opt.state[mine], wanted.opt.state[theirs]
+            assert set(found) == set(expected)
+            for key, value in expected.items():
+                assert type(found[key]) is type(mine.data), key
+                assert_same(full(found[key]), value, key)
+
+
+def save(layout, mode, flatten, folder):
+    training = Training(layout, **MODES[mode]).steps(0, 3)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    dcp.save(
+        {
+            "model": get_model_state_dict(training.model),
+            "optimizer": get_optimizer_state_dict(training.model, training.opt, options=options),
+        },
+        checkpoint_id=folder,
+    )
+
+
+def load(layout, mode, flatten, folder):
+    training = Training(layout, **MODES[mode])
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    state = {
+        "model": get_model_state_dict(training.model),
+        "optimizer": get_optimizer_state_dict(training.model, training.opt, options=options),
+    }
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(training.model, state["model"])
+    set_optimizer_state_dict(training.model, training.opt, state["optimizer"], options=options)
+    training.steps(3, 13).check(mode)
+
+
+@pytest.fixture
+def run(two_ranks, four_ranks):
+    """Runs a function on as many ranks as its first argument, a layout, needs."""
+
+    def run(function, layout, *arguments):
+        shape_of_mesh = layout[0]
+        size = 0 if shape_of_mesh is None else torch.Size(shape_of_mesh).numel()
+        if size > 1:
+            (two_ranks if size == 2 else four_ranks).run(function, layout, *arguments)
+        elif size == 1:
+            mesh_of.cache_clear()
+            with one_process_group():
+                function(layout, *arguments)
+            mesh_of.cache_clear()
+        else:
+            function(layout, *arguments)
+
+    return run
+
+
+WAYS = [
+    (TWO_RANKS, ONE_RANK),
+    (ONE_RANK, TWO_RANKS),
+    (TWO_RANKS, FOUR_RANKS),
+    (GRID, TWO_RANKS),
+    (TWO_RANKS, PLAIN),
+    (PLAIN, TWO_RANKS),
+    (COLUMNS, TWO_RANKS),
+    (REPLICAS, COLUMNS),
+]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("before, after", WAYS, ids=str)
+def test_another_sharding(run, before, after, mode, tmp_path):
+    flatten = mode in ("average", "split")
+    run(save, before, mode, flatten, str(tmp_path))
+    run(load, after, mode, flatten, str(tmp_path))
+
+
+# ---- whole state dicts ----------------------------------------------------------------------------------------------
+
+
+def whole(mode, how):
+    """Gathered on rank 0, on the CPU, and from there to all ranks again."""
+    training = Training(TWO_RANKS, **MODES[mode]).steps(0, 3)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=how == "offloaded")
+    state = get_optimizer_state_dict(training.model, training.opt, options=options)
+    weights = get_model_state_dict(training.model, options=options)
+    if torch.distributed.get_rank() == 0:
+        assert all(type(value) is torch.Tensor for entry in state["state"].values() for value in entry.values())
+    other = Training(COLUMNS, **MODES[mode])
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other.model, weights, options=options)
+    set_optimizer_state_dict(other.model, other.opt, state, options=options)
+    other.steps(3, 13).check(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whole_state_dicts(two_ranks, mode):
+    two_ranks.run(whole, mode, "offloaded")
+
+
+def to_torch_and_back(back):
+    """By DCP's flattened form, from torch's SGD to ours, or from ours to it."""
+    kinds = [for_loop, FusedMomentum]
+    first, second = reversed(kinds) if back else kinds
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved, loaded = Training(TWO_RANKS, first).steps(0, 3), Training(TWO_RANKS, second)
+    state = get_optimizer_state_dict(saved.model, saved.opt, options=options)
+    assert state.keys() == get_optimizer_state_dict(loaded.model, loaded.opt, options=options).keys()
+    set_model_state_dict(loaded.model, get_model_state_dict(saved.model))
+    set_optimizer_state_dict(loaded.model, loaded.opt, state, options=options)
+    loaded.steps(3, 13).check("fp32")
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["from torch", "to torch"])
+def test_torchs_sgd(two_ranks, back):
+    two_ranks.run(to_torch_and_back, back)
