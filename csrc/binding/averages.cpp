@@ -17,14 +17,9 @@ const at::Tensor* find_average(Slot& slot, PyObject* listed, const at::Tensor& p
   if (average == nullptr) return nullptr;
   const auto name = [&] { return "ema of " + slot.name(); };
   PyObject* const object = object_of(*average);
-  if (slot.specs != nullptr && object != nullptr &&
-      local_impl(object, slot.specs->average.ptr()) != nullptr) {
-    average = &resolve(object);
-  } else {
-    average = &resolve_state(listed, *average, name);
-    if (slot.specs != nullptr) {
-      slot.specs->average = py::reinterpret_borrow<py::object>(shard_of(object).spec);
-    }
+  average = &resolve_state(listed, *average, name);
+  if (slot.specs != nullptr) {
+    slot.specs->average = py::reinterpret_borrow<py::object>(shard_of(object).spec);
   }
   if (average->sizes() != param.sizes() || average->scalar_type() != param.scalar_type() ||
       average->device() != param.device()) {
@@ -59,6 +54,18 @@ bool has_kernel(const Plan& plan, size_t i, const at::Tensor& param, const at::T
          lies_like(average, param);
 }
 
+// Sets the average that the kernels kept in an earlier step, where it is as it was.
+bool find_known_average(Plan& plan, size_t i) noexcept {
+  const Slot& slot = plan.slots[i];
+  if (slot.average.key == nullptr || plan.tensors[i].param == nullptr) return false;
+  const PyObject* const spec = slot.specs != nullptr ? slot.specs->average.ptr() : nullptr;
+  c10::TensorImpl* const average = slot.average.find(slot.state_dict, spec, slot.keys, slot.device);
+  if (average == nullptr) return false;
+  plan.entries[i].average = slot.average.data;
+  plan.tensors[i].average = average;
+  return true;
+}
+
 }  // namespace
 
 void StepAverages::attach(Plan& plan, Averaging averaging, bool in_order, StateChanges& changes) {
@@ -71,6 +78,7 @@ void StepAverages::attach(Plan& plan, Averaging averaging, bool in_order, StateC
         slot.is_repeated) {
       continue;
     }
+    if (averaging == Averaging::kUpdate && !in_order && find_known_average(plan, i)) continue;
     const at::Tensor& param = plan.param(i);
     const bool has_grad = plan.listed(i).unsafeGetTensorImpl()->grad().defined();
     if (!param.is_floating_point() && !param.is_complex() && has_grad) {
@@ -102,7 +110,8 @@ void StepAverages::attach(Plan& plan, Averaging averaging, bool in_order, StateC
       }
       by_torch_.push_back(i);
     } else if (plan.entries[i].numel != 0) {
-      plan.entries[i].average = mutable_data_of(average);
+      slot.average = {state_keys().average, average};
+      plan.entries[i].average = slot.average.data;
       plan.tensors[i].average = average.unsafeGetTensorImpl();
     }
   }

@@ -26,6 +26,11 @@ bool has_no_shard(const at::Tensor& grad) {
   return !grad.key_set().has(c10::DispatchKey::Python) || object_of(grad) == nullptr;
 }
 
+// True where the specs are one object, or there is none: then its shard is what a step reads.
+bool lies_like_param(const at::Tensor& grad, PyObject* param) {
+  return (has_no_shard(grad) ? nullptr : shard_of(object_of(grad)).spec) == shard_of(param).spec;
+}
+
 }  // namespace
 
 py::object GradNorm::compute(const py::list& param_groups, double norm_type, bool remembers,
@@ -221,7 +226,11 @@ bool GradNorm::for_each_grad(const Visit& visit) const {
   for (size_t k = 0; k < params_.size(); ++k) {
     const at::Tensor& grad = grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
     if (!grad.defined()) continue;
-    if (has_no_shard(grad) ? !visit(grad, k) : !visit(shard_of_grad(grad), k)) return false;
+    const Shard shard = has_no_shard(grad) ? Shard{} : shard_of(object_of(grad));
+    const bool goes_on = shard.spec != nullptr ? visit(THPVariable_Unpack(shard.local), k)
+                         : has_no_shard(grad)  ? visit(grad, k)
+                                               : visit(shard_of_grad(grad), k);
+    if (!goes_on) return false;
   }
   return true;
 }
@@ -249,10 +258,10 @@ bool GradNorm::collect(bool complex_too, const py::object& grads) {
     PyObject* const stand_in =
         grads.is_none() ? nullptr : PyDict_GetItemWithError(grads.ptr(), params_[k]);
     if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    if (stand_in != nullptr || !meshes_.empty()) {
-      const at::Tensor& listed =
-          stand_in != nullptr ? THPVariable_Unpack(stand_in)
-                              : grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
+    const at::Tensor& listed = stand_in != nullptr
+                                   ? THPVariable_Unpack(stand_in)
+                                   : grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
+    if (stand_in != nullptr || (has_ranks() && !lies_like_param(listed, params_[k]))) {
       grad = &redistributed_.emplace_back(resolve_grad(params_[k], listed, name));
     }
     if (!add(*grad, complex_too, name)) return false;

@@ -16,6 +16,7 @@ void Slot::examine(const Operands& operands, const NameOf& name_of, bool by_torc
   shapes.reset();
   companions.reset();
   has_companions = false;
+  average = {};
   check_operands(operands, name_of);
   if (by_torch || !has_kernel(operands)) {
     path = Path::kTorch;

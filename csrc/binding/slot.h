@@ -30,7 +30,7 @@ struct Shapes {
 // A tensor that lies beside an operand: a parameter's master, a state's scales.
 struct Companion {
   PyObject* key = nullptr;  // in the parameter's state; nullptr: there is none
-  const void* data = nullptr;
+  void* data = nullptr;
   caffe2::TypeMeta dtype;
   c10::impl::SizesAndStrides shape;
 
@@ -84,6 +84,7 @@ struct Slot {
   std::unique_ptr<Shapes> shapes;
   std::unique_ptr<Companions> companions;
   std::unique_ptr<Specs> specs;  // nullptr: the parameter is no DTensor
+  Companion average;             // that the kernels keep; without a key: not known
 
   std::string name() const;
 
