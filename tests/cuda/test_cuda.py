@@ -31,12 +31,17 @@ from harness import (
     for_loop,
     is_clipping,
     norm_in_double,
+    one_process_group,
     params_of,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from values import BF16, EXACT_DTYPES, FLOAT_DTYPES, FP8, FP16, FP32, FP64, HALVES, INT8, dtype_name, in_layout, nonzero
 
 import momentum_ext
 from momentum_ext import FusedMomentum
+from momentum_ext.dtensor import local
 
 pytestmark = [pytest.mark.filterwarnings("error")] if IS_EMULATION else [pytest.mark.cuda]
 
@@ -788,6 +793,93 @@ def test_sparse_gradients_take_torchs_path():
         pair.mine.step()
     pair.theirs.step()
     assert_same(param.cpu(), pair.params[0][1])
+
+
+# ---------------------------------------------------------------------------------------------------------- DTensors
+
+
+@pytest.fixture
+def mesh():
+    """Of one process. An emulated device has no backend of its own: its mesh is the CPU's."""
+    with one_process_group():
+        yield init_device_mesh("cpu" if IS_EMULATION else "cuda", (1,))
+
+
+class Sharded(Twins):
+    """Parameters on the device as local shards of DTensors, and a plain one."""
+
+    def __init__(self, mesh, shapes, **hyper):
+        self.mesh = mesh
+        super().__init__([torch.randn(shape) for shape in shapes], **hyper)
+        params = self.mine.param_groups[0]["params"]
+        params[:-1] = [self.shard_of(param).requires_grad_() for param in params[:-1]]
+
+    def shard_of(self, tensor):
+        meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
+        spec = DTensorSpec(self.mesh, (Shard(0),), tensor_meta=meta)
+        return DTensor(tensor.detach(), spec, requires_grad=False)
+
+    def get(self, tensor):
+        return cpu(local(tensor.detach()))
+
+    def new_grads(self, missing=()):
+        super_put, self.put = self.put, lambda tensor, device: tensor
+        try:
+            for index, (mine, theirs) in enumerate(self.params):
+                grad = self.random_like(theirs)
+                theirs.grad = None if index in missing else grad
+                placed = cuda(grad.clone())
+                placed = self.shard_of(placed) if isinstance(mine, DTensor) else placed
+                mine.grad = None if index in missing else placed
+        finally:
+            self.put = super_put
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": True, "dampening": 0.0}, {"ema_decay": 0.9}, {"momentum_dtype": "bfloat16"}], ids=str
+)
+def test_dtensors_are_stepped_as_their_shards(mesh, options):
+    shapes = [(8, 3), (5,), (0, 4), (2, 3, 4), (7,)]
+    own = {name: options[name] for name in ("ema_decay", "momentum_dtype") if name in options}
+    hyper = {**FULL, **{name: value for name, value in options.items() if name not in own}}
+    twins = Sharded(mesh, shapes, mine=own, **hyper)
+    if "momentum_dtype" in own:
+        plain = FusedMomentum([param.detach().clone().requires_grad_() for _, param in twins.params], **hyper, **own)
+    for missing in ((1,), (), (), ()):
+        twins.new_grads(missing)
+        with no_waiting():
+            twins.mine.step()
+        if "momentum_dtype" in own:
+            for param, (_, theirs) in zip(params_of(plain), twins.params, strict=True):
+                param.grad = theirs.grad
+            plain.step()
+            expected = params_of(plain)
+        else:
+            twins.theirs.step()
+            expected = params_of(twins.theirs)
+        for (mine, _), wanted in zip(twins.params, expected, strict=True):
+            assert_same(twins.get(mine), wanted.detach())
+    for mine, _ in twins.params[:-1]:
+        state = twins.mine.state[mine]
+        assert set(state) == {"momentum_buffer"} | ({"ema"} if "ema_decay" in own else set())
+        assert all(isinstance(value, DTensor) and local(value).is_cuda for value in state.values())
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+def test_norms_of_dtensors(mesh, norm_type):
+    """They wait for the device, because other ranks must know what this one has found."""
+    twins = Sharded(mesh, [(8, 3), (5,), (7,)], **FULL)
+    for _ in range(3):
+        twins.new_grads()
+        grads = torch.cat([theirs.grad.double().flatten() for _, theirs in twins.params])
+        norm = twins.mine.clip_grad_norm_(0.5, norm_type)
+        torch.testing.assert_close(norm.item(), torch.linalg.vector_norm(grads, norm_type).item(), rtol=1e-6, atol=0)
+        for _, theirs in twins.params:
+            theirs.grad *= 0.5 / (norm.item() + 1e-6)
+        twins.mine.step()
+        twins.theirs.step()
+        for mine, theirs in twins.params:
+            torch.testing.assert_close(twins.get(mine), theirs.detach(), rtol=1e-6, atol=1e-7)
 
 
 @emulated
