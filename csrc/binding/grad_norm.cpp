@@ -21,14 +21,15 @@
 namespace momentum_ext::binding {
 namespace {
 
-// Most of the time a look at the keys is enough.
-bool has_no_shard(const at::Tensor& grad) {
-  return !grad.key_set().has(c10::DispatchKey::Python) || object_of(grad) == nullptr;
+// Of torch.Tensor in Python, which may be a DTensor.
+MOMENTUM_EXT_INLINE bool is_subclass(const at::Tensor& grad) {
+  return grad.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
 }
 
 // True where the specs are one object, or there is none: then its shard is what a step reads.
 bool lies_like_param(const at::Tensor& grad, PyObject* param) {
-  return (has_no_shard(grad) ? nullptr : shard_of(object_of(grad)).spec) == shard_of(param).spec;
+  PyObject* const object = is_subclass(grad) ? object_of(grad) : nullptr;
+  return (object != nullptr ? shard_of(object).spec : nullptr) == shard_of(param).spec;
 }
 
 }  // namespace
@@ -226,11 +227,7 @@ bool GradNorm::for_each_grad(const Visit& visit) const {
   for (size_t k = 0; k < params_.size(); ++k) {
     const at::Tensor& grad = grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
     if (!grad.defined()) continue;
-    const Shard shard = has_no_shard(grad) ? Shard{} : shard_of(object_of(grad));
-    const bool goes_on = shard.spec != nullptr ? visit(THPVariable_Unpack(shard.local), k)
-                         : has_no_shard(grad)  ? visit(grad, k)
-                                               : visit(shard_of_grad(grad), k);
-    if (!goes_on) return false;
+    if (is_subclass(grad) ? !visit(shard_of_grad(grad), k) : !visit(grad, k)) return false;
   }
   return true;
 }

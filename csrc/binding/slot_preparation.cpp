@@ -116,18 +116,23 @@ bool SlotPreparation::prepare_changed() {
   return converts_;
 }
 
+// Whatever happens later, the next step examines the slot again.
+void SlotPreparation::start_anew(size_t i) {
+  Slot& slot = plan_.slots[i];
+  slot.path = Path::kUnknown;
+  slot.specs.reset();
+  plan_.tensors[i] = {};
+  plan_.companion_tensors[i] = {};
+  plan_.entries[i] = {};
+  if (THPVariable_Check(plan_.param_objects[i])) return;
+  throw py::type_error(slot.name() + ": expected a tensor, got " +
+                       Py_TYPE(plan_.param_objects[i])->tp_name);
+}
+
 void SlotPreparation::prepare(size_t i) {
   Plan& plan = plan_;
   Slot& slot = plan.slots[i];
-  slot.path = Path::kUnknown;  // whatever happens below, the next step examines it again
-  slot.specs.reset();
-  plan.tensors[i] = {};
-  plan.companion_tensors[i] = {};
-  plan.entries[i] = {};
-  if (!THPVariable_Check(plan.param_objects[i])) {
-    throw py::type_error(slot.name() + ": expected a tensor, got " +
-                         Py_TYPE(plan.param_objects[i])->tp_name);
-  }
+  start_anew(i);
   const at::Tensor& param = plan.param(i);
   const at::Tensor grad = find_grad(i);
   const int num_states = plan.num_states(slot);

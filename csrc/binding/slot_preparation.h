@@ -23,6 +23,7 @@ class SlotPreparation {
  private:
   bool is_as_planned(size_t i, int num_states, const GroupReader& reader);
   void lay_out(size_t i);
+  void start_anew(size_t i);
   void prepare(size_t i);
   at::Tensor find_grad(size_t i);
   uint32_t cohort_of_first_step(const Slot& slot);
