@@ -40,7 +40,8 @@ def redistributed(param: Any, grad: Any, name: str) -> Tensor:
 
 def where_is(param: Any) -> str:
     """Rank, placements and mesh, for errors."""
-    return f" on rank {torch.distributed.get_rank()} of {list(param.placements)} on {param.device_mesh}"
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "?"
+    return f" on rank {rank} of {list(param.placements)} on {param.device_mesh}"
 
 
 def mismatch(param: Any, other: Any) -> str:

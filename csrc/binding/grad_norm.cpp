@@ -69,8 +69,9 @@ py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& 
   }
   std::exception_ptr error;
   Status status = collect_safely(collect, /*complex_too=*/kind == Norm::kSumOfSquares, error);
-  if (!has_ranks() && error) std::rethrow_exception(error);
-  if (!has_ranks() && status != Status::kFine) return py::none();
+  const bool is_alone = !has_ranks() || is_watched_;  // a watched number can be told to nobody
+  if (is_alone && error) std::rethrow_exception(error);
+  if (is_alone && status != Status::kFine) return py::none();
   is_pending_ = !has_ranks() && device_.value_or(kCpu) != kCpu;
   kind_ = kind;
   double norm = is_pending_ ? 0 : sum(kind, 1.0, status);

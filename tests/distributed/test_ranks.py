@@ -254,6 +254,35 @@ def test_norm_over_four_ranks(four_ranks, mesh, places):
     four_ranks.run(clipped, mesh, places, 2.0, "method", torch.float64)
 
 
+def several_meshes():
+    """DTensors of three meshes and a plain tensor in one list: each mesh counts its own replicas once."""
+    meshes = [mesh_of(4), mesh_of(2, 2), mesh_of(2, 2, names=("a", "b"))["b"]]
+    places = [[Shard(0)], [Replicate(), Shard(1)], [Shard(0)], None]
+    values = [torch.randn(shape) for shape in ((6, 3), (4, 5), (3, 2), (4,))]
+    whole = [nn.Parameter(value.clone()) for value in values]
+
+    def placed(tensor, i):
+        return tensor.clone() if places[i] is None else distribute_tensor(tensor.clone(), meshes[i], places[i])
+
+    mine = [nn.Parameter(placed(value, i)) for i, value in enumerate(values)]
+    opt, twin = FusedMomentum(mine, **HYPER), FusedMomentum(whole, **HYPER)
+    for k in range(3):
+        for i, (param, theirs) in enumerate(zip(mine, whole, strict=True)):
+            theirs.grad = torch.randn(theirs.shape)
+            param.grad = placed(theirs.grad, i)
+        if k:
+            norms = [optimizer.clip_grad_norm_(1e9).item() for optimizer in (opt, twin)]
+            torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+        opt.step()
+        twin.step()
+        for param, theirs in zip(mine, whole, strict=True):
+            assert_same(full(param.detach()), theirs.detach())
+
+
+def test_several_meshes(four_ranks):
+    four_ranks.run(several_meshes)
+
+
 def extreme(value):
     twins = Twins((2,), [Shard(0)], dtype=torch.float64)
     twins.new_grads(scale=value)
