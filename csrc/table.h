@@ -1,4 +1,5 @@
-// The plain table of tensors that a step works on: what the binding fills and a backend reads.
+// The table of tensors that a step works on, without torch's types: what the binding fills and a
+// backend reads.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +11,18 @@ namespace momentum_ext {
 
 constexpr int kMaxStates = 3;  // of a tensor, as many as a rule may have
 
-// The tensors of an entry that may lie differently. State k is operand kState + k.
+// The tensors of a TensorEntry, each of which may have a layout of its own. State k is operand
+// kState + k. (An average has its parameter's layout.)
 enum Operand : int { kParam, kGrad, kState, kNumOperands = kState + kMaxStates };
 
 // One dimension of an entry whose operands do not share one dense layout.
 struct StridedDim {
   int64_t size;
-  int64_t strides[kNumOperands];  // in elements; of a state that there is not: 0
+  int64_t strides[kNumOperands];  // in elements; 0 for a missing state
 };
 
-// Dimensions from the outermost to the innermost of the parameter. Element i of the table's range
-// is element i in that order.
+// Dimensions from the outermost to the innermost of the parameter. A range [begin, end) of an
+// entry counts elements in that order; a walk in blocks takes as many blocks as fall to the range.
 //
 // Whoever goes through memory in that order, or in another operand's, uses one element of each
 // cache line of the others before the line is gone. So a walk goes in blocks of rows x columns:
@@ -44,10 +46,10 @@ struct StridedLayout {
  private:
   static constexpr int64_t kLineElements = 16;
 
-  // Takes the dimensions that a line of this operand's memory has.
+  // Takes the dimensions that a line of this operand's memory spans.
   void fill_lines(int operand) {
-    int64_t reach = 1;  // elements in a row that the dimensions so far have
-    int64_t above = 0;  // the strides that were had, and those of 0, which fill no line
+    int64_t reach = 1;  // elements in a row that the dimensions so far span
+    int64_t above = 0;  // strides up to this are taken; those of 0 fill no line
     while (reach < kLineElements) {
       const int d = innermost(operand, above);
       if (d < 0) return;
@@ -68,12 +70,12 @@ struct StridedLayout {
   }
 };
 
-// What low-precision state needs besides the tensors. Its arrays are dense, in the order in
-// which the parameter is walked: its own order in memory.
+// What low-precision state needs besides its operands. Its arrays are dense, in the order of the
+// parameter's elements in memory.
 struct LowPrecision {
   void* master;
   float* scale[kMaxStates];  // of an 8-bit state: one for each kScaleBlock elements
-  uint32_t tensor;           // its place among the optimizer's parameters, for random numbers
+  uint32_t param_index;      // among the optimizer's parameters, for random numbers
   Master master_kind;
 };
 
@@ -89,7 +91,7 @@ struct OperandPointers {
 struct TensorEntry : OperandPointers {
   void* average;                // of the parameter, in its dtype and layout; nullptr: none is kept
   const StridedLayout* layout;  // nullptr when all operands share one dense layout
-  const LowPrecision* low_precision;  // nullptr: values are stored as they are, rounded to nearest
+  const LowPrecision* low_precision;  // nullptr: no master, no scales, and stores round to nearest
   int64_t numel;
   uint32_t group;  // index into StepTable::groups
   Dtype param_dtype;
@@ -97,7 +99,7 @@ struct TensorEntry : OperandPointers {
   Dtype state_dtype[kMaxStates];
   bool is_first_step;
   int16_t device = kCpu;  // or the index of a CUDA device
-  uint32_t cohort;        // not 0: only the device knows whether this tensor has had its first step
+  uint32_t cohort;        // not 0: only the device knows if it has had its first step: StepScalars
 };
 // Whoever walks a table of thousands of small tensors waits for its cache lines.
 static_assert(sizeof(TensorEntry) == 88);
@@ -141,7 +143,7 @@ template <typename Rule>
 struct StepTable : TensorTable {
   const Hyperparams<Rule>* groups;
   double average_weight = 0;   // of the new parameter in its average
-  uint32_t rounding_step = 0;  // how many steps there have been, for random numbers
+  uint32_t rounding_step = 0;  // how many steps have trained, for random numbers
 };
 
 // The entry that holds element `position` of the concatenated range [first_element[0],

@@ -43,8 +43,8 @@ class FusedOptimizer(StatefulOptimizer):
         """Let torch raise what it would raise for these tensors, while nothing is written."""
         raise NotImplementedError
 
-    def _torch_step(self, positions: list[tuple[int, int]], inv_grad_scale: float, grads: StandIns) -> None:
-        """Torch's own update of the tensors at these (group, index in group)."""
+    def _torch_step(self, positions: list[tuple[int, int]], grad_factor: float, grads: StandIns) -> None:
+        """Torch's own update of the tensors at these (group, index in group), with gradients times `grad_factor`."""
         raise NotImplementedError
 
     @overload

@@ -91,7 +91,7 @@ class FusedMomentum(FusedOptimizer, SGD):
         weight_decay: L2 penalty, a float or a tensor of one element (default: 0).
         nesterov: Nesterov momentum; needs momentum and no dampening (default: False).
         maximize: maximize the objective instead of minimizing (default: False).
-        foreach: accepted so that one line is enough to change; has no effect.
+        foreach: accepted for compatibility with torch.optim.SGD; has no effect.
         differentiable: step through autograd; takes torch's path (default: False).
         fused: True lets torch.amp.GradScaler hand over its scale, as in torch, so that the step unscales; without it
             the scaler unscales the gradients and leaves steps out. The step is the same.
@@ -100,8 +100,8 @@ class FusedMomentum(FusedOptimizer, SGD):
         decoupled_weight_decay: decay the parameter instead of adding to the gradient (default: False).
         max_grad_norm: clip the 2-norm of all gradients together in each step, as :meth:`clip_grad_norm_` would; the
             norm is then in the attribute ``grad_norm`` (default: None).
-        process_group: over whose ranks norms and inf checks go beyond the mesh of DTensors: where each rank holds other
-            parameters of one model, as in pipeline and expert parallelism. A copy of the optimizer has none
+        process_group: the ranks that hold other parameters of the same model, as in pipeline and expert parallelism.
+            Norms and inf checks go over them too, besides the mesh of DTensors. A copy of the optimizer has none
             (default: None).
         ema_decay: keep an exponential moving average of each parameter in its state, ``"ema"``, in the same pass: that
             of ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(ema_decay)``, updated after each
@@ -118,8 +118,8 @@ class FusedMomentum(FusedOptimizer, SGD):
         stochastic_rounding: round what is stored in 16 or 8 bits up or down at random, with probabilities that make
             the mean right; parameters with a master are rounded to nearest (default: False).
         rounding_seed: of these random numbers, which depend on nothing else but the step, the parameter's place in
-            ``param_groups`` and the element's in the parameter. Data-parallel replicas need the same. A step that
-            found_inf on a CUDA device leaves out is counted too (default: 0).
+            ``param_groups`` and the element's in the parameter. Data-parallel replicas need the same. A step left
+            out because of found_inf on a CUDA device counts too (default: 0).
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that
@@ -166,7 +166,8 @@ class FusedMomentum(FusedOptimizer, SGD):
         self.process_group = process_group
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
-        # Groups have a key only where it says something: others load into torch's SGD, and cost no comparison.
+        # A group gets a key of ours only where its value is not the default. Groups without our keys load into
+        # torch's SGD, and a step has fewer values to compare. add_param_group() fills these in, and takes them out.
         self._own_defaults = {
             "formulation": formulation,
             "decoupled_weight_decay": decoupled_weight_decay,
@@ -231,14 +232,14 @@ class FusedMomentum(FusedOptimizer, SGD):
         """
         return as_torch_state_dict(self.state_dict())
 
-    def _torch_step(self, positions: list[tuple[int, int]], inv_grad_scale: float, grads: StandIns) -> None:
-        """Torch's own update of the tensors at these (group, index in group)."""
+    def _torch_step(self, positions: list[tuple[int, int]], grad_factor: float, grads: StandIns) -> None:
+        """Torch's own update of the tensors at these (group, index in group), with gradients times `grad_factor`."""
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for g, i in positions:
                 group = self.param_groups[g]
                 param = group["params"][i]
                 grad = grads.get(param, param.grad)
-                grad = grad if inv_grad_scale == 1.0 else grad * inv_grad_scale
+                grad = grad if grad_factor == 1.0 else grad * grad_factor
                 if needs_low_precision_step(group, self.state.get(param, {})):
                     low_precision_step(group, param, grad, self.state[param], torch_step)
                     continue

@@ -48,7 +48,7 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
     low.master = mutable_data_of(start.master);
     low.master_kind = is_split ? Master::kRemainder : Master::kCopy;
   }
-  low.tensor = static_cast<uint32_t>(i);
+  low.param_index = static_cast<uint32_t>(i);
   plan.entries[i].low_precision = &low;
   if (plan.is_dtensor(i) && plan.reader(slot).storage().stochastic_rounding &&
       rounds_at_random(plan.entries[i], slot.num_states)) {

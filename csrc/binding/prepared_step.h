@@ -1,6 +1,7 @@
-// A step that is ready to run. Constructed: everything is checked and allocated, and nothing is
-// written that a user can see. run(): the update. Destroyed without: discarded, and all is as it
-// was.
+// A step that is ready to run. The constructor checks what the kernels update, and allocates its
+// new state. It writes no value; only version counters go up. run() updates. A step that is
+// discarded or destroyed before run() takes new state and version counts back. What torch has
+// written after begin() stays.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,10 +32,12 @@ class PreparedStep {
   PreparedStep(PreparedStep&&) noexcept = default;
   ~PreparedStep() { discard(); }
 
-  // The others raise once the step has run or was discarded, and while it writes.
+  // All but keep_plan() and discard() raise once the step has run or was discarded; begin() and
+  // run() also while it writes.
 
-  // The (group, index in group) of the tensors that the kernels are not made for. The caller calls
-  // begin(), updates those by torch and calls run().
+  // The (group, index in group) of the tensors that torch updates: those the kernels are not made
+  // for, or all (differentiable, operators that are watched). The caller calls begin(), lets torch
+  // update them and calls run().
   py::list fallback() const;
   bool needs_torch() const { return !vectors().fallback.empty(); }
 
@@ -42,15 +45,15 @@ class PreparedStep {
   // With a count of the averages on one device it must be the only one.
   bool is_on_devices(const std::optional<at::Tensor>& average_count) const;
 
-  // For a step that Python holds.
+  // For a step that Python holds: the plan lives as long as it.
   void keep_plan() { kept_plan_ = plan_->shared_from_this(); }
 
   // The first writes: new state.
   void begin();
   void run(const Numbers& numbers);
 
-  // Other steps may go on, though an error that somebody keeps may keep this object. Nothing while
-  // the step writes: that ends by itself.
+  // Ends a step that has not run and unlocks the plan. Call it, do not wait for the destructor: an
+  // exception's traceback may keep this object alive. Does nothing while the step writes.
   void discard() noexcept;
 
  private:
@@ -82,8 +85,8 @@ class PreparedStep {
 // 8-bit states are read and written.
 int64_t bytes_to_move(const Plan& plan, const StepAverages& averages);
 
-// FusedMomentum.step(): prepares and runs it. None, or where torch has a part in it the step that
-// is prepared.
+// FusedMomentum.step(): prepares a step. Where the kernels do all of it, runs it and returns None;
+// where torch has a part, returns the PreparedStep, not yet run. all_by_torch: see StepOptions.
 py::object step(Plan& plan, const py::list& param_groups, const py::dict& state, bool all_by_torch);
 
 }  // namespace momentum_ext::binding

@@ -33,16 +33,16 @@ struct Shard {
 };
 MOMENTUM_EXT_INLINE Shard shard_of(PyObject* tensor) noexcept {
   if (Py_TYPE(tensor) != dtensor_type.type) return {};
-  const auto slot = [tensor](Py_ssize_t offset) {
+  const auto field = [tensor](Py_ssize_t offset) {
     return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
   };
-  PyObject* const local = slot(dtensor_type.local);
+  PyObject* const local = field(dtensor_type.local);
   if (local == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(local))) return {};
-  return {local, slot(dtensor_type.spec)};
+  return {local, field(dtensor_type.spec)};
 }
 
-// The tensor that a step updates, which an object stands for; nullptr where its spec is not this
-// one. A plain tensor stands for itself and has none.
+// The tensor that a step updates for this object: a plain tensor itself, which has no spec, or a
+// DTensor's local shard. nullptr where the object's spec is not `spec`.
 MOMENTUM_EXT_INLINE c10::TensorImpl* local_impl(PyObject* tensor, const PyObject* spec) noexcept {
   if (THPVariable_CheckTypeExact(Py_TYPE(tensor))) {
     return spec == nullptr ? THPVariable_Unpack(tensor).unsafeGetTensorImpl() : nullptr;

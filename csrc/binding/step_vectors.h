@@ -15,7 +15,7 @@ namespace momentum_ext::binding {
 
 // What has to be known before a step is prepared.
 struct StepOptions {
-  bool all_by_torch = false;     // differentiable=True
+  bool all_by_torch = false;     // differentiable=True, or operators are watched
   bool may_be_left_out = false;  // by the device, for an overflow that the host does not know
   Averaging averaging = Averaging::kNone;
   py::object grads{};  // parameters with the tensors that stand in for their gradients, or null

@@ -86,7 +86,7 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
   bool draws = false;
   RandomKey key{};
   if (low != nullptr && h.stochastic_rounding) {
-    key = {h.rounding_seed, low->tensor, rounding_step};
+    key = {h.rounding_seed, low->param_index, rounding_step};
     draws = param.round_at_random();
     for (int k = 0; k < num_states; ++k) draws = states[k].round_at_random() || draws;
   }

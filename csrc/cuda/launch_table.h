@@ -119,7 +119,7 @@ struct TensorKind {
     }
     if (const LowPrecision* const low = entry.low_precision; low != nullptr) {
       bits |= static_cast<uint32_t>(low->master_kind) << 24 | 1u << 27;
-      number = low->tensor;
+      number = low->param_index;
     }
   }
   MOMENTUM_EXT_INLINE explicit TensorKind(uint64_t word)

@@ -2,13 +2,13 @@
 //
 //   g = grad_coef * grad                       unscaled and negated where asked for; else exactly grad
 //   g = fma(weight_decay, p, g)                L2 weight decay
-//   p = weight_decay * p                       decoupled: weight_decay holds 1 - lr * weight_decay
+//   or p = weight_decay * p                    decoupled: this coefficient is 1 - lr * weight_decay
 //   b = fma(alpha, g, round(momentum * b))     on a tensor's first step: b = first_alpha * g
 //   d = fma(momentum, b, nesterov_alpha * g)   Nesterov; else d = b, and without momentum d = g
 //   p = fma(-step, d, p)
 //
-// With alpha = 1 - dampening, first_alpha = nesterov_alpha = 1 and step = lr this is torch.optim.SGD, to
-// the bit. Other formulations are other numbers, chosen on the host; the kernels never know which one
+// With alpha = 1 - dampening, first_alpha = nesterov_alpha = 1 and step = lr this is torch.optim.SGD,
+// in fp32 and fp64 to the bit. Other formulations are other numbers, chosen on the host; the kernels never know which one
 // runs. (nesterov_alpha is a number of its own because torch does not dampen the gradient that Nesterov
 // adds.)
 #pragma once
@@ -32,15 +32,15 @@ struct Sgd {
   static constexpr const char* kName = "sgd";
   static constexpr int kMaxStates = 1;
   static constexpr const char* kStateKeys[kMaxStates] = {"momentum_buffer"};
-  static constexpr const char* kScaleKeys[kMaxStates] = {"momentum_scale"};  // of 8 bits
+  static constexpr const char* kScaleKeys[kMaxStates] = {"momentum_scale"};  // for states of 8 bits
 
-  // What of a parameter group chooses the variant.
+  // The options of a parameter group that choose its Variant, see below.
   struct Options {
     WeightDecay weight_decay = WeightDecay::kNone;
     bool has_momentum = false;
     bool nesterov = false;
 
-    static constexpr int kBits = 4;
+    static constexpr int kBits = 4;  // as a CUDA launch carries them
     MOMENTUM_EXT_INLINE uint32_t bits() const {
       return static_cast<uint32_t>(weight_decay) | uint32_t{has_momentum} << 2 |
              uint32_t{nesterov} << 3;
@@ -53,7 +53,7 @@ struct Sgd {
   // What the formulas need, rounded once from double to the type they are computed in.
   template <typename opmath_t>
   struct Coefficients {
-    opmath_t grad_coef;     // (maximize ? -1 : 1) / grad_scale
+    opmath_t grad_coef;     // 1, or -1 for maximize; times 1 / grad_scale and the clip coefficient
     opmath_t weight_decay;  // decoupled: 1 - lr * weight_decay
     opmath_t momentum;
     opmath_t alpha;
@@ -62,8 +62,9 @@ struct Sgd {
     opmath_t step;
   };
 
-  // Those hyperparameters of a group that lie in a device's memory. Each replaces a coefficient; a
-  // momentum there counts as not zero.
+  // The hyperparameters of a group that are in a device's memory. A kernel puts each in the place
+  // of its coefficient (lr: step). A momentum on a device counts as not zero: the host does not
+  // know it.
   struct OnDevice {
     DeviceNumber lr;
     DeviceNumber weight_decay;
@@ -94,7 +95,8 @@ struct Sgd {
     double lr, dampening;
     bool decoupled, maximize;
     group.optional_flag("decoupled_weight_decay", decoupled);
-    // The kernels read torch's numbers by themselves; others are made of several, on the host.
+    // A kernel can read a number from the device only where it is a coefficient by itself: in
+    // torch's formulation without decoupled decay. Elsewhere the host makes one of several.
     const bool as_torch = group.formulation() == Formulation::kTorch && !decoupled;
     const auto device = [&](DeviceNumber& number) { return as_torch ? &number : nullptr; };
     group.number("lr", lr, Reader::kOneElementTensor, device(on_device.lr));
@@ -116,7 +118,7 @@ struct Sgd {
     return maximize;
   }
 
-  // read(number): the number, in opmath_t.
+  // Puts what lies on the device into its coefficients. read(number): the number, in opmath_t.
   MOMENTUM_EXT_CALLS_BACK
   template <typename opmath_t, typename Read>
   static MOMENTUM_EXT_INLINE void read_on_device(const OnDevice& numbers, const Read& read,
@@ -144,7 +146,7 @@ struct Sgd {
     return options.has_momentum && !is_first_step ? 1 : 0;
   }
 
-  // An update as it is compiled.
+  // One of the forms in which update() is compiled: a kernel for each, without branches inside.
   template <WeightDecay kWeightDecay_, Momentum kMomentum_, bool kNesterov_>
   struct Variant {
     static constexpr WeightDecay kWeightDecay = kWeightDecay_;
@@ -154,8 +156,9 @@ struct Sgd {
     static constexpr int kReads = kMomentum == Momentum::kLaterStep ? 1 : 0;
   };
 
-  // Variants by number, those without weight decay last: where a multiplication costs less than a
-  // variant, they are left out, and merge() decays by a factor of 1.
+  // Variants are numbered, those without weight decay last. A backend that prefers a
+  // multiplication to more variants compiles the first kMergedVariants alone: merge() turns "no
+  // decay" into decoupled decay with a coefficient of 1.
   static constexpr int kVariants = 15;
   static constexpr int kMergedVariants = 10;
 

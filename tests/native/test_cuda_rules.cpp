@@ -102,7 +102,7 @@ struct Tensor {
       low.scale[k] = scales[k].data();
     }
     low.master = master.data();
-    low.tensor = 17 + group;
+    low.param_index = 17 + group;
     low.master_kind = mix.master;
     made.average = has_average ? average.data() : nullptr;
     made.layout = dims.empty() ? nullptr : &layout;
