@@ -105,6 +105,11 @@ class GradNorm:
         process group, all ranks call it and get the same: which collectives run depends on the parameters alone.
         """
 
+    def tell_error(self, param_groups: list[dict[str, Any]], process_group: Any) -> None:
+        """In place of :meth:`compute` on a rank that has found an error before: then it raises on the others."""
+
+    has_ranks: bool  # whether other ranks took part in the last compute()
+
     def conclude(
         self, factor: Tensor | None, inv_scale: Tensor | None, grad_scale: Tensor | None, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:

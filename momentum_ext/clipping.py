@@ -61,6 +61,16 @@ class GradFactor:
         # norm_type, norm of the gradients as they are (None: the device knows), dtype, process group
         self._known: tuple[float, float | None, torch.dtype, Any] | None = None
 
+    def _current_on_ranks(
+        self, param_groups: list[dict[str, Any]], group: Any
+    ) -> tuple[float | Tensor, StandIns | None]:
+        """:meth:`current` before a norm that other ranks compute, too: they must not wait for one that raises."""
+        try:
+            return self.current(param_groups)
+        except RuntimeError:
+            self._norms.tell_error(param_groups, group)
+            raise
+
     def current(self, param_groups: list[dict[str, Any]]) -> tuple[float | Tensor, StandIns | None]:
         """The factor for the gradients that are there now; where they have different ones 1, and stand-ins.
 
@@ -132,9 +142,10 @@ class GradFactor:
         Raises:
             ValueError: for fp16 gradients that are to be unscaled, as in torch.
         """
-        factor, grads = self.current(param_groups)
+        factor, grads = self._current_on_ranks(param_groups, group)
         computed = self._norms.compute(param_groups, 2.0, not self._coefficients, process_group=group)
         if computed is None:
+            _refuse(group)
             return None
         if not only_checks and self._norms.has_float16:
             raise ValueError("Attempting to unscale FP16 gradients.")
@@ -153,8 +164,8 @@ class GradFactor:
 
     @property
     def has_grads(self) -> bool:
-        """Whether :meth:`unscale` has found any."""
-        return self._norms.num_grads != 0
+        """Whether :meth:`unscale` has found any, or other ranks may have."""
+        return self._norms.num_grads != 0 or self._norms.has_ranks
 
     def clip(
         self,
@@ -165,7 +176,7 @@ class GradFactor:
         group: Any,
     ) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_, for the gradients times their factors, which take the coefficient."""
-        factor, grads = self.current(param_groups)
+        factor, grads = self._current_on_ranks(param_groups, group)
         computed = self._norm_of(param_groups, grads, norm_type, group)
         if computed is None:
             _refuse(group)
@@ -182,9 +193,9 @@ class GradFactor:
 
         Nothing is remembered, so that a step that fails ends nothing.
         """
-        factor, grads = self.current(param_groups)
         if max_norm is None:
-            return factor, grads, None
+            return *self.current(param_groups), None
+        factor, grads = self._current_on_ranks(param_groups, group)
         computed = self._norm_of(param_groups, grads, 2.0, group)
         if computed is None:
             _refuse(group)
@@ -196,7 +207,7 @@ class GradFactor:
         self, param_groups: list[dict[str, Any]], max_norm: float | None, grad_scale: Tensor | None, group: Any
     ) -> tuple[float | Tensor, StandIns | None, Tensor | None] | None:
         """The same; a factor that is a tensor has 1 / `grad_scale` in it. None where the host must know."""
-        factor, grads = self.current(param_groups)
+        factor, grads = self.current(param_groups) if max_norm is None else self._current_on_ranks(param_groups, group)
         if max_norm is not None:
             computed = self._norm_of(param_groups, grads, 2.0, group)
             if computed is None or computed[0] is not None:
@@ -212,7 +223,8 @@ class GradFactor:
     ) -> tuple[float | None, torch.dtype] | None:
         """Norm (None: the device knows it) and dtype; None for what only torch can do."""
         known = self._known
-        if grads is None and known is not None and known[0] == norm_type and known[3] is group and self._is_same:
+        is_known = grads is None and known is not None and known[0] == norm_type and known[3] is group
+        if known is not None and is_known and self._is_same and not self._norms.has_ranks:  # others may have to compute
             return known[1:3]
         return self._norms.compute(param_groups, norm_type, grads=grads, process_group=group)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Ranks", "awaited", "like", "local", "mismatch", "redistributed", "where_is"]
 
@@ -92,19 +93,22 @@ class Ranks:
             groups = [] if coordinate is None else _groups(mesh, dims)
             self._meshes.append((torch.device(mesh.device_type), groups))
 
-    def reduce(self, sums: list[float], is_max: bool, status: int) -> tuple[float, int]:
+    def reduce(self, sums: list[float], is_max: bool, status: int, dtypes: list[bool]) -> tuple[float, int, list[bool]]:
         """The norm's sums (or largest elements) of each mesh and of plain tensors, over all ranks together.
 
-        Returns also the worst status that a rank has.
+        Returns also the worst status that a rank has, and the dtypes that gradients have on any.
         """
         *of_meshes, total = sums
-        for found, (device, groups) in zip(of_meshes, self._meshes, strict=True):
-            reduced, status = _reduce(found, is_max, status, device, groups)
-            total = _larger(total, reduced) if is_max else total + reduced
-        if self._process_group is not None:
-            device = _device_of(self._process_group)
-            total, status = _reduce(total, is_max, status, device, [self._process_group])
-        return total, status
+        flags = [status == 1, status == 2, *dtypes]
+        with _disable_current_modes():  # also where this rank's operators are watched, others wait
+            for found, (device, groups) in zip(of_meshes, self._meshes, strict=True):
+                reduced, flags = _reduce(found, is_max, flags, device, groups)
+                total = _larger(total, reduced) if is_max else total + reduced
+            if self._process_group is not None:
+                device = _device_of(self._process_group)
+                total, flags = _reduce(total, is_max, flags, device, [self._process_group])
+        is_not_ours, is_error, *dtypes = flags
+        return total, 2 if is_error else 1 if is_not_ours else 0, dtypes
 
 
 def _groups(mesh: Any, dims: list[int]) -> list[Any]:
@@ -121,18 +125,20 @@ def _device_of(process_group: Any) -> torch.device:
     return torch.device("cpu") if torch.device("cpu") in devices else devices[0]
 
 
-def _reduce(value: float, is_max: bool, status: int, device: torch.device, groups: list[Any]) -> tuple[float, int]:
+def _reduce(
+    value: float, is_max: bool, flags: list[bool], device: torch.device, groups: list[Any]
+) -> tuple[float, list[bool]]:
     """One all-reduce for each group: of the value, and of flags, whose sum says what their largest would."""
     if not groups:
-        return value, status
+        return value, flags
     is_nan = math.isnan(value)  # the largest of numbers need not be one that is none
-    numbers = [0.0 if is_nan else value, float(is_nan), float(status == 1), float(status == 2)]
+    numbers = [0.0 if is_nan else value, *map(float, [is_nan, *flags])]
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
     op = torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
     for group in groups:
         torch.distributed.all_reduce(tensor, op, group)
-    found, is_nan, is_not_ours, is_error = tensor.tolist()
-    return math.nan if is_nan else found, 2 if is_error else 1 if is_not_ours else status
+    found, is_nan, *told = tensor.tolist()
+    return math.nan if is_nan else found, [bool(each) for each in told]
 
 
 def _larger(a: float, b: float) -> float:

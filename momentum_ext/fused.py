@@ -293,8 +293,9 @@ class FusedOptimizer(StatefulOptimizer):
             process_group: whose ranks hold other parameters of the same model (pipeline and expert parallelism): the
                 norm is over all of theirs. None: that of the constructor.
 
-        The norm of DTensors is over all their shards, with one all-reduce for each mesh. Which collectives run depends
-        on the parameters alone; an error on one rank raises on all of them.
+        The norm of DTensors is over all their shards, with one all-reduce for each mesh, and then on the CPU. Which
+        collectives run depends on the parameters alone, unless gradients have other placements than they; an error in
+        one rank's gradients raises on all of them.
 
         Returns:
             The norm before clipping, a tensor of no dimension in the gradients' dtype, on their device.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
+from momentum_ext.dtensor import local
 from momentum_ext.keys import BUFFER, LOOKAHEAD, SCALE
 from momentum_ext.precision import EIGHT_BITS
 
@@ -42,12 +43,14 @@ def iterates(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> It
                 for key in (BUFFER, SCALE):
                     if key in entry:
                         _C.check_memory(entry[key], f"{key} of {name}")
-                moves[param] = (param, _as_float(entry[BUFFER], entry), torch.empty_like(param).detach(), distance)
+                shard, buffer = local(param), local(_as_float(entry[BUFFER], entry))  # of a DTensor
+                moves[param] = (shard, buffer, torch.empty_like(shard).detach(), distance)
     done: list[list[_Move]] = []
     try:
         for batch in _batches(list(moves.values())):
             _move(batch, back=False)
             done.append(batch)
+        _count_writes(moves)
         yield
     finally:
         lost = None
@@ -60,8 +63,16 @@ def iterates(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> It
                         _move([move], back=True)
                     except RuntimeError as error:
                         lost = error
+        _count_writes(moves)
         if lost is not None:
             raise lost
+
+
+def _count_writes(moves: dict[Tensor, _Move]) -> None:
+    """A DTensor counts what is written to its shard."""
+    for param, move in moves.items():
+        if move[0] is not param:
+            torch.autograd.graph.increment_version(param)
 
 
 def restore_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:

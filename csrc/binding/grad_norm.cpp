@@ -42,6 +42,7 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type, boo
   const bool readable = read_params(param_groups);
   py::object computed =
       compute(norm_type, [&](bool complex_too) { return readable && collect(complex_too, grads); });
+  redistributed_.clear();
   remembers_ = remembers && !computed.is_none();
   if (remembers_) records_.resize(entries_.size());
   return computed;
@@ -69,9 +70,8 @@ py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& 
   }
   std::exception_ptr error;
   Status status = collect_safely(collect, /*complex_too=*/kind == Norm::kSumOfSquares, error);
-  const bool is_alone = !has_ranks() || is_watched_;  // a watched number can be told to nobody
-  if (is_alone && error) std::rethrow_exception(error);
-  if (is_alone && status != Status::kFine) return py::none();
+  if (!has_ranks() && error) std::rethrow_exception(error);
+  if (!has_ranks() && status != Status::kFine) return py::none();
   is_pending_ = !has_ranks() && device_.value_or(kCpu) != kCpu;
   kind_ = kind;
   double norm = is_pending_ ? 0 : sum(kind, 1.0, status);
@@ -85,20 +85,7 @@ py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& 
   const auto dtype_object =
       py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype)));
   if (is_pending_) return py::make_tuple(py::none(), dtype_object);
-  if (kind == Norm::kSumOfSquares) {
-    // Squares of doubles can leave a double's range, where their root does not.
-    const bool in_range =
-        norm == 0 ? dtype_ != at::kDouble && !has_ranks() : norm > 1e-280 && norm < 1e300;
-    double scale = 1;
-    if (!in_range) {
-      const double largest = sum(Norm::kMax, 1.0, status);
-      if (std::isfinite(largest) && largest > 0) {
-        scale = std::exp2(-std::clamp(std::ilogb(largest), -1000, 1000));
-        norm = sum(Norm::kSumOfSquares, scale, status);
-      }
-    }
-    norm = std::sqrt(norm) / scale;
-  }
+  if (kind == Norm::kSumOfSquares) norm = root_of_squares(norm, status);
   return py::make_tuple(norm, dtype_object);
 }
 
@@ -140,9 +127,9 @@ size_t GradNorm::remember(const py::list& param_groups,
   if (!read_params(param_groups)) return 0;
   GradRecords before = std::exchange(records_, {});
   size_t n = 0;
-  for_each_grad([&](const at::Tensor& grad, size_t) {
-    const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
-    records_.add(impl, indices.has_value() ? indices->at(n) : 0, before.take(n, impl));
+  for_each_grad([&](const at::Tensor& memory, size_t k) {
+    const GradRecords::Gradient grad = gradient(memory, k);
+    records_.add(grad, indices.has_value() ? indices->at(n) : 0, before.take(n, grad));
     ++n;
     return true;
   });
@@ -154,8 +141,8 @@ size_t GradNorm::forget(const py::list& param_groups) {
   if (!read_params(param_groups)) return records_.size();
   GradRecords before = std::exchange(records_, {});
   size_t n = 0;
-  for_each_grad([&](const at::Tensor& grad, size_t) {
-    before.take(n++, *grad.unsafeGetTensorImpl());
+  for_each_grad([&](const at::Tensor& grad, size_t k) {
+    before.take(n++, gradient(grad, k));
     return true;
   });
   records_.add_others(std::move(before), 0);
@@ -167,15 +154,15 @@ py::object GradNorm::match(const py::list& param_groups) {
   if (!read_params(param_groups)) return found;
   size_t n = 0;
   bool same = records_.has_one_coefficient();
-  for_each_grad([&](const at::Tensor& grad, size_t) {
-    same = same && records_.is_same(n, *grad.unsafeGetTensorImpl());
+  for_each_grad([&](const at::Tensor& grad, size_t k) {
+    same = same && records_.is_same(n, gradient(grad, k));
     ++n;
     return same;
   });
   if (same && n == records_.size()) return py::none();
   for_each_grad([&](const at::Tensor& grad, size_t k) {
-    found.append(py::make_tuple(places_[k].group, places_[k].index,
-                                records_.find(*grad.unsafeGetTensorImpl())));
+    found.append(
+        py::make_tuple(places_[k].group, places_[k].index, records_.find(gradient(grad, k))));
     return true;
   });
   return found;
@@ -210,15 +197,25 @@ bool GradNorm::read_params(const py::list& param_groups) {
   params_.clear();
   places_.clear();
   std::unordered_set<PyObject*> visited;
+  decltype(listed_) listed;
   for_each_param([&](PyObject* param, Place place) {
     resolve(param);  // finds out what a DTensor is
-    listed_.emplace_back(param, place.group, shard_of(param).spec);
+    listed.emplace_back(param, place.group, shard_of(param).spec);
     if (!visited.insert(param).second) return;
     params_.push_back(param);
     places_.push_back(place);
   });
   std::tie(ranks_, meshes_) = find_ranks(params_, process_group_);
+  listed_ = std::move(listed);  // not before: it may have raised
   return true;
+}
+
+const at::Tensor& GradNorm::listed_grad(size_t k) const {
+  return grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
+}
+
+GradRecords::Gradient GradNorm::gradient(const at::Tensor& memory, size_t k) const {
+  return {*listed_grad(k).unsafeGetTensorImpl(), *memory.unsafeGetTensorImpl()};
 }
 
 // Calls visit(gradient, its parameter's number) in order; stops and returns false when that does.
@@ -226,9 +223,10 @@ bool GradNorm::read_params(const py::list& param_groups) {
 template <typename Visit>
 bool GradNorm::for_each_grad(const Visit& visit) const {
   for (size_t k = 0; k < params_.size(); ++k) {
-    const at::Tensor& grad = grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
+    const at::Tensor& grad = listed_grad(k);
     if (!grad.defined()) continue;
-    if (is_subclass(grad) ? !visit(shard_of_grad(grad), k) : !visit(grad, k)) return false;
+    const bool is_shard = is_subclass(grad) && shard_of(params_[k]).spec != nullptr;
+    if (is_shard ? !visit(shard_of_grad(grad), k) : !visit(grad, k)) return false;
   }
   return true;
 }
@@ -250,7 +248,7 @@ bool GradNorm::collect(bool complex_too, const py::object& grads) {
   return for_each_grad([&](const at::Tensor& found, size_t k) {
     const auto name = [&] {
       return "gradient of param_groups[" + std::to_string(places_[k].group) + "]['params'][" +
-             std::to_string(places_[k].index) + "]";
+             std::to_string(places_[k].index) + "]" + where_is(params_[k]);
     };
     const at::Tensor* grad = &found;
     PyObject* const stand_in =
@@ -267,7 +265,7 @@ bool GradNorm::collect(bool complex_too, const py::object& grads) {
       mesh_of_entry_.push_back(meshes_[k]);
       if (meshes_[k] == -2) first_block_.back() = first_block_[first_block_.size() - 2];
     }
-    if (remembers_) records_.put(entries_.size() - 1, *found.unsafeGetTensorImpl());
+    if (remembers_) records_.put(entries_.size() - 1, gradient(found, k));
     return true;
   });
 }
@@ -336,36 +334,7 @@ double GradNorm::sum(Norm kind, double scale, Status& status) {
     sums[static_cast<size_t>(mesh)] =
         is_on_cpu ? sum_of_mesh(kind, key) : sum_on_device(kind, key, scale);
   }
-  const auto [reduced, worst] =
-      ranks_.attr("reduce")(sums, kind == Norm::kMax, static_cast<int>(status))
-          .cast<std::pair<double, int>>();
-  status = static_cast<Status>(worst);
-  return reduced;
-}
-
-double GradNorm::sum_of_mesh(Norm kind, int mesh) const {
-  double sum = 0;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    if (mesh_of_entry_[i] != mesh) continue;
-    for (int64_t block = first_block_[i]; block < first_block_[i + 1]; ++block) {
-      const double norm = block_norms_[static_cast<size_t>(block)];
-      sum = kind == Norm::kMax ? larger(sum, norm) : sum + norm;
-    }
-  }
-  return sum;
-}
-
-// Waits for the device: other ranks must be told whether this one goes on.
-double GradNorm::sum_on_device(Norm kind, int mesh, double scale) {
-  std::vector<TensorEntry> entries;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    if (mesh_of_entry_[i] == mesh) entries.push_back(entries_[i]);
-  }
-  if (entries.empty()) return 0;
-  const TensorTable table{entries.data(), nullptr, static_cast<int64_t>(entries.size())};
-  const double norm =
-      on_device_.conclude(*device_, &table, kind, {}, 1.0, at::kDouble).norm.item<double>() * scale;
-  return kind == Norm::kSumOfSquares ? norm * norm : norm;
+  return reduce(sums, kind == Norm::kMax, status);
 }
 
 std::pair<at::Tensor, double> clip_by_norm(double norm, at::ScalarType dtype, double max_norm) {

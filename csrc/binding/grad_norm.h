@@ -33,6 +33,12 @@ class GradNorm {
   py::object compute(const py::list& param_groups, double norm_type, bool remembers,
                      const py::object& grads, const py::object& process_group);
 
+  // In place of compute() on a rank that has found an error before: then it raises on the others.
+  void tell_error(const py::list& param_groups, const py::object& process_group);
+
+  // Whether other ranks took part in the last compute().
+  bool has_ranks() const { return static_cast<bool>(ranks_); }
+
   // The same for a list of gradients.
   py::object compute_of(const std::vector<at::Tensor>& grads, double norm_type);
 
@@ -70,14 +76,18 @@ class GradNorm {
                         std::exception_ptr& error) const;
   void start_collecting();
   bool read_params(const py::list& param_groups);
+  const at::Tensor& listed_grad(size_t k) const;
+  GradRecords::Gradient gradient(const at::Tensor& memory, size_t k) const;
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;
   bool collect(bool complex_too, const py::object& grads);
   template <typename Name>
   bool add(const at::Tensor& grad, bool complex_too, const Name& name);
   TensorTable table() const;
-  bool has_ranks() const { return static_cast<bool>(ranks_); }
   double sum(Norm kind, double scale, Status& status);
+  double root_of_squares(double sum_of_squares, Status& status);
+  double reduce(const std::vector<double>& sums, bool is_max, Status& status);
+  double largest_of_ranks(double mine);
   double sum_of_mesh(Norm kind, int mesh) const;
   double sum_on_device(Norm kind, int mesh, double scale);
 

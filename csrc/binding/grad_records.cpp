@@ -9,6 +9,7 @@ namespace momentum_ext::binding {
 namespace {
 
 using Record = GradRecords::Record;
+using Gradient = GradRecords::Gradient;
 
 struct Place {
   const c10::StorageImpl* storage;  // nullptr: not a tensor with memory of its own
@@ -51,16 +52,25 @@ uint32_t current(const c10::VariableVersion& counter) {
   return counter.enabled() ? counter.current_version() : 0;
 }
 
-bool was_written(const Record& record, const c10::TensorImpl& grad) {
-  if (current(record.counter) != record.version) return true;
-  // Such a tensor (p.grad.data) counts its own writes.
-  return !is_same_counter(record.counter, grad.version_counter()) &&
-         current(grad.version_counter()) != 0;
+// Counted by a tensor that may not be the one that the record's counter is of. Such a one
+// (p.grad.data, a new DTensor around the same shard) counts its own writes.
+bool has_counted(const c10::VariableVersion& counter, uint32_t version,
+                 const c10::VariableVersion& now) {
+  return current(counter) != version || (!is_same_counter(counter, now) && current(now) != 0);
+}
+
+bool is_wrapped(const Gradient& grad) { return &grad.listed != &grad.memory; }
+
+bool was_written(const Record& record, const Gradient& grad) {
+  return has_counted(record.counter, record.version, grad.memory.version_counter()) ||
+         (is_wrapped(grad) &&
+          has_counted(record.wrapper, record.wrapper_version, grad.listed.version_counter()));
 }
 
 }  // namespace
 
-void GradRecords::add(const c10::TensorImpl& grad, int64_t coefficient, Record record) {
+void GradRecords::add(const Gradient& gradient, int64_t coefficient, Record record) {
+  const c10::TensorImpl& grad = gradient.memory;
   const Place place = place_of(grad);
   one_coefficient_ = one_coefficient_ && coefficient == 0;
   if (!record.storage.has_value() && place.storage != nullptr) {
@@ -71,6 +81,8 @@ void GradRecords::add(const c10::TensorImpl& grad, int64_t coefficient, Record r
     record.counter = grad.version_counter();
   }
   record.version = current(record.counter);
+  if (is_wrapped(gradient)) record.wrapper = gradient.listed.version_counter();
+  record.wrapper_version = current(record.wrapper);
   record.offset = grad.storage_offset();
   record.numel = grad.numel();
   record.begin = place.begin;
@@ -79,9 +91,9 @@ void GradRecords::add(const c10::TensorImpl& grad, int64_t coefficient, Record r
   records_.push_back(std::move(record));
 }
 
-void GradRecords::put(size_t n, const c10::TensorImpl& grad) {
-  if (n < records_.size() && is_at_record(records_[n], grad) &&
-      records_[n].numel == grad.numel()) {  // new references cost more
+void GradRecords::put(size_t n, const Gradient& grad) {
+  if (!is_wrapped(grad) && n < records_.size() && is_at_record(records_[n], grad.memory) &&
+      records_[n].numel == grad.memory.numel()) {  // new references cost more
     records_[n].version = current(records_[n].counter);
     records_[n].coefficient = 0;
     return;
@@ -96,8 +108,8 @@ void GradRecords::resize(size_t n) {
   one_coefficient_ = true;
 }
 
-Record GradRecords::take(size_t n, const c10::TensorImpl& grad) {
-  const Place place = place_of(grad);
+Record GradRecords::take(size_t n, const Gradient& grad) {
+  const Place place = place_of(grad.memory);
   if (records_.empty() || place.storage == nullptr) return {};
   if (n < records_.size() && is_at(records_[n], place)) return std::exchange(records_[n], {});
   const auto [first, last] = by_storage().equal_range(place.storage);
@@ -117,9 +129,10 @@ void GradRecords::add_others(GradRecords others, int64_t shift) {
 }
 
 // Looks at as few cache lines as it can: each step asks for each gradient.
-bool GradRecords::is_same(size_t n, const c10::TensorImpl& grad) const {
-  return n < records_.size() && is_at_record(records_[n], grad) &&
-         current(records_[n].counter) == records_[n].version;
+bool GradRecords::is_same(size_t n, const Gradient& grad) const {
+  return n < records_.size() && is_at_record(records_[n], grad.memory) &&
+         current(records_[n].counter) == records_[n].version &&
+         (!is_wrapped(grad) || !was_written(records_[n], grad));
 }
 
 const GradRecords::Positions& GradRecords::by_storage() {
@@ -129,8 +142,8 @@ const GradRecords::Positions& GradRecords::by_storage() {
   return by_storage_;
 }
 
-int64_t GradRecords::find(const c10::TensorImpl& grad) {
-  const Place place = place_of(grad);
+int64_t GradRecords::find(const Gradient& grad) {
+  const Place place = place_of(grad.memory);
   if (place.storage == nullptr) return -1;
   int64_t found = -1;
   const auto [first, last] = by_storage().equal_range(place.storage);

@@ -134,6 +134,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                &GradNorm::compute),
            py::arg("param_groups"), py::arg("norm_type"), py::arg("remembers") = false,
            py::arg("grads") = py::none(), py::arg("process_group") = py::none())
+      .def("tell_error", &GradNorm::tell_error, py::arg("param_groups"), py::arg("process_group"))
+      .def_property_readonly("has_ranks", &GradNorm::has_ranks)
       .def("compute_of", &GradNorm::compute_of, py::arg("grads"), py::arg("norm_type"))
       .def("conclude", &GradNorm::conclude, py::arg("factor"), py::arg("inv_scale"),
            py::arg("grad_scale"), py::arg("max_norm"))

@@ -183,17 +183,32 @@ void PreparedStep::discard() noexcept {
   finish();
 }
 
+// What counts the writes to the state at this key: it, or the DTensor whose shard it is.
+c10::TensorImpl* PreparedStep::counter_of(size_t i, PyObject* key, c10::TensorImpl* state) const {
+  if (state == nullptr || plan_->slots[i].specs == nullptr) return state;
+  PyObject* const value = find_item(plan_->slots[i].state_dict, key);
+  return value != nullptr && THPVariable_Check(value)
+             ? THPVariable_Unpack(value).unsafeGetTensorImpl()
+             : state;
+}
+
 void PreparedStep::bump_versions() {
   versions_are_bumped_ = false;  // those of the other slots stay as they are now
+  PyObject* const* const keys = plan_->rule->state_keys;
   for (const size_t i : vectors_->changed) {
-    if (plan_->tensors[i].param != nullptr) bump_version(plan_->listed(i).unsafeGetTensorImpl());
-    for (c10::TensorImpl* const state : plan_->tensors[i].states) bump_version(state);
+    if (plan_->tensors[i].param == nullptr) continue;
+    bump_version(plan_->listed(i).unsafeGetTensorImpl());
+    for (int k = 0; k < kMaxStates; ++k) {
+      bump_version(counter_of(i, keys[k], plan_->tensors[i].states[k]));
+    }
   }
   if (!plan_->has_averages && !plan_->has_low_precision) return;
   for (size_t i = 0; i < plan_->slots.size(); ++i) {
     if (plan_->tensors[i].param == nullptr) continue;
-    bump_version(plan_->tensors[i].average);
-    bump_version(plan_->companion_tensors[i].master);
+    bump_version(counter_of(i, state_keys().average, plan_->tensors[i].average));
+    if (c10::TensorImpl* const master = plan_->companion_tensors[i].master; master != nullptr) {
+      bump_version(counter_of(i, plan_->slots[i].companions->master.key, master));
+    }
     for (c10::TensorImpl* const scale : plan_->companion_tensors[i].scales) bump_version(scale);
   }
 }
@@ -215,7 +230,9 @@ void PreparedStep::restore_versions() noexcept {
     };
     if (plan_->tensors[i].param == nullptr) continue;
     restore(plan_->listed(i).unsafeGetTensorImpl());
-    for (c10::TensorImpl* const state : plan_->tensors[i].states) restore(state);
+    for (int k = 0; k < kMaxStates; ++k) {
+      restore(counter_of(i, plan_->rule->state_keys[k], plan_->tensors[i].states[k]));
+    }
   }
 }
 
@@ -242,26 +259,9 @@ void PreparedStep::update_cpu(const StepNumbers& numbers) {
   plan.rule->step_on_cpu(table, numbers, in_order_ ? 1 : max_threads());
 }
 
-// Holds on to this step's tensors while other code may run: Python's, or another thread's.
 void PreparedStep::keep_alive() {
-  auto& kept = vectors_->kept_alive;
-  if (!kept.empty()) return;
-  const auto keep = [&kept](c10::TensorImpl* tensor) {
-    if (tensor == nullptr) return;
-    kept.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
-                      tensor->unsafe_storage());
-  };
-  for (size_t i = 0; i < plan_->slots.size(); ++i) {
-    const Plan::Tensors& tensors = plan_->tensors[i];
-    if (tensors.param == nullptr) continue;
-    keep(tensors.param);
-    keep(tensors.grad);
-    for (c10::TensorImpl* const state : tensors.states) keep(state);
-    keep(tensors.average);
-    if (!plan_->has_low_precision) continue;
-    keep(plan_->companion_tensors[i].master);
-    for (c10::TensorImpl* const scale : plan_->companion_tensors[i].scales) keep(scale);
-  }
+  if (std::exchange(keeps_all_, true)) return;
+  for (size_t i = 0; i < plan_->slots.size(); ++i) binding::keep_alive(*vectors_, *plan_, i);
 }
 
 // Only gradients whose storage has other owners can lie in another slot's parameter or buffer.

@@ -63,6 +63,7 @@ class PreparedStep {
   void insert_state();
   void finish() noexcept;
   void restore_versions() noexcept;
+  c10::TensorImpl* counter_of(size_t i, PyObject* key, c10::TensorImpl* state) const;
   bool some_grad_meets_another_slot() const;
   void bump_versions();
   void update_cpu(const StepNumbers& numbers);
@@ -76,6 +77,7 @@ class PreparedStep {
   bool versions_are_bumped_ = false;      // of the slots that are as the plan says
   bool converts_ = false;                 // some slot's formulation is not its group's
   bool is_writing_ = false;
+  bool keeps_all_ = false;  // of its tensors alive
   bool may_be_left_out_;
   bool in_order_ = false;  // tensors share memory: one after the other, as torch's for-loop
 };

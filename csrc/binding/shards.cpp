@@ -52,9 +52,12 @@ py::object object(const at::Tensor& tensor) {
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
 }
 
-bool lies_like(PyObject* param, const at::Tensor& other) {
+}  // namespace
+
+bool is_placed_like(PyObject* param, const at::Tensor& other) {
   const Shard wanted = find_shard(param);
-  const Shard found = find_shard(object_of(other));
+  PyObject* const object = object_of(other);
+  const Shard found = object != nullptr ? find_shard(object) : Shard{};
   if (wanted.spec == found.spec) return true;
   if (wanted.spec == nullptr || found.spec == nullptr) return false;
   const py::handle a(wanted.spec);
@@ -62,8 +65,6 @@ bool lies_like(PyObject* param, const at::Tensor& other) {
   return a.attr("mesh").equal(b.attr("mesh")) && a.attr("placements").equal(b.attr("placements")) &&
          other.sizes() == THPVariable_Unpack(param).sizes();
 }
-
-}  // namespace
 
 const at::Tensor& resolve(PyObject* param) {
   const Shard shard = find_shard(param);
@@ -77,7 +78,7 @@ const at::Tensor& resolve_state(PyObject* param, const at::Tensor& state,
   const bool is_plain = found == nullptr || !is_dtensor(found);
   // A DTensor that is not resolved is torch's, with all that belongs to it.
   if (wanted.spec == nullptr && (is_plain || is_dtensor(param))) return state;
-  if (is_plain || !lies_like(param, state)) {
+  if (is_plain || !is_placed_like(param, state)) {
     throw std::runtime_error(
         name() + ": " + python("mismatch")(py::handle(param), object(state)).cast<std::string>());
   }
@@ -88,7 +89,7 @@ at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
                         const std::function<std::string()>& name) {
   PyObject* const found = object_of(grad);
   if (find_shard(param).spec == nullptr || found == nullptr || !is_dtensor(found) ||
-      (find_shard(found).spec != nullptr && lies_like(param, grad))) {
+      (find_shard(found).spec != nullptr && is_placed_like(param, grad))) {
     return resolve_state(param, grad, name);
   }
   const py::object placed = python("redistributed")(py::handle(param), object(grad), name());

@@ -62,6 +62,10 @@ inline PyObject* object_of(const at::Tensor& tensor) {
 // itself for anything but a DTensor.
 const at::Tensor& resolve(PyObject* param);
 
+// True where both are DTensors of the same mesh, placements and shape, or neither is one that
+// resolves.
+bool is_placed_like(PyObject* param, const at::Tensor& other);
+
 // The same for a parameter's gradient or state, which must lie as the parameter does. Raises, with
 // the remedy, where one of the two is a DTensor and the other is not, or lies elsewhere.
 const at::Tensor& resolve_state(PyObject* param, const at::Tensor& state,

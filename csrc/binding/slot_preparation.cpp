@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "low_precision.h"
@@ -38,6 +39,23 @@ py::object spec_of(PyObject* tensor) {
 
 }  // namespace
 
+void keep_alive(StepVectors& vectors, const Plan& plan, size_t i) {
+  const auto keep = [&vectors](c10::TensorImpl* tensor) {
+    if (tensor == nullptr) return;
+    vectors.kept_alive.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor),
+                                    tensor->unsafe_storage());
+  };
+  const Plan::Tensors& tensors = plan.tensors[i];
+  if (tensors.param == nullptr) return;
+  keep(tensors.param);
+  keep(tensors.grad);
+  for (c10::TensorImpl* const state : tensors.states) keep(state);
+  keep(tensors.average);
+  if (!plan.has_low_precision) return;
+  keep(plan.companion_tensors[i].master);
+  for (c10::TensorImpl* const scale : plan.companion_tensors[i].scales) keep(scale);
+}
+
 void SlotPreparation::look_at_all() {
   Plan& plan = plan_;
   for (size_t g = 0; g < plan.readers.size(); ++g) {
@@ -73,11 +91,13 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
     found.grad = local_grad(grad_tensor, *specs);
     if (found.grad == nullptr) return false;
   }
+  c10::TensorImpl* counters[kMaxStates] = {};  // a DTensor counts what is written to its shard
   for (int k = 0; k < num_states; ++k) {
     PyObject* const value = find_item(slot.state_dict, plan.rule->state_keys[k]);
     if (value == nullptr) return false;
     found.states[k] = local_impl(value, specs != nullptr ? specs->states[k].ptr() : nullptr);
     if (found.states[k] == nullptr) return false;
+    counters[k] = THPVariable_Unpack(value).unsafeGetTensorImpl();
   }
   try {
     if (!slot.is_unchanged(*param, *found.grad, found.states, num_states)) return false;
@@ -91,8 +111,8 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
   entry.numel = slot.num_reals;
   entry.is_first_step = false;
   if (has_shared_storage(*found.grad)) vectors_.shared_grads.push_back(i);
-  bump_version(listed);  // a DTensor counts what is written to its shard
-  for (int k = 0; k < num_states; ++k) bump_version(found.states[k]);
+  bump_version(listed);
+  for (int k = 0; k < num_states; ++k) bump_version(counters[k]);
   return true;
 }
 
@@ -110,7 +130,21 @@ void SlotPreparation::lay_out(size_t i) {
 
 bool SlotPreparation::prepare_changed() {
   if (vectors_.changed.empty()) return false;
-  for (const size_t i : vectors_.changed) prepare(i);
+  // A DTensor's gradient may have to be redistributed: Python code, which waits for other ranks.
+  const bool calls_python = std::any_of(vectors_.changed.begin(), vectors_.changed.end(),
+                                        [this](size_t i) { return plan_.is_dtensor(i); });
+  auto next = vectors_.changed.begin();  // in order; what these had in an earlier step may be gone
+  for (size_t i = 0; calls_python && i < plan_.slots.size(); ++i) {
+    if (next != vectors_.changed.end() && *next == i) {
+      ++next;
+    } else {
+      keep_alive(vectors_, plan_, i);
+    }
+  }
+  for (const size_t i : vectors_.changed) {
+    prepare(i);
+    if (calls_python) keep_alive(vectors_, plan_, i);
+  }
   vectors_.shares.clear();
   for (size_t i = 0; i < plan_.slots.size(); ++i) lay_out(i);
   return converts_;
@@ -191,7 +225,9 @@ void SlotPreparation::remember_specs(size_t i) {
   if (!spec_of(param)) return;
   slot.specs = std::make_unique<Specs>();
   slot.specs->param = spec_of(param);
-  slot.specs->grad = spec_of(object_of(grad_of(*plan.listed(i).unsafeGetTensorImpl())));
+  // Another placement stays another one, though a later gradient may have the same spec object.
+  const at::Tensor& grad = grad_of(*plan.listed(i).unsafeGetTensorImpl());
+  if (grad.defined() && is_placed_like(param, grad)) slot.specs->grad = spec_of(object_of(grad));
   for (int k = 0; k < slot.num_states; ++k) {
     slot.specs->states[k] = spec_of(find_item(slot.state_dict, plan.rule->state_keys[k]));
   }

@@ -7,6 +7,9 @@
 
 namespace momentum_ext::binding {
 
+// Holds on to what a slot updates while other code may run: Python's, or another thread's.
+void keep_alive(StepVectors& vectors, const Plan& plan, size_t i);
+
 class SlotPreparation {
  public:
   SlotPreparation(Plan& plan, const StepOptions& options, StepVectors& vectors)

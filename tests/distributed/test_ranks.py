@@ -1,6 +1,8 @@
 """DTensors on two and four ranks, beside plain tensors of the whole model: the same bits, whatever the sharding."""
 
+import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from ranks import mesh_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.utils.flop_counter import FlopCounterMode
 
 import momentum_ext
 from momentum_ext import FusedMomentum
@@ -128,23 +131,118 @@ def test_dtensors_go_to_the_kernels(two_ranks):
 # ---- gradients that lie otherwise -----------------------------------------------------------------------------------
 
 
-def other_placements(grad_places):
-    twins = Twins((2,), [Shard(0)], max_grad_norm=0.5)
-    for _ in range(3):
+def other_placements(param_places, grad_places, clips):
+    """Each step's gradient has the same spec object, as torch's cache gives it, and is then not taken for a shard."""
+    twins = Twins((2,), param_places)
+    specs = {}
+    for _ in range(6):
         twins.new_grads()
-        for mine, theirs in zip(twins.mine, twins.whole, strict=True):
+        for i, (mine, theirs) in enumerate(zip(twins.mine, twins.whole, strict=True)):
             if isinstance(mine, DTensor):
-                mine.grad = None
-                part = theirs.grad / 2 if grad_places == [Partial()] else theirs.grad
-                mine.data.grad_dtype = None
-                mine.grad = DTensor.from_local(part.clone(), twins.mesh, grad_places, run_check=False)
-        twins.opt.max_grad_norm = twins.theirs.max_grad_norm = None
+                part = (theirs.grad / 2 if grad_places == [Partial()] else theirs.grad).clone()
+                if i not in specs:
+                    specs[i] = DTensor.from_local(part, twins.mesh, grad_places, run_check=False)._spec
+                mine.grad = DTensor(part, specs[i], requires_grad=False)
+        if clips:
+            norms = [opt.clip_grad_norm_(1e6).item() for opt in (twins.opt, twins.theirs)]
+            torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
         twins.step_as_is()
 
 
-@pytest.mark.parametrize("places", [[Replicate()], [Partial()]], ids=str)
-def test_a_gradient_with_other_placements_is_redistributed(two_ranks, places):
-    two_ranks.run(other_placements, places)
+@pytest.mark.parametrize("clips", [False, True], ids=["", "clip"])
+@pytest.mark.parametrize(
+    "param_places, grad_places",
+    [([Shard(0)], [Replicate()]), ([Shard(0)], [Partial()]), ([Replicate()], [Partial()])],
+    ids=str,
+)
+def test_a_gradient_with_other_placements_is_redistributed(two_ranks, param_places, grad_places, clips):
+    two_ranks.run(other_placements, param_places, grad_places, clips)
+
+
+def sequence_parallel():
+    """A norm's gradients are Partial, its parameters Replicate."""
+    mesh = mesh_of(2)
+    found = []
+    for is_parallel in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))
+        if is_parallel:
+            parallelize_module(model, mesh, {"0": SequenceParallel(), "1": ColwiseParallel(input_layouts=Shard(1))})
+        optimizer = FusedMomentum(model.parameters(), **HYPER)
+        torch.manual_seed(1)
+        for _ in range(6):
+            optimizer.zero_grad()
+            x = torch.randn(3, 4, 6)
+            rank = torch.distributed.get_rank()
+            out = model(x.chunk(2, dim=1)[rank].contiguous() if is_parallel else x)
+            if is_parallel:
+                (out * torch.arange(4.0)[2 * rank : 2 * rank + 2]).sum().backward()
+            else:
+                (out * torch.arange(4.0)).sum().backward()
+            optimizer.step()
+        found.append([full(param.detach()) for param in model.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_sequence_parallel(two_ranks):
+    two_ranks.run(sequence_parallel)
+
+
+def redistributed_beside(scenario):
+    """Another thread lets go of an unchanged slot's gradient while a redistribution waits."""
+    plain = nn.Parameter(torch.randn(1 << 20))
+    sharded = nn.Parameter(distribute_tensor(torch.randn(4, 2), mesh_of(2), [Shard(0)]))
+    opt = FusedMomentum([plain, sharded], **HYPER)
+    for _ in range(3):
+        plain.grad = torch.ones_like(plain)
+        sharded.grad = distribute_tensor(torch.ones(4, 2), mesh_of(2), [Shard(0)])
+        opt.step()
+    redistributed = momentum_ext.dtensor.redistributed
+
+    def drop(*arguments):
+        plain.grad = None
+        junk = [torch.full((1 << 20,), 9.0) for _ in range(4)]  # would get its memory
+        del junk
+        return redistributed(*arguments)
+
+    plain.grad = torch.ones_like(plain)
+    sharded.grad = distribute_tensor(torch.ones(4, 2), mesh_of(2), [Replicate()])
+    twin = nn.Parameter(plain.detach().clone())
+    other = FusedMomentum([twin], **HYPER)
+    other.state[twin]["momentum_buffer"] = opt.state[plain]["momentum_buffer"].clone()
+    twin.grad = torch.ones_like(twin)
+    momentum_ext.dtensor.redistributed = drop
+    try:
+        opt.step()
+    finally:
+        momentum_ext.dtensor.redistributed = redistributed
+    other.step()
+    assert_same(plain.detach(), twin.detach())
+
+
+def test_tensors_outlive_what_python_does_meanwhile(two_ranks):
+    two_ranks.run(redistributed_beside, None)
+
+
+def wrong_gradient():
+    """One that is plain, or of another mesh."""
+    twins = Twins((2,), [Shard(0)])
+    twins.step()
+    twins.new_grads()
+    param = twins.mine[1]
+    kept, param.grad = param.grad, None
+    others = [torch.zeros(5, 3), distribute_tensor(torch.zeros(5, 3), mesh_of(2, names=("x",)), [Shard(0)])]
+    for wrong in others[:1]:
+        param.grad = wrong
+        with refused(twins.opt, RuntimeError, r"gradient of param_groups\[0\]\['params'\]\[1\]: it is a plain Tensor"):
+            twins.opt.step()
+    param.grad = kept
+    twins.step_as_is()
+
+
+def test_a_plain_gradient_is_refused(two_ranks):
+    two_ranks.run(wrong_gradient)
 
 
 def plain_gradient():
@@ -192,6 +290,26 @@ def refused_modes(options, match):
 )
 def test_what_dtensors_cannot_have_yet(two_ranks, options, match):
     two_ranks.run(refused_modes, options, match)
+
+
+def state_versions():
+    """What autograd has saved of the state is seen to change, as with plain tensors."""
+    for key in ("momentum_buffer", "ema"):
+        param = nn.Parameter(distribute_tensor(torch.ones(6, 2), mesh_of(2), [Shard(0)]))
+        opt = FusedMomentum([param], lr=0.1, momentum=0.9, ema_decay=0.9)
+        for k in range(4):
+            param.grad = distribute_tensor(torch.ones(6, 2), mesh_of(2), [Shard(0)])
+            if k:
+                weight = distribute_tensor(torch.ones(6, 2), mesh_of(2), [Shard(0)]).requires_grad_()
+                loss = (weight * opt.state[param][key]).sum()
+            opt.step()
+            if k:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+
+
+def test_autograd_sees_writes_to_the_state(two_ranks):
+    two_ranks.run(state_versions)
 
 
 def versions():
@@ -323,13 +441,164 @@ def only_one_rank(what):
     match = "non-finite" if "nan" in what else "was freed" if rank == 1 else "another rank"
     with pytest.raises(RuntimeError, match=match):
         twins.opt.clip_grad_norm_(1.0, norm_type, error_if_nonfinite=True)
-    if what != "freed":
-        before.assert_unchanged()
+    if what == "freed" and rank == 1:
+        return  # a snapshot cannot look at memory that is not there
+    before.assert_unchanged()
 
 
 @pytest.mark.parametrize("what", ["nan", "inf norm of nan", "freed", "none"])
 def test_what_one_rank_finds_is_known_to_all(two_ranks, what):
     two_ranks.run(only_one_rank, what)
+
+
+def written(how):
+    """After clipping: through the DTensor, which counts for itself, or through its shard."""
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh_of(2), [Shard(0)]))
+    opt = FusedMomentum([param], lr=1.0)
+    param.grad = distribute_tensor(torch.full((4, 2), 100.0), mesh_of(2), [Shard(0)])
+    opt.clip_grad_norm_(1.0)
+    if how == "wrapper":
+        param.grad.mul_(100)
+    elif how == "shard":
+        param.grad.to_local().mul_(100)
+    elif how == "backward":
+        (param * 1.0).sum().backward()
+    elif how == "one rank" and torch.distributed.get_rank() == 1:
+        param.grad.to_local().mul_(100)
+    if how == "new wrapper":
+        param.grad = DTensor(param.grad.to_local(), param._spec, requires_grad=False)
+        opt.step()
+        expected = torch.full((4, 2), 1 - 100 / (100 * 8**0.5))
+        torch.testing.assert_close(full(param.detach()), expected, rtol=1e-5, atol=1e-6)
+        return
+    match = "was written to after" if how != "one rank" or torch.distributed.get_rank() == 1 else "another rank"
+    for act in [lambda: opt.clip_grad_norm_(1.0)] + ([opt.step] if how != "one rank" else []):
+        with pytest.raises(RuntimeError, match=match):
+            act()
+    opt.zero_grad()
+    param.grad = distribute_tensor(torch.ones(4, 2), mesh_of(2), [Shard(0)])
+    opt.step()
+    torch.testing.assert_close(full(param.detach()), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("how", ["wrapper", "shard", "backward", "one rank", "new wrapper"])
+def test_gradients_written_after_clipping(two_ranks, how):
+    two_ranks.run(written, how)
+
+
+def beside_plain(value):
+    """Plain tensors that differ by rank, out of a double's range on one of them."""
+    rank = torch.distributed.get_rank()
+    plain = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4, dtype=torch.float64), mesh_of(2), [Shard(0)]))
+    opt = FusedMomentum([plain, sharded], lr=1.0)
+    plain.grad = torch.full_like(plain, value if rank == 1 else 1.0)
+    sharded.grad = distribute_tensor(torch.ones(4, dtype=torch.float64), mesh_of(2), [Shard(0)])
+    norm = opt.clip_grad_norm_(1.0).item()
+    expected = (value * 2**0.5 if rank == 1 else 1.0) if value in (1e200, float("inf")) else 6**0.5
+    expected = 6**0.5 if rank == 0 or value == 1.0 else expected
+    torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("value", [1.0, 1e200, float("inf")])
+def test_plain_tensors_that_differ_by_rank(two_ranks, value):
+    two_ranks.run(beside_plain, value)
+
+
+def scaled(what):
+    """momentum_ext.GradScaler: one rank's overflow is every rank's, and a rank without gradients goes on with it."""
+    rank = torch.distributed.get_rank()
+    twins = Twins((2,), [Shard(0)], plain=0)
+    twins.step()
+    scaler = momentum_ext.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    twins.new_grads(scale=4.0)
+    for param in twins.whole:
+        param.grad /= 4.0
+    if what == "overflow" and rank == 1:
+        twins.mine[0].grad.to_local()[0] = float("inf")
+    if what == "none":
+        for param in twins.mine if rank == 1 else ():
+            param.grad = None
+    scaler.unscale_(twins.opt)
+    if what != "none":
+        norm = twins.opt.clip_grad_norm_(1e9)
+        assert math.isfinite(norm) == (what == "fine")
+    before = [full(param.detach()).clone() for param in twins.mine]
+    scaler.step(twins.opt)
+    scaler.update()
+    assert scaler.get_scale() == (2.0 if what == "overflow" else 4.0)
+    if what == "fine":
+        twins.theirs.step()
+        twins.check()
+    elif what == "overflow":
+        for param, old in zip(twins.mine, before, strict=True):
+            assert_same(full(param.detach()), old)
+
+
+@pytest.mark.parametrize("what", ["fine", "overflow", "none"])
+def test_our_scaler(two_ranks, what):
+    two_ranks.run(scaled, what)
+
+
+def watched():
+    """Where one rank's operators are watched, the others do not wait for it."""
+    twins = Twins((2,), [Shard(0)], plain=0)
+    twins.new_grads()
+    grads = torch.cat([param.grad.flatten() for param in twins.whole])
+    mode = FlopCounterMode(display=False)
+    with mode if torch.distributed.get_rank() == 0 else contextlib.nullcontext():
+        norm = twins.opt.clip_grad_norm_(1.0)
+    torch.testing.assert_close(full(norm).item(), grads.norm().item(), rtol=1e-5, atol=0)
+
+
+def test_a_rank_whose_operators_are_watched(two_ranks):
+    two_ranks.run(watched)
+
+
+def averaged_evaluation(how):
+    """FSDP2's root keeps its parameters gathered after a forward without gradients: reshard() lets go of them."""
+    found = []
+    for evaluates in (False, True):
+        model = model_of()
+        for layer in (*model[:4], model):
+            fully_shard(layer, mesh=mesh_of(2))
+        opt = FusedMomentum(model.parameters(), **HYPER, ema_decay=0.9)
+        context = getattr(opt, how)
+        for k in range(5):
+            torch.manual_seed(k)
+            x = torch.randn(8, 6)
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+            if evaluates:
+                model.reshard()
+                with torch.no_grad(), context():
+                    model(x)
+                    model.reshard()
+        found.append([full(param.detach()).clone() for param in model.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("how", ["ema_weights", "iterate_weights"])
+def test_fsdp2_evaluates_other_weights(two_ranks, how):
+    two_ranks.run(averaged_evaluation, how)
+
+
+def iterates(dtype):
+    twins = Twins((2,), [Shard(0)], dtype=dtype)
+    twins.step(3)
+    with twins.opt.iterate_weights(), twins.theirs.iterate_weights():
+        for mine, theirs in zip(twins.mine, twins.whole, strict=True):
+            assert_same(full(mine.detach()), theirs.detach())
+    twins.check()
+    twins.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_iterates_have_the_bits_of_plain_tensors(two_ranks, dtype):
+    two_ranks.run(iterates, dtype)
 
 
 def pipeline(how):
@@ -399,7 +668,10 @@ def fully_sharded(mesh, tp, options):
             torch.testing.assert_close(mine.detach().full_tensor(), theirs.detach(), rtol=1e-5, atol=1e-6)
     state = copy.deepcopy(opt.state_dict())
     opt.load_state_dict(state)
-    opt.step()
+    for optimizer in (opt, twin):
+        optimizer.step()
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.detach().full_tensor(), theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}], ids=str)
