@@ -12,18 +12,22 @@ WAIT = 60  # seconds for a collective that not all ranks have called
 
 
 class Ranks:
-    """`size` processes that live as long as this object."""
+    """`size` processes that live as long as this object, or until one of them raises: the next run has new ones."""
 
     def __init__(self, size):
+        self._size = size
+        self._pipes, self._processes = [], []
+
+    def _start(self):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for rank in range(size):
+        for rank in range(self._size):
             pipe, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, self._size, port), daemon=True)
             process.start()
+            theirs.close()
             self._pipes.append(pipe)
             self._processes.append(process)
 
@@ -32,10 +36,16 @@ class Ranks:
 
         Raises AssertionError with the errors of all ranks where one has raised.
         """
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        answers = [pipe.recv() for pipe in self._pipes]
+        answers = [_answer(pipe) for pipe in self._pipes]
         errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(answers) if error]
+        if errors:  # a collective may not have been called by all
+            for process in self._processes:
+                process.kill()
+            self._pipes, self._processes = [], []
         assert not errors, "\n".join(errors)
         return [result for result, _ in answers]
 
@@ -44,6 +54,13 @@ class Ranks:
             pipe.send(None)
         for process in self._processes:
             process.join()
+
+
+def _answer(pipe):
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None, "the process has ended"
 
 
 def _serve(pipe, rank, size, port):
