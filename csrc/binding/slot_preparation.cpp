@@ -131,8 +131,10 @@ void SlotPreparation::lay_out(size_t i) {
 bool SlotPreparation::prepare_changed() {
   if (vectors_.changed.empty()) return false;
   // A DTensor's gradient may have to be redistributed: Python code, which waits for other ranks.
-  const bool calls_python = std::any_of(vectors_.changed.begin(), vectors_.changed.end(),
-                                        [this](size_t i) { return plan_.is_dtensor(i); });
+  const bool calls_python =
+      std::any_of(vectors_.changed.begin(), vectors_.changed.end(), [this](size_t i) {
+        return THPVariable_Check(plan_.param_objects[i]) && &plan_.param(i) != &plan_.listed(i);
+      });
   auto next = vectors_.changed.begin();  // in order; what these had in an earlier step may be gone
   for (size_t i = 0; calls_python && i < plan_.slots.size(); ++i) {
     if (next != vectors_.changed.end() && *next == i) {
