@@ -1,31 +1,29 @@
 """What a step costs the host when parameters are DTensors: beside the same shards as plain tensors, and torch's steps.
 
     python benchmarks/bench_dtensors.py                    # on one rank and on two
-    python benchmarks/bench_dtensors.py --ranks 2 --json dtensors.json
+    python benchmarks/bench_dtensors.py --ranks 2 --tensors 1000
 
-Contenders take turns, on one thread for each rank, with shards of 16 elements. "new" gives every parameter a new
-gradient before each step, off the clock, as FSDP2 does. Medians over the rounds, of the slower rank.
+Contenders take turns, on one thread for each rank, with shards of 16 elements. A turn is a step off the clock, which
+finds the tensors for the caches, and one on it; "new" gives every parameter a new gradient between the two, as FSDP2
+does. Medians over the rounds, of the slower rank.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import socket
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from environment import describe
 from tables import aligned
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
@@ -33,8 +31,7 @@ from momentum_ext import FusedMomentum
 
 ELEMENTS = 16  # of each rank's shard
 HYPER: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
-SECONDS = 0.4  # for each contender in all
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
+ROUNDS = 25
 
 
 @dataclass(frozen=True)
@@ -82,32 +79,44 @@ def new_gradients(params: list[Tensor]) -> None:
         param.grad = DTensor(shard, param._spec, requires_grad=False) if isinstance(param, DTensor) else shard
 
 
-def measure(contender: Contender, count: int, mesh: Any, is_new: bool) -> list[float]:
-    """Seconds of each step."""
-    shards = [torch.randn(ELEMENTS) for _ in range(count)]
-    values = [DTensor.from_local(shard, mesh, [Shard(0)]) for shard in shards] if contender.distributed else shards
-    params: list[Tensor] = [torch.nn.Parameter(value) for value in values]
-    optimizer = contender.make(params)
+class Turn:
+    """One contender with its own tensors."""
 
-    def step() -> float:
+    def __init__(self, contender: Contender, count: int, mesh: DeviceMesh, is_new: bool):
+        shards = [torch.randn(ELEMENTS) for _ in range(count)]
+        values = [DTensor.from_local(shard, mesh, [Shard(0)]) for shard in shards] if contender.distributed else shards
+        self.params: list[Tensor] = [torch.nn.Parameter(value) for value in values]
+        self.optimizer = contender.make(self.params)
+        self.clip = contender.clip
+        self.is_new = is_new
+        new_gradients(self.params)
+
+    def step(self) -> None:
+        if self.clip is not None:
+            self.clip(self.optimizer)
+        self.optimizer.step()
+
+    def time(self) -> float:
+        """Seconds of a step, after another that finds its tensors for the caches."""
+        self.step()
+        if self.is_new:
+            new_gradients(self.params)
         begin = time.perf_counter()
-        if contender.clip is not None:
-            contender.clip(optimizer)
-        optimizer.step()
+        self.step()
         return time.perf_counter() - begin
 
-    new_gradients(params)
-    for _ in range(3):
-        step()
-    times: list[float] = []
-    # All ranks must clip as often: the number of rounds is rank 0's.
-    rounds = torch.tensor([min(max(SECONDS / step(), MIN_ROUNDS), MAX_ROUNDS)], dtype=torch.float64)
-    torch.distributed.broadcast(rounds, 0)
-    for _ in range(int(rounds)):
-        if is_new:
-            new_gradients(params)
-        times.append(step())
-    return times
+
+def measure(count: int, mesh: DeviceMesh, is_new: bool, hidden: bool) -> list[float]:
+    """The median of the slower rank for each contender, in seconds."""
+    turns = [Turn(contender, count, mesh, is_new) for contender in CONTENDERS]
+    for turn in turns:
+        turn.time()
+    label = f"{mesh.size()} rank{'s' * (mesh.size() > 1)}, {count:,} tensors{', new gradients' * is_new}"
+    rounds = tqdm(range(ROUNDS), desc=label, disable=hidden, leave=False)
+    times = torch.tensor([[turn.time() for turn in turns] for _ in rounds], dtype=torch.float64)
+    medians = times.quantile(0.5, dim=0)
+    torch.distributed.all_reduce(medians, torch.distributed.ReduceOp.MAX)
+    return medians.tolist()
 
 
 def run_rank(rank: int, ranks: int, port: int, counts: Sequence[int], results: Any) -> None:
@@ -118,28 +127,20 @@ def run_rank(rank: int, ranks: int, port: int, counts: Sequence[int], results: A
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     gc.disable()
-    work = [(count, contender, is_new) for count in counts for contender in CONTENDERS for is_new in (False, True)]
-    for count, contender, is_new in tqdm(work, desc=f"{ranks} rank(s)", disable=rank != 0, leave=False):
-        median = torch.tensor([statistics.median(measure(contender, count, mesh, is_new))], dtype=torch.float64)
-        torch.distributed.all_reduce(median, torch.distributed.ReduceOp.MAX)
-        if rank == 0:
-            results.append({
-                "ranks": ranks, "contender": contender.label, "count": count,
-                "new_gradients": is_new, "ns_per_tensor": median.item() / count * 1e9,
-            })  # fmt: skip
-        gc.collect()
+    for count in counts:
+        for is_new in (False, True):
+            medians = measure(count, mesh, is_new, hidden=rank != 0)
+            if rank == 0:
+                results[count, is_new] = [median / count * 1e9 for median in medians]
+            gc.collect()
     torch.distributed.destroy_process_group()
 
 
-def table(results: list[dict[str, Any]], ranks: int, counts: Sequence[int]) -> str:
+def table(found: dict[tuple[int, bool], list[float]], ranks: int) -> str:
     """Rows of contenders, columns of numbers of tensors, with the same gradients and with new ones."""
-    found = {
-        (r["contender"], r["count"], r["new_gradients"]): r["ns_per_tensor"] for r in results if r["ranks"] == ranks
-    }
-    header = ["ns a tensor", *(f"{count:,}{' new' * is_new}" for count in counts for is_new in (False, True))]
+    header = ["ns a tensor", *(f"{count:,}{' new' * is_new}" for count, is_new in found)]
     rows = [
-        [each.label, *(f"{found[each.label, count, is_new]:,.0f}" for count in counts for is_new in (False, True))]
-        for each in CONTENDERS
+        [each.label, *(f"{nanoseconds[i]:,.0f}" for nanoseconds in found.values())] for i, each in enumerate(CONTENDERS)
     ]
     return f"{ranks} rank{'s' * (ranks > 1)}\n{aligned(header, rows)}"
 
@@ -148,22 +149,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes (default: 1 2)")
     parser.add_argument("--tensors", type=int, nargs="+", default=[100, 300, 1000], help="(default: 100 300 1000)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
-    environment = describe()
-    print("\n".join(f"{key:<30}{value}" for key, value in environment.items()), "\n")
-    all_results: list[dict[str, Any]] = []
+    print("\n".join(f"{key:<30}{value}" for key, value in describe().items()), "\n")
     for ranks in options.ranks:
         with socket.socket() as free, torch.multiprocessing.get_context("spawn").Manager() as manager:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
             free.close()
-            results = manager.list()
+            results = manager.dict()
             torch.multiprocessing.spawn(run_rank, (ranks, port, options.tensors, results), nprocs=ranks)  # type: ignore[attr-defined]
-            all_results += list(results)
-        print(table(all_results, ranks, options.tensors), "\n")
-        if options.json is not None:
-            options.json.write_text(json.dumps({"environment": environment, "results": all_results}, indent=1) + "\n")
+            print(table(dict(results), ranks), "\n")
     return 0
 
 

@@ -57,11 +57,12 @@ bool has_kernel(const Plan& plan, size_t i, const at::Tensor& param, const at::T
 // Sets the average that the kernels kept in an earlier step, where it is as it was.
 bool find_known_average(Plan& plan, size_t i) noexcept {
   const Slot& slot = plan.slots[i];
-  if (slot.average.key == nullptr || plan.tensors[i].param == nullptr) return false;
+  if (slot.average == nullptr || plan.tensors[i].param == nullptr) return false;
   const PyObject* const spec = slot.specs != nullptr ? slot.specs->average.ptr() : nullptr;
-  c10::TensorImpl* const average = slot.average.find(slot.state_dict, spec, slot.keys, slot.device);
+  c10::TensorImpl* const average =
+      slot.average->find(slot.state_dict, spec, slot.keys, slot.device);
   if (average == nullptr) return false;
-  plan.entries[i].average = slot.average.data;
+  plan.entries[i].average = slot.average->data;
   plan.tensors[i].average = average;
   return true;
 }
@@ -110,8 +111,8 @@ void StepAverages::attach(Plan& plan, Averaging averaging, bool in_order, StateC
       }
       by_torch_.push_back(i);
     } else if (plan.entries[i].numel != 0) {
-      slot.average = {state_keys().average, average};
-      plan.entries[i].average = slot.average.data;
+      slot.average = std::make_unique<Companion>(state_keys().average, average);
+      plan.entries[i].average = slot.average->data;
       plan.tensors[i].average = average.unsafeGetTensorImpl();
     }
   }

@@ -26,19 +26,12 @@ MOMENTUM_EXT_INLINE bool is_subclass(const at::Tensor& grad) {
   return grad.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
 }
 
-// True where the specs are one object, or there is none: then its shard is what a step reads.
-bool lies_like_param(const at::Tensor& grad, PyObject* param) {
-  PyObject* const object = is_subclass(grad) ? object_of(grad) : nullptr;
-  return (object != nullptr ? shard_of(object).spec : nullptr) == shard_of(param).spec;
-}
-
 }  // namespace
 
 py::object GradNorm::compute(const py::list& param_groups, double norm_type, bool remembers,
                              const py::object& grads, const py::object& process_group) {
   remembers_ = remembers;
-  if (!process_group.is(process_group_)) listed_.clear();  // to be read anew
-  process_group_ = process_group;
+  reduce_over(process_group);
   const bool readable = read_params(param_groups);
   py::object computed =
       compute(norm_type, [&](bool complex_too) { return readable && collect(complex_too, grads); });
@@ -205,7 +198,7 @@ bool GradNorm::read_params(const py::list& param_groups) {
     params_.push_back(param);
     places_.push_back(place);
   });
-  std::tie(ranks_, meshes_) = find_ranks(params_, process_group_);
+  find_ranks();
   listed_ = std::move(listed);  // not before: it may have raised
   return true;
 }
@@ -254,16 +247,14 @@ bool GradNorm::collect(bool complex_too, const py::object& grads) {
     PyObject* const stand_in =
         grads.is_none() ? nullptr : PyDict_GetItemWithError(grads.ptr(), params_[k]);
     if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    const at::Tensor& listed = stand_in != nullptr
-                                   ? THPVariable_Unpack(stand_in)
-                                   : grad_of(*THPVariable_Unpack(params_[k]).unsafeGetTensorImpl());
-    if (stand_in != nullptr || (has_ranks() && !lies_like_param(listed, params_[k]))) {
+    const at::Tensor& listed = stand_in != nullptr ? THPVariable_Unpack(stand_in) : listed_grad(k);
+    if (stand_in != nullptr || (has_ranks() && !is_placed_like(params_[k], listed))) {
       grad = &redistributed_.emplace_back(resolve_grad(params_[k], listed, name));
     }
     if (!add(*grad, complex_too, name)) return false;
     if (!meshes_.empty()) {
       mesh_of_entry_.push_back(meshes_[k]);
-      if (meshes_[k] == -2) first_block_.back() = first_block_[first_block_.size() - 2];
+      if (meshes_[k] == kAnotherRank) first_block_.back() = first_block_[first_block_.size() - 2];
     }
     if (remembers_) records_.put(entries_.size() - 1, gradient(found, k));
     return true;
@@ -330,7 +321,7 @@ double GradNorm::sum(Norm kind, double scale, Status& status) {
   const auto num_meshes = ranks_.attr("num_meshes").cast<int>();
   std::vector<double> sums(static_cast<size_t>(num_meshes) + 1, 0.0);
   for (int mesh = 0; is_fine && mesh <= num_meshes; ++mesh) {
-    const int key = mesh < num_meshes ? mesh : -1;
+    const int key = mesh < num_meshes ? mesh : kNoMesh;
     sums[static_cast<size_t>(mesh)] =
         is_on_cpu ? sum_of_mesh(kind, key) : sum_on_device(kind, key, scale);
   }

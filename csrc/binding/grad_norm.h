@@ -75,7 +75,9 @@ class GradNorm {
   Status collect_safely(const std::function<bool(bool)>& collect, bool complex_too,
                         std::exception_ptr& error) const;
   void start_collecting();
+  void reduce_over(const py::object& process_group);
   bool read_params(const py::list& param_groups);
+  void find_ranks();
   const at::Tensor& listed_grad(size_t k) const;
   GradRecords::Gradient gradient(const at::Tensor& memory, size_t k) const;
   template <typename Visit>
@@ -101,8 +103,10 @@ class GradNorm {
   std::vector<std::tuple<PyObject*, size_t, PyObject*>> listed_;
   std::vector<PyObject*> params_;  // each once; followed only after they were compared
   std::vector<Place> places_;      // of each of these
-  // Of the same list: adds up what ranks have found, or null; and the mesh of each of params_ among
-  // those that it knows, -1: none, -2: another rank counts this replica.
+  // Of the same list: momentum_ext.ranks.Ranks, which adds up what ranks have found, or null; and the
+  // number of the mesh of each of params_ there.
+  static constexpr int kNoMesh = -1;
+  static constexpr int kAnotherRank = -2;  // counts this replica
   py::object ranks_;
   py::object process_group_;
   std::vector<int> meshes_;

@@ -3,11 +3,37 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <tuple>
+#include <utility>
 
+#include "../rules/clip.h"
 #include "grad_norm.h"
+#include "shards.h"
 
 namespace momentum_ext::binding {
+
+void GradNorm::reduce_over(const py::object& process_group) {
+  if (!process_group.is(process_group_)) listed_.clear();  // to be read anew
+  process_group_ = process_group;
+}
+
+// For the parameters that were listed.
+void GradNorm::find_ranks() {
+  ranks_ = {};
+  meshes_.clear();
+  const bool has_group = process_group_ && !process_group_.is_none();
+  const bool has_dtensor = std::any_of(params_.begin(), params_.end(), [](PyObject* param) {
+    return shard_of(param).spec != nullptr;
+  });
+  if (!has_group && !has_dtensor) return;
+  py::list params;
+  for (PyObject* const param : params_) params.append(py::handle(param));
+  const py::object group = has_group ? process_group_ : py::object(py::none());
+  py::object ranks = py::module_::import("momentum_ext.ranks").attr("Ranks")(params, group);
+  meshes_ = ranks.attr("mesh_of").cast<std::vector<int>>();
+  ranks_ = std::move(ranks);
+}
 
 // Squares of doubles can leave a double's range, where their root does not: then they are added up
 // once more, scaled. Ranks whose plain tensors differ agree on that.
@@ -49,8 +75,7 @@ double GradNorm::largest_of_ranks(double mine) {
 
 void GradNorm::tell_error(const py::list& param_groups, const py::object& process_group) {
   start_collecting();
-  if (!process_group.is(process_group_)) listed_.clear();
-  process_group_ = process_group;
+  reduce_over(process_group);
   if (!read_params(param_groups) || !has_ranks()) return;
   Status status = Status::kError;
   sum(Norm::kSumOfSquares, 1.0, status);

@@ -3,9 +3,10 @@
 //
 // Nothing about a tensor is assumed to be as it was: each step reads the parameter lists, the
 // groups' hyperparameters, the gradients and the optimizer's state again, and compares them with
-// the plan. The plan holds no reference to a parameter, gradient or state between steps, so it keeps
-// no memory of theirs alive and takes part in no reference cycle. Addresses that it remembers are compared, never followed; those
-// that it follows were read from the optimizer in the same step.
+// the plan. The plan holds no reference to a parameter, gradient or state between steps, so it
+// keeps no memory of theirs alive and takes part in no reference cycle. Addresses that it remembers
+// are compared, never followed; those that it follows were read from the optimizer in the same
+// step.
 #pragma once
 
 #include <ATen/core/Tensor.h>

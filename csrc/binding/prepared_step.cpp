@@ -104,8 +104,8 @@ StepVectors& PreparedStep::vectors() const {
 
 // The next step may begin.
 void PreparedStep::finish() noexcept {
-  std::unique_ptr<StepVectors> vectors =
-      std::move(vectors_);  // first: clearing may call Python code
+  // First: clearing may call Python code, which finds the step over.
+  std::unique_ptr<StepVectors> vectors = std::move(vectors_);
   vectors->clear();
   plan_->spare_vectors = std::move(vectors);
   lock_.reset();

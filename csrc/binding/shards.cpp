@@ -2,7 +2,6 @@
 
 #include <structmember.h>
 
-#include <algorithm>
 #include <stdexcept>
 
 namespace momentum_ext::binding {
@@ -103,19 +102,6 @@ at::Tensor shard_of_grad(const at::Tensor& grad) {
   if (shard.spec != nullptr) return THPVariable_Unpack(shard.local);
   const py::object local = python("awaited")(py::handle(found));
   return THPVariable_Unpack(local.ptr());
-}
-
-std::pair<py::object, std::vector<int>> find_ranks(const std::vector<PyObject*>& params,
-                                                   const py::object& process_group) {
-  const bool has_group = process_group && !process_group.is_none();
-  const bool any = std::any_of(params.begin(), params.end(),
-                               [](PyObject* param) { return find_shard(param).spec != nullptr; });
-  if (!has_group && !any) return {};
-  py::list list;
-  for (PyObject* const param : params) list.append(py::handle(param));
-  const py::object ranks =
-      python("Ranks")(list, has_group ? process_group : py::object(py::none()));
-  return {ranks, ranks.attr("mesh_of").cast<std::vector<int>>()};
 }
 
 py::object as_state_of(PyObject* param, const at::Tensor& local) {

@@ -6,10 +6,7 @@
 
 #include <functional>
 #include <string>
-#include <utility>
-#include <vector>
 
-#include "../table.h"
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
@@ -79,11 +76,6 @@ at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
 // The local shard of a gradient, whatever its placements, once it is there: a collective may still
 // run. The gradient itself where it is no DTensor.
 at::Tensor shard_of_grad(const at::Tensor& grad);
-
-// What adds up norms over the ranks that hold DTensors of these parameters, or over a process
-// group, or null: momentum_ext.dtensor.Ranks; and the mesh of each parameter among its meshes.
-std::pair<py::object, std::vector<int>> find_ranks(const std::vector<PyObject*>& params,
-                                                   const py::object& process_group);
 
 // A tensor like what the parameter resolves to, as the object that the optimizer's state holds: a
 // DTensor of the parameter's mesh and placements for a DTensor.

@@ -64,6 +64,7 @@ struct Specs {
 struct Slot {
   // What each step compares, together.
   PyObject* state_dict = nullptr;  // opt.state[p], borrowed, read in each step; nullptr: none
+  std::unique_ptr<Specs> specs;    // nullptr: the parameter is no DTensor
   int64_t numel = 0;
   int64_t num_reals = 0;     // twice numel for a complex tensor
   c10::DispatchKeySet keys;  // of all its tensors
@@ -83,8 +84,7 @@ struct Slot {
   uint32_t index = 0;  // in the group's list
   std::unique_ptr<Shapes> shapes;
   std::unique_ptr<Companions> companions;
-  std::unique_ptr<Specs> specs;  // nullptr: the parameter is no DTensor
-  Companion average;             // that the kernels keep; without a key: not known
+  std::unique_ptr<Companion> average;  // that the kernels keep; nullptr: not known
 
   std::string name() const;
 

@@ -63,13 +63,18 @@ void SlotPreparation::look_at_all() {
     const int num_states = plan.rule->num_states(g);
     const bool all_changed = options_.all_by_torch || options_.grads || reader.needs_torch();
     for (size_t i = plan.first_slot[g]; i < plan.first_slot[g + 1]; ++i) {
-      if (all_changed || !is_as_planned(i, num_states, reader)) vectors_.changed.push_back(i);
+      const bool is_same = !all_changed && (plan.slots[i].specs == nullptr
+                                                ? is_as_planned<false>(i, num_states, reader)
+                                                : is_as_planned<true>(i, num_states, reader));
+      if (!is_same) vectors_.changed.push_back(i);
       lay_out(i);
     }
   }
 }
 
 // False for a slot that needs more than a look. Without a gradient there is nothing to do.
+// (Compiled twice: a plain tensor does not pay for the comparison of specs.)
+template <bool kIsDTensor>
 bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader& reader) {
   Plan& plan = plan_;
   const Slot& slot = plan.slots[i];
@@ -77,7 +82,7 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
   if (num_states != 0 && slot.formulation != reader.formulation()) return false;
   const Specs* const specs = slot.specs.get();
   c10::TensorImpl* const param =
-      local_impl(param_object, specs != nullptr ? specs->param.ptr() : nullptr);
+      local_impl(param_object, kIsDTensor ? specs->param.ptr() : nullptr);
   if (param == nullptr) return false;
   c10::TensorImpl* const listed = THPVariable_Unpack(param_object).unsafeGetTensorImpl();
   const at::Tensor& grad_tensor = grad_of(*listed);
@@ -87,7 +92,7 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
     return true;
   }
   Plan::Tensors found{param, grad_tensor.unsafeGetTensorImpl()};
-  if (specs != nullptr) {
+  if (kIsDTensor) {
     found.grad = local_grad(grad_tensor, *specs);
     if (found.grad == nullptr) return false;
   }
@@ -95,9 +100,9 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
   for (int k = 0; k < num_states; ++k) {
     PyObject* const value = find_item(slot.state_dict, plan.rule->state_keys[k]);
     if (value == nullptr) return false;
-    found.states[k] = local_impl(value, specs != nullptr ? specs->states[k].ptr() : nullptr);
+    found.states[k] = local_impl(value, kIsDTensor ? specs->states[k].ptr() : nullptr);
     if (found.states[k] == nullptr) return false;
-    counters[k] = THPVariable_Unpack(value).unsafeGetTensorImpl();
+    if (kIsDTensor) counters[k] = THPVariable_Unpack(value).unsafeGetTensorImpl();
   }
   try {
     if (!slot.is_unchanged(*param, *found.grad, found.states, num_states)) return false;
@@ -112,12 +117,12 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
   entry.is_first_step = false;
   if (has_shared_storage(*found.grad)) vectors_.shared_grads.push_back(i);
   bump_version(listed);
-  for (int k = 0; k < num_states; ++k) bump_version(counters[k]);
+  for (int k = 0; k < num_states; ++k) bump_version(kIsDTensor ? counters[k] : found.states[k]);
   return true;
 }
 
 // Counts slot i's elements for the device that has them.
-void SlotPreparation::lay_out(size_t i) {
+MOMENTUM_EXT_INLINE void SlotPreparation::lay_out(size_t i) {
   TensorEntry& entry = plan_.entries[i];
   int64_t numel_on_cpu = entry.numel;
   if (entry.device != kCpu && numel_on_cpu != 0) {

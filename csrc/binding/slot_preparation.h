@@ -24,6 +24,7 @@ class SlotPreparation {
   bool prepare_changed();
 
  private:
+  template <bool kIsDTensor>
   bool is_as_planned(size_t i, int num_states, const GroupReader& reader);
   void lay_out(size_t i);
   void start_anew(size_t i);

@@ -7,10 +7,10 @@
 //   d = fma(momentum, b, nesterov_alpha * g)   Nesterov; else d = b, and without momentum d = g
 //   p = fma(-step, d, p)
 //
-// With alpha = 1 - dampening, first_alpha = nesterov_alpha = 1 and step = lr this is torch.optim.SGD,
-// in fp32 and fp64 to the bit. Other formulations are other numbers, chosen on the host; the kernels never know which one
-// runs. (nesterov_alpha is a number of its own because torch does not dampen the gradient that Nesterov
-// adds.)
+// With alpha = 1 - dampening, first_alpha = nesterov_alpha = 1 and step = lr this is
+// torch.optim.SGD, in fp32 and fp64 to the bit. Other formulations are other numbers, chosen on the
+// host; the kernels never know which one runs. (nesterov_alpha is a number of its own because torch
+// does not dampen the gradient that Nesterov adds.)
 #pragma once
 
 #include "../step_scalars.h"

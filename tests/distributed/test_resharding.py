@@ -140,10 +140,10 @@ def test_another_sharding(run, before, after, mode, tmp_path):
 # ---- whole state dicts ----------------------------------------------------------------------------------------------
 
 
-def whole(mode, how):
+def whole(mode):
     """Gathered on rank 0, on the CPU, and from there to all ranks again."""
     training = Training(TWO_RANKS, **MODES[mode]).steps(0, 3)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=how == "offloaded")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_optimizer_state_dict(training.model, training.opt, options=options)
     weights = get_model_state_dict(training.model, options=options)
     if torch.distributed.get_rank() == 0:
@@ -157,7 +157,7 @@ def whole(mode, how):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_whole_state_dicts(two_ranks, mode):
-    two_ranks.run(whole, mode, "offloaded")
+    two_ranks.run(whole, mode)
 
 
 def to_torch_and_back(back):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from harness import assert_all_same, assert_same, for_loop
 from test_ranks import HYPER, model_of
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
@@ -24,6 +25,16 @@ def batch(k, count=4):
     """Another one on each rank."""
     torch.manual_seed(10 * k + torch.distributed.get_rank())
     return torch.randn(count, 6)
+
+
+def steps(model, make, count):
+    """The parameters after so many steps."""
+    optimizer = make(model.parameters(), **HYPER)
+    for k in range(count):
+        optimizer.zero_grad()
+        model(batch(k)).square().mean().backward()
+        optimizer.step()
+    return model.parameters()
 
 
 def assert_alike(train, *kinds):
@@ -72,13 +83,8 @@ def joined():
 
     def train(make):
         model = DistributedDataParallel(model_of(), gradient_as_bucket_view=True)
-        optimizer = make(model.parameters(), **HYPER)
         with Join([model]):
-            for k in range(3 + 2 * torch.distributed.get_rank()):
-                optimizer.zero_grad()
-                model(batch(k)).square().mean().backward()
-                optimizer.step()
-        return model.parameters()
+            return steps(model, make, 3 + 2 * torch.distributed.get_rank())
 
     assert_alike(train)
 
@@ -184,7 +190,7 @@ def test_zero_redundancy_optimizer(two_ranks, options, as_views):
 
 
 def sharded_by_fsdp1(use_orig_params, options, reload):
-    def train(make):
+    def train(make, reload=reload):
         wrap = functools.partial(FSDP1, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
         model = model_of()
         for i in (0, 2):
@@ -208,9 +214,7 @@ def sharded_by_fsdp1(use_orig_params, options, reload):
     if not options:
         assert_alike(train)
         return
-    found = train(FusedMomentum)
-    reload = None
-    assert_all_same(found, train(FusedMomentum))
+    assert_all_same(train(FusedMomentum), train(FusedMomentum, reload=None))
 
 
 @pytest.mark.parametrize("reload", [None, "sharded", "full"])
@@ -243,18 +247,7 @@ def test_norm_of_fsdp1(two_ranks):
 
 
 def replicated():
-    def train(make):
-        from torch.distributed._composable.replicate import replicate
-
-        model = replicate(model_of())
-        optimizer = make(model.parameters(), **HYPER)
-        for k in range(4):
-            optimizer.zero_grad()
-            model(batch(k)).square().mean().backward()
-            optimizer.step()
-        return model.parameters()
-
-    assert_alike(train)
+    assert_alike(lambda make: steps(replicate(model_of()), make, 4))
 
 
 def test_replicate(two_ranks):

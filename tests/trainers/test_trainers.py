@@ -195,11 +195,12 @@ def test_lightning(options, tmp_path):
 
     def train(make, folder):
         def trainer(epochs):
-            callbacks = [pl.callbacks.ModelCheckpoint(folder, save_last=True)]
+            callbacks = [pl.callbacks.ModelCheckpoint(folder, save_last=True), pl.callbacks.LearningRateMonitor()]
             if average:
                 callbacks.append(pl.callbacks.EMAWeightAveraging(decay=0.9))
             return pl.Trainer(
-                accelerator="cpu", devices=1, max_epochs=epochs, callbacks=callbacks, logger=False,
+                accelerator="cpu", devices=1, max_epochs=epochs, callbacks=callbacks,
+                logger=pl.loggers.CSVLogger(folder), log_every_n_steps=1,
                 enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **options,
             )  # fmt: skip
 
