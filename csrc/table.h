@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "formats/dtype.h"
+#include "formats/block8.h"
 #include "formats/master.h"
 
 namespace momentum_ext {
@@ -74,8 +74,8 @@ struct StridedLayout {
 // parameter's elements in memory.
 struct LowPrecision {
   void* master;
-  float* scale[kMaxStates];  // of an 8-bit state: one for each kScaleBlock elements
-  uint32_t param_index;      // among the optimizer's parameters, for random numbers
+  ScaleBits* scale[kMaxStates];  // of an 8-bit state: one for each kScaleBlock elements
+  uint32_t param_index;          // among the optimizer's parameters, for random numbers
   Master master_kind;
 };
 

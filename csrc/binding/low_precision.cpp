@@ -42,7 +42,7 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
   for (int k = 0; k < slot.num_states; ++k) {
     slot.companions->scales[k] = {plan.rule->scale_keys[k], start.scales[k]};
     if (!start.scales[k].defined()) continue;
-    low.scale[k] = static_cast<float*>(mutable_data_of(start.scales[k]));
+    low.scale[k] = static_cast<ScaleBits*>(mutable_data_of(start.scales[k]));
   }
   if (start.master.defined()) {
     low.master = mutable_data_of(start.master);

@@ -24,7 +24,7 @@ std::string describe(const at::Tensor& tensor) {
          tensor.device().str();
 }
 
-// A buffer's values, or an 8-bit buffer's scales, in another formulation. Raises where there is no
+// A buffer's values in another formulation. Raises where there is no
 // exact way.
 at::Tensor converted(const SlotState& state, const at::Tensor& value, Formulation wanted) {
   const Slot& slot = state.slot();
@@ -53,7 +53,6 @@ at::Tensor converted(const SlotState& state, const at::Tensor& value, Formulatio
 at::Tensor find_scale(const SlotState& state, int k, const at::Tensor& buffer) {
   PyObject* const key = state.plan.rule->scale_keys[k];
   const at::Tensor* const scale = state.find(key);
-  const int64_t count = num_scales(buffer.numel());
   const std::string remedy = "; delete \"" + name_of_key(state.plan.rule->state_keys[k]) +
                              "\" from the optimizer's state to start from no momentum";
   if (scale == nullptr) {
@@ -62,13 +61,20 @@ at::Tensor find_scale(const SlotState& state, int k, const at::Tensor& buffer) {
                              " and there is no \"" + name_of_key(key) + "\" beside it" + remedy);
   }
   const auto name = [&] { return state.name_of(key); };
-  if (scale->scalar_type() != at::kFloat || scale->dim() != 1 || scale->size(0) != count ||
-      !scale->is_contiguous() || kernel_device(*scale) != kernel_device(buffer)) {
-    throw std::runtime_error(name() + ": expected Float [" + std::to_string(count) + "] on " +
-                             buffer.device().str() + ", got " + describe(*scale) + remedy);
+  if ((!is_scale(*scale, buffer) && !is_old_scale(*scale, buffer)) || !scale->is_contiguous() ||
+      kernel_device(*scale) != kernel_device(buffer)) {
+    const at::Tensor wanted = at::empty(scale_sizes(buffer), buffer.options().dtype(at::kByte));
+    throw std::runtime_error(name() + ": expected " + describe(wanted) + ", got " +
+                             describe(*scale) + remedy);
   }
   check_memory(*scale, name);
   return *scale;
+}
+
+// False for scales of version 0.1.0, and at an odd address.
+bool is_read_by_kernels(const at::Tensor& scale) {
+  const auto address = reinterpret_cast<uintptr_t>(scale.const_data_ptr());
+  return scale.scalar_type() == at::kByte && address % alignof(ScaleBits) == 0;
 }
 
 // A state for a first step, where it is not as torch makes it.
@@ -76,7 +82,7 @@ void make_state(const SlotState& state, StartingState& start, int k, const at::T
                 at::ScalarType dtype) {
   start.states[k] = empty_dense_like(param, dtype);
   if (!is_8_bit(dtype)) return;
-  start.scales[k] = at::empty({num_scales(param.numel())}, param.options().dtype(at::kFloat));
+  start.scales[k] = at::empty(scale_sizes(start.states[k]), param.options().dtype(at::kByte));
   start.changes.emplace_back(state.plan.rule->scale_keys[k], start.scales[k]);
 }
 
@@ -90,16 +96,12 @@ void convert_state(const SlotState& state, StartingState& start, int k, const at
   const bool was_8_bit = is_8_bit(value.scalar_type());
   if (was_8_bit) scale = find_scale(state, k, value);
   const bool keeps_format =
-      value.scalar_type() == dtype && (!was_8_bit || is_dense_like(value, param));
+      value.scalar_type() == dtype &&
+      (!was_8_bit || (is_dense_like(value, param) && is_read_by_kernels(scale)));
   if (keeps_format && !converts) return;
-  if (keeps_format && was_8_bit) {
-    scale = converted(state, scale, formulation);
-    start.changes.emplace_back(scale_key, scale);
-    return;
-  }
   if (was_8_bit && !value.is_non_overlapping_and_dense()) {
     throw std::runtime_error(state.name_of(operand_of_state(k)) +
-                             ": its elements do not lie without gaps, so its blocks of 256 cannot "
+                             ": its elements do not lie without gaps, so its blocks cannot "
                              "be told; delete it from the optimizer's state to start from no "
                              "momentum");
   }
@@ -110,7 +112,8 @@ void convert_state(const SlotState& state, StartingState& start, int k, const at
     std::tie(value, scale) = quantize(exact, dtype, param);
     start.changes.emplace_back(scale_key, scale);
   } else {
-    value = keeps_format ? exact.to(dtype) : empty_dense_like(param, dtype).copy_(exact);
+    value = value.scalar_type() == dtype ? exact.to(dtype)
+                                         : empty_dense_like(param, dtype).copy_(exact);
     if (was_8_bit) start.changes.emplace_back(scale_key, at::Tensor());
   }
   start.changes.emplace_back(state.plan.rule->state_keys[k], value);
@@ -188,15 +191,21 @@ void start_master(const SlotState& state, StartingState& start, const at::Tensor
   start.changes.emplace_back(key, start.master);
 }
 
-// What stands for state 0, itself or its scales, in the formulation that the group says it is in.
-std::pair<PyObject*, at::Tensor> as_stored(const SlotState& state, const at::Tensor& found) {
+// State 0, and its scales, in the formulation that the group says it is in.
+std::vector<std::pair<PyObject*, at::Tensor>> as_stored(const SlotState& state,
+                                                        const at::Tensor& found,
+                                                        const at::Tensor& param) {
   const at::NoGradGuard no_grad;
   const RuleGroups& rule = *state.plan.rule;
-  const bool has_scale = is_8_bit(found.scalar_type());
-  const at::Tensor value = has_scale ? find_scale(state, 0, found) : found;
-  check_memory(value, [&] { return state.name_of(operand_of_state(0)); });
-  return {has_scale ? rule.scale_keys[0] : rule.state_keys[0],
-          converted(state, value, state.reader().buffer_formulation()).to(value.scalar_type())};
+  const Formulation formulation = state.reader().buffer_formulation();
+  const at::ScalarType dtype = found.scalar_type();
+  check_memory(found, [&] { return state.name_of(operand_of_state(0)); });
+  if (!is_8_bit(dtype)) {
+    return {{rule.state_keys[0], converted(state, found, formulation).to(dtype)}};
+  }
+  const at::Tensor exact = dequantize(found, find_scale(state, 0, found));
+  const auto [codes, scale] = quantize(converted(state, exact, formulation), dtype, param);
+  return {{rule.state_keys[0], codes}, {rule.scale_keys[0], scale}};
 }
 
 }  // namespace
@@ -285,8 +294,9 @@ py::tuple pending_changes(Plan& plan, const py::list& param_groups, const py::di
     for (int k = 0; k < plan.rule->max_states; ++k) found[k] = slot_state.find_state(k);
     if (num_states == 0 && found[0] != nullptr &&
         slot.formulation != slot_state.reader().buffer_formulation()) {
-      const auto [key, tensor] = as_stored(slot_state, *found[0]);
-      add(key, tensor);
+      for (const auto& [key, tensor] : as_stored(slot_state, *found[0], plan.param(i))) {
+        add(key, tensor);
+      }
     }
     if (moved_only) continue;
     const StartingState start = starting_state(slot_state, plan.param(i), num_states, found);

@@ -20,7 +20,7 @@ int64_t bytes_to_move(const Plan& plan, const StepAverages& averages) {
         per_element += low->master_kind == Master::kRemainder ? 4 : 8;
       }
       if (low->scale[0] != nullptr)
-        bytes += (entry.is_first_step ? 4 : 8) * num_scales(entry.numel);
+        bytes += (entry.is_first_step ? 2 : 4) * num_scales(entry.numel);
     }
     bytes += per_element * entry.numel;
   }

@@ -33,7 +33,7 @@ void fill_random(RandomTile& random, const RandomKey& key, int64_t at, int64_t n
 #error "random numbers are taken from little-endian words"
 #endif
   constexpr int kElementsAtOnce = 2 * kBlocksAtOnce * kRandomsPerBlock;
-  static_assert(kTile % kElementsAtOnce == 0);
+  static_assert(kTile % kElementsAtOnce == 0 && kElementsAtOnce % kScaleBlock == 0);
   WideVector block = {};
   for (int lane = 0; lane < kBlocksAtOnce; ++lane) {
     block[lane] = static_cast<uint64_t>(at / kRandomsPerBlock + lane);
@@ -48,11 +48,12 @@ void fill_random(RandomTile& random, const RandomKey& key, int64_t at, int64_t n
 
 // ---- storing at random --------------------------------------------------------------------------
 
-// The same numbers for state k.
+// The same numbers for state k, of whole blocks.
 template <int k>
 void rotate_random(const RandomTile& random, int64_t n, RandomTile& rotated) {
+  const int64_t end = (n + kScaleBlock - 1) / kScaleBlock * kScaleBlock;
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < end; ++i) {
     rotated.bits[i] = static_cast<uint16_t>(random_of_state<k>(random.bits[i]));
   }
 }
@@ -130,43 +131,76 @@ void store_copy(const opmath_t* tile, int64_t n, Float16* param, float* master) 
 }
 
 // ---- states of 8 bits ---------------------------------------------------------------------------
-// A tile is a block: both begin at multiples of kTile.
+// A tile is a number of whole blocks: both begin at multiples of kTile.
 
-static_assert(kTile == kScaleBlock);
+constexpr int kBlocks = kTile / kScaleBlock;
+static_assert(kTile % kScaleBlock == 0);
 
 template <typename scalar_t, typename opmath_t>
-void load_block(const scalar_t* block, float scale, int64_t n, opmath_t* tile) {
-  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < n; ++i) tile[i] = load(block[i]) * scale;
+void load_blocks(const scalar_t* codes, const ScaleBits* scales, int64_t n, opmath_t* tile) {
+  int64_t at = 0;
+  for (; at + kScaleBlock <= n; at += kScaleBlock) {
+    const float scale = load_scale(scales[at / kScaleBlock]);
+    MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+    for (int64_t i = at; i < at + kScaleBlock; ++i) tile[i] = load(codes[i]) * scale;
+  }
+  for (; at < n; ++at) tile[at] = load(codes[at]) * load_scale(scales[at / kScaleBlock]);
+}
+
+// The largest magnitude of each block, as bits.
+inline void find_largest(const float* values, int num_blocks, int32_t* largest) {
+  for (int b = 0; b < num_blocks; ++b) {
+    int32_t found = 0;
+    for (int64_t i = 0; i < kScaleBlock; ++i) {
+      const uint32_t bits = detail::bits_of(values[b * kScaleBlock + i]) & 0x7fffffffu;
+      const auto magnitude = static_cast<int32_t>(bits);
+      found = magnitude > found ? magnitude : found;
+    }
+    largest[b] = found;
+  }
 }
 
 template <typename scalar_t, typename opmath_t>
-void store_block(const opmath_t* tile, const RandomTile* random, int64_t n, scalar_t* block,
-                 float* scale) {
+void store_blocks(const opmath_t* tile, const RandomTile* random, int64_t n, scalar_t* target,
+                  ScaleBits* scales) {
   alignas(64) float values[kTile];
-  int32_t largest = 0;
+  alignas(64) scalar_t codes[kTile];
+  const int num_blocks = static_cast<int>((n + kScaleBlock - 1) / kScaleBlock);
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < n; ++i) {
-    values[i] = static_cast<float>(tile[i]);
-    const auto magnitude = static_cast<int32_t>(detail::bits_of(values[i]) & 0x7fffffffu);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const BlockScale found = block_scale<scalar_t>(static_cast<uint32_t>(largest));
-  *scale = found.scale;
-  if (found.inverse == 0) {
-    memset(block, 0, static_cast<size_t>(n));
-    return;
-  }
-  const float inverse = found.inverse;
-  if (random == nullptr) {
-    MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-    for (int64_t i = 0; i < n; ++i) store(block[i], values[i] * inverse);
-  } else {
-    MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-    for (int64_t i = 0; i < n; ++i) {
-      store_stochastic(block[i], values[i] * inverse, random->bits[i]);
+  for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(tile[i]);
+  for (int64_t i = n; i < num_blocks * kScaleBlock; ++i) values[i] = 0;
+  int32_t largest[kBlocks];
+  find_largest(values, num_blocks, largest);
+  RandomBlockScale found[kBlocks];
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int b = 0; b < num_blocks; ++b) {
+    const auto bits = static_cast<uint32_t>(largest[b]);
+    if (random == nullptr) {
+      found[b] = {block_scale<scalar_t>(bits), 0, 0};
+    } else {
+      const uint16_t* const first = random->bits + b * kScaleBlock;
+      found[b] = block_scale_stochastic<scalar_t>(bits, random_of_scale(first[0], first[1]));
     }
   }
+  for (int b = 0; b < num_blocks; ++b) {
+    scales[b] = found[b].bits;
+    const float* const in = values + b * kScaleBlock;
+    scalar_t* const out = codes + b * kScaleBlock;
+    const RandomBlockScale scale = found[b];
+    if (scale.inverse == 0) {  // the values may be Inf or NaN
+      memset(out, 0, kScaleBlock);
+    } else if (random == nullptr) {
+      MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+      for (int64_t i = 0; i < kScaleBlock; ++i) store(out[i], in[i] * scale.inverse);
+    } else {
+      const uint16_t* const bits = random->bits + b * kScaleBlock;
+      MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+      for (int64_t i = 0; i < kScaleBlock; ++i) {
+        store_stochastic(out[i], scaled<scalar_t>(in[i], scale), bits[i]);
+      }
+    }
+  }
+  memcpy(target, codes, static_cast<size_t>(n));
 }
 
 // ---- an operand ---------------------------------------------------------------------------------
@@ -189,7 +223,7 @@ class OperandTile : TensorTile<W, kAhead> {
     master_kind_ = kind;
     master_ = master;
   }
-  void keep_scales(float* scales) { scales_ = scales; }
+  void keep_scales(ScaleBits* scales) { scales_ = scales; }
 
   // False where nothing is rounded.
   bool round_at_random() { return is_random_ = size_ <= 2 && master_kind_ == Master::kNone; }
@@ -228,7 +262,7 @@ class OperandTile : TensorTile<W, kAhead> {
       load_tile(dtype_, found_, n, tile_);
     } else {
       visit_8_bit(dtype_, [&](auto type) {
-        load_block(as<decltype(type)>(tensor_) + at, scales_[at / kScaleBlock], n, tile_);
+        load_blocks(as<decltype(type)>(tensor_) + at, scales_ + at / kScaleBlock, n, tile_);
       });
     }
   }
@@ -242,8 +276,8 @@ class OperandTile : TensorTile<W, kAhead> {
       store_copy(tile_, n, as<Float16>(found_), static_cast<float*>(master_) + at);
     } else if (size_ == 1) {
       visit_8_bit(dtype_, [&](auto type) {
-        store_block(tile_, is_random_ ? &random : nullptr, n, as<decltype(type)>(tensor_) + at,
-                    scales_ + at / kScaleBlock);
+        store_blocks(tile_, is_random_ ? &random : nullptr, n, as<decltype(type)>(tensor_) + at,
+                     scales_ + at / kScaleBlock);
       });
     } else if (is_random_) {
       store_tile_stochastic(dtype_, tile_, random, n, found_);
@@ -262,7 +296,7 @@ class OperandTile : TensorTile<W, kAhead> {
   bool is_random_ = false;
   Master master_kind_ = Master::kNone;
   void* master_ = nullptr;
-  float* scales_ = nullptr;
+  ScaleBits* scales_ = nullptr;
   char* found_ = nullptr;  // the elements as they are stored
   alignas(64) opmath_t tile_[kTile];
 };

@@ -15,7 +15,9 @@ namespace {
 
 constexpr int kElemsPerThread = kRandomsPerBlock;
 constexpr int kWarp = 32;
-static_assert(kElemsPerThread * kWarp == kScaleBlock);
+constexpr int kWarpElems = kElemsPerThread * kWarp;
+constexpr int kLanesPerBlock = static_cast<int>(kScaleBlock) / kElemsPerThread;  // of 8-bit values
+static_assert(kScaleBlock % kElemsPerThread == 0 && kWarp % kLanesPerBlock == 0);
 
 // ---- where a thread's elements lie --------------------------------------------------------------
 

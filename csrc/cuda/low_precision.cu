@@ -3,7 +3,7 @@
 //
 // One kernel learns the dtypes when it runs: all threads of a block have the same, so asking costs
 // little beside the memory, and there are hundreds of combinations. A thread has eight elements in
-// a row, as many as a draw of random bits is for, and a warp 256, a block of 8-bit values. What is
+// a row, as many as a draw of random bits is for, and four threads have a block of 8-bit values. What is
 // read is kept as it is until all loads are on their way.
 //
 //   flat     accesses of up to 128 bits, wherever a thread's eight elements begin on such a
@@ -38,7 +38,7 @@ struct LowPrecisionKind {
   static constexpr int kReserved = kWordsOf<AverageWeight>;
   static constexpr int kRoundingWords = kWordsOf<GroupRounding>;
   static constexpr int kChunk = kThreads * kElemsPerThread * kPasses;
-  static_assert(kChunk <= kMaxChunk && kChunk % kScaleBlock == 0);
+  static_assert(kChunk <= kMaxChunk && kChunk % kWarpElems == 0);
 
   static void pack_rest(const TensorEntry& entry, uint64_t* record) {
     int ndim = 0;
@@ -109,21 +109,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
   for (int k = 0; k < kStates; ++k) {
     state[k].memory = memory(kState + k);
     state[k].dtype = kind.dtype(kState + k);
-    state[k].scales = static_cast<float*>(memory(Fields::kScale + k));
+    state[k].scales = static_cast<ScaleBits*>(memory(Fields::kScale + k));
     state[k].has_scale = k < work.num_states && is_8_bit(state[k].dtype);
     state[k].is_random = at_random && k < work.num_states && state[k].may_be_random();
     draws = draws || state[k].is_random;
   }
 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp_begin = static_cast<int>(threadIdx.x) / kWarp * kScaleBlock;
+  const int warp_begin = static_cast<int>(threadIdx.x) / kWarp * kWarpElems;
   // A warp goes on while it has an element, with all of its lanes.
 #pragma unroll 1
   for (int at = warp_begin; at < chunk.count; at += kThreads * kElemsPerThread) {
     const int left = chunk.count - at - lane * kElemsPerThread;
     const int count = left < 0 ? 0 : left < kElemsPerThread ? left : kElemsPerThread;
     const int64_t first = chunk.begin + at + (count == 0 ? 0 : lane * kElemsPerThread);
-    const Span span = {first, (chunk.begin + at) / kScaleBlock, count, lane};
+    const Span span = {first, first / kScaleBlock, count, lane};
     Places<Kind::kIsStrided, Fields::kOperands> places;
     places.find(record + Fields::kFirstDimBehindScales, kind.ndim(), first, count);
 

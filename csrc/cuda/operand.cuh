@@ -126,10 +126,12 @@ __device__ __forceinline__ void decode_block(const Stored<opmath_t>& stored, flo
     values[k] = load(element_of<scalar_t>(stored, k)) * scale;
 }
 
-// A warp's values, of which each lane has `count`; all lanes are here. Returns the block's scale.
+// The values of a warp's blocks, of which each lane has `count`; all lanes are here. Returns the
+// scale of the lane's block.
 template <int kOperand, typename scalar_t, typename opmath_t>
-__device__ __forceinline__ float encode_block(const opmath_t (&values)[kElemsPerThread], int count,
-                                              const Randoms& randoms, Stored<opmath_t>& stored) {
+__device__ __forceinline__ ScaleBits encode_block(const opmath_t (&values)[kElemsPerThread],
+                                                  int count, const Randoms& randoms,
+                                                  Stored<opmath_t>& stored) {
   uint32_t largest = 0;
 #pragma unroll
   for (int k = 0; k < kElemsPerThread; ++k) {
@@ -137,27 +139,34 @@ __device__ __forceinline__ float encode_block(const opmath_t (&values)[kElemsPer
     largest = k < count && bits > largest ? bits : largest;
   }
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+  for (int distance = kLanesPerBlock / 2; distance > 0; distance /= 2) {
     const uint32_t other = __shfl_xor_sync(~0u, largest, distance);
     largest = other > largest ? other : largest;
   }
-  const BlockScale found = block_scale<scalar_t>(largest);
+  RandomBlockScale found = {};
+  if (randoms.are_drawn) {
+    const uint32_t mine = random_of_scale(randoms.of<kOperand>(0), randoms.of<kOperand>(1));
+    found = block_scale_stochastic<scalar_t>(largest, __shfl_sync(~0u, mine, 0, kLanesPerBlock));
+  } else {
+    found = {block_scale<scalar_t>(largest), 0, 0};
+  }
   if (found.inverse == 0) {  // the values may be Inf or NaN
     stored.words[0] = stored.words[1] = 0;
-    return found.scale;
+    return found.bits;
   }
-  float scaled[kElemsPerThread];
+  float units[kElemsPerThread];
 #pragma unroll
   for (int k = 0; k < kElemsPerThread; ++k) {
-    scaled[k] = k < count ? static_cast<float>(values[k]) * found.inverse : 0;
+    const float value = k < count ? static_cast<float>(values[k]) : 0;
+    units[k] = randoms.are_drawn ? scaled<scalar_t>(value, found) : value * found.inverse;
   }
-  encode_as<kOperand, scalar_t>(scaled, randoms, stored);
-  return found.scale;
+  encode_as<kOperand, scalar_t>(units, randoms, stored);
+  return found.bits;
 }
 
 // ---- an operand ---------------------------------------------------------------------------------
 
-// A thread's elements, and its warp's block of 8-bit values.
+// A thread's elements, and the block of 8-bit values that they are in.
 struct Span {
   int64_t first;
   int64_t block;
@@ -173,13 +182,13 @@ struct StoredOperand {
   Dtype dtype;
   bool is_random = false;
   bool has_scale = false;
-  float* scales = nullptr;
+  ScaleBits* scales = nullptr;
   Master master_kind = Master::kNone;
   void* master = nullptr;
 
   Stored<opmath_t> stored;
   Stored<opmath_t> exact;  // what the master has of them
-  float scale;
+  ScaleBits scale;
 
   // False where nothing is rounded.
   __device__ __forceinline__ bool may_be_random() const {
@@ -204,7 +213,9 @@ struct StoredOperand {
 
   __device__ __forceinline__ void decode(opmath_t (&values)[kElemsPerThread]) const {
     if (has_scale) {
-      visit_8_bit(dtype, [&](auto type) { decode_block<decltype(type)>(stored, scale, values); });
+      visit_8_bit(dtype, [&](auto type) {
+        decode_block<decltype(type)>(stored, load_scale(scale), values);
+      });
     } else if (master_kind != Master::kNone) {
       decode_master(master_kind, stored, exact, values);
     } else {
@@ -222,7 +233,7 @@ struct StoredOperand {
         return encode_block<kOperand, decltype(type)>(values, span.count, randoms, stored);
       });
       write_bits<uint8_t>(memory, row, span.count, stored);
-      if (span.lane == 0) scales[span.block] = scale;
+      if (span.lane % kLanesPerBlock == 0 && span.count != 0) scales[span.block] = scale;
       return;
     }
     if (master_kind != Master::kNone) {

@@ -1,37 +1,68 @@
-// 8-bit blocks: kScaleBlock elements with one fp32 scale (Dettmers et al., "8-bit optimizers via
-// block-wise quantization", ICLR 2022).
+// 8-bit blocks: kScaleBlock elements in a row share a scale of 16 bits (block-wise quantization:
+// Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022; a companded map in
+// blocks of 32: Ortiz et al., "FlashOptim", 2026).
+//
+// A code stands for a number, its level, and a stored value is level times scale. The block's
+// largest value has the code of the largest level, kTop, so that the scale is largest / kTop. It
+// has 8 bits of exponent and 8 of mantissa: an fp32 without its sign and its last 15 bits. kTop times
+// a scale is exact, so values that are decoded encode to the same codes and scale again.
 #pragma once
 
 #include "dtype.h"
 
 namespace momentum_ext {
 
-// The largest value of a block is stored as kLargest.
+// Code c stands for c * (3 * |c| + 259): y * (0.405 + 0.595 * |y|) for y = c / 127, in integers. What
+// is small in its block has the finer steps.
 struct Int8 {
   int8_t bits;
-  static constexpr float kLargest = 127;
+  static constexpr float kTop = 81280;
+  static constexpr float kSmallestScale = 0x1.9cp-117f;  // 2^-100 / kTop, rounded down
+  static constexpr float kLargestScale = 0x1.9cp+111f;   // the largest whose kTop-fold is finite
 };
 struct Float8E4M3 {
   uint8_t bits;
-  static constexpr float kLargest = 448;
+  static constexpr float kTop = 448;
+  static constexpr float kSmallestScale = 0x1.24p-109f;
+  static constexpr float kLargestScale = 0x1.24p+119f;
 };
 
-constexpr int64_t kScaleBlock = 256;  // elements
+constexpr int64_t kScaleBlock = 32;  // elements
+
+using ScaleBits = uint16_t;
+constexpr int kCutOff = 15;  // bits of an fp32 that a scale does not have
+constexpr uint32_t kScaleMask = ~((1u << kCutOff) - 1);
+
+MOMENTUM_EXT_INLINE float load_scale(ScaleBits bits) {
+  return detail::float_from_bits(static_cast<uint32_t>(bits) << kCutOff);
+}
 
 struct BlockScale {
-  float scale;    // a stored value times this is the value
+  ScaleBits bits;
   float inverse;  // 0: store zeros
 };
 
-// From the bits of the largest magnitude in the block, which as integers are in the magnitudes'
-// order. An Inf or NaN makes the whole block NaN, so that an overflow is seen. A block below 2^-100
+namespace detail {
+// An Inf or NaN makes the whole block NaN, so that an overflow is seen. A block below 2^-100
 // becomes zero: its inverse could overflow.
 template <typename scalar_t>
+MOMENTUM_EXT_INLINE BlockScale checked_scale(uint32_t largest_bits, float rounded) {
+  const float scale = rounded > scalar_t::kLargestScale ? scalar_t::kLargestScale : rounded;
+  const bool is_finite = largest_bits < 0x7f800000u;
+  const bool is_zero = scale < scalar_t::kSmallestScale;
+  const uint32_t bits = is_zero ? 0 : bits_of(scale) >> kCutOff;
+  return {static_cast<ScaleBits>(is_finite ? bits : 0x7fc00000u >> kCutOff),
+          is_zero || !is_finite ? 0 : 1 / scale};
+}
+}  // namespace detail
+
+// From the bits of the largest magnitude in the block, which as integers are in the magnitudes'
+// order. The scale is rounded to nearest.
+template <typename scalar_t>
 MOMENTUM_EXT_INLINE BlockScale block_scale(uint32_t largest_bits) {
-  if (largest_bits >= 0x7f800000u) return {detail::float_from_bits(0x7fc00000u), 0};
-  const float largest = detail::float_from_bits(largest_bits);
-  if (largest < 0x1p-100f) return {0, 0};
-  return {largest / scalar_t::kLargest, scalar_t::kLargest / largest};
+  const float exact = detail::float_from_bits(largest_bits) / scalar_t::kTop;
+  const uint32_t sum = detail::bits_of(exact) + (1u << (kCutOff - 1));
+  return detail::checked_scale<scalar_t>(largest_bits, detail::float_from_bits(sum & kScaleMask));
 }
 
 MOMENTUM_EXT_INLINE float clamped(float value, float largest) {
@@ -39,11 +70,40 @@ MOMENTUM_EXT_INLINE float clamped(float value, float largest) {
   return below < -largest ? -largest : below;
 }
 
-MOMENTUM_EXT_INLINE float load(Int8 value) { return static_cast<float>(value.bits); }
+namespace detail {
+// Its last bits do not matter.
+MOMENTUM_EXT_INLINE float about_sqrt(float value) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
+#else
+  return __builtin_sqrtf(value);
+#endif
+}
+
+MOMENTUM_EXT_INLINE float absolute(float value) {
+  return float_from_bits(bits_of(value) & 0x7fffffffu);
+}
+
+MOMENTUM_EXT_INLINE float level(float code) { return code * (3 * absolute(code) + 259); }
+}  // namespace detail
+
+MOMENTUM_EXT_INLINE float load(Int8 value) {
+  return detail::level(static_cast<float>(static_cast<int32_t>(value.bits)));
+}
+
+// The nearest code, ties to the smaller magnitude: so many as there are midpoints below. Midpoint c
+// is 3 * c * c + 262 * c + 131. Its inverse, by a root, is off by one at most; comparing mends that,
+// so that all devices find the same.
 MOMENTUM_EXT_INLINE void store(Int8& out, float value) {
-  constexpr float kMagic = 0x1.8p23f;  // adding it makes the hardware round to an integer
-  const uint32_t sum = detail::bits_of(clamped(value, Int8::kLargest) + kMagic);
-  out.bits = static_cast<int8_t>(static_cast<int32_t>(sum - 0x4b400000u));
+  const float magnitude = detail::absolute(value);
+  constexpr float kSixth = 1.0f / 6;
+  const float guess = detail::about_sqrt(12 * magnitude + 67072) * kSixth + (0.999f - 262 * kSixth);
+  const auto low = static_cast<int32_t>(guess);
+  const auto code = static_cast<float>(low);
+  const int32_t nearest = low + (magnitude > code * (3 * code + 262) + 131 ? 1 : 0);
+  out.bits = static_cast<int8_t>(value < 0 ? -nearest : nearest);
 }
 
 MOMENTUM_EXT_INLINE float load(Float8E4M3 value) {
@@ -67,7 +127,7 @@ MOMENTUM_EXT_INLINE void assemble(Float8E4M3& out, float value, uint32_t magnitu
 }  // namespace detail
 
 MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
-  const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kLargest)) & 0x7fffffffu;
+  const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kTop)) & 0x7fffffffu;
   const uint32_t normal = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
   const uint32_t subnormal =
       detail::bits_of(detail::float_from_bits(magnitude) + 0x1p14f) - 0x46800000u;

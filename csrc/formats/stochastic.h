@@ -28,20 +28,68 @@ MOMENTUM_EXT_INLINE void store_stochastic(Float16& out, float value, uint32_t ra
   out.bits =
       static_cast<uint16_t>((magnitude > 0x7f800000u ? 0x7e00u : finite) | (bits >> 16 & 0x8000u));
 }
+// By the place between two levels.
 MOMENTUM_EXT_INLINE void store_stochastic(Int8& out, float value, uint32_t random) {
   const float fraction = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * 0x1p-16f;
-  const float sum = clamped(value, Int8::kLargest) + fraction;
-  const auto truncated = static_cast<int32_t>(sum);
-  const int32_t floor = truncated - (static_cast<float>(truncated) > sum ? 1 : 0);
-  out.bits = static_cast<int8_t>(floor > 127 ? 127 : floor);
+  const float magnitude = detail::absolute(value);
+  constexpr float kSixth = 1.0f / 6;
+  const float guess = detail::about_sqrt(12 * magnitude + 67081) * kSixth + (0.001f - 259 * kSixth);
+  const auto high = static_cast<int32_t>(guess);
+  const int32_t floor = high - (detail::level(static_cast<float>(high)) > magnitude ? 1 : 0);
+  const auto code = static_cast<float>(floor);
+  const float gap = 6 * code + 262;
+  const int32_t rounded = floor + (magnitude - detail::level(code) > fraction * gap ? 1 : 0);
+  out.bits = static_cast<int8_t>(value < 0 ? -rounded : rounded);
 }
 MOMENTUM_EXT_INLINE void store_stochastic(Float8E4M3& out, float value, uint32_t random) {
-  const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kLargest)) & 0x7fffffffu;
+  const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kTop)) & 0x7fffffffu;
   const float fraction = static_cast<float>(static_cast<int32_t>(random)) * 0x1p-16f;
   const uint32_t normal = (magnitude - 0x3c000000u + (random << 4)) >> 20;
   const float absolute = detail::float_from_bits(magnitude);
   const auto subnormal = static_cast<uint32_t>(static_cast<int32_t>(absolute * 0x1p9f + fraction));
   detail::assemble(out, value, magnitude, normal, subnormal);
+}
+
+// The scale of a block whose values are rounded at random. It is rounded at random, too, so that the
+// largest value always has the largest code. Where it is rounded down, values between its kTop-fold
+// (the knee) and the largest are stored as the knee; where up, they are stretched, so that their
+// means are right.
+struct RandomBlockScale : BlockScale {
+  float knee;
+  float stretch;
+};
+
+// `random` has 16 random bits that are independent of each element's own.
+template <typename scalar_t>
+MOMENTUM_EXT_INLINE RandomBlockScale block_scale_stochastic(uint32_t largest_bits,
+                                                            uint32_t random) {
+  const float largest = detail::float_from_bits(largest_bits);
+  const uint32_t bits = detail::bits_of(largest / scalar_t::kTop);
+  const float down = detail::float_from_bits(bits & kScaleMask);
+  const float rounded = detail::float_from_bits((bits + (random & ~kScaleMask)) & kScaleMask);
+  BlockScale scale = detail::checked_scale<scalar_t>(largest_bits, rounded);
+  // Not less than the exact inverse: the largest value must reach kTop.
+  scale.inverse =
+      scale.inverse == 0 ? 0 : detail::float_from_bits(detail::bits_of(scale.inverse) + 1);
+  const float top = scalar_t::kTop * load_scale(scale.bits);
+  const float knee = scalar_t::kTop * down;
+  return {scale, knee, top > knee ? (top - knee) / (largest - knee) : 0};
+}
+
+// A value as store_stochastic() takes it.
+template <typename scalar_t>
+MOMENTUM_EXT_INLINE float scaled(float value, const RandomBlockScale& scale) {
+  const float magnitude = detail::absolute(value);
+  const float below = magnitude > scale.knee ? scale.knee : magnitude;
+  const float above = magnitude > scale.knee ? magnitude - scale.knee : 0;
+  const float units = (below + above * scale.stretch) * scale.inverse;
+  const float reached = units > scalar_t::kTop ? scalar_t::kTop : units;
+  return value < 0 ? -reached : reached;
+}
+
+// Those for a block's scale, from those of its first two elements.
+MOMENTUM_EXT_INLINE uint32_t random_of_scale(uint32_t first, uint32_t second) {
+  return first ^ second;
 }
 
 // A parameter and its states are rounded with the same 16 bits, those of a state rotated by a number

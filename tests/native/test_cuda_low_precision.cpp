@@ -131,9 +131,10 @@ struct Tensors {
   }
   void make_scale() {
     if (!is_8_bit(mix.buffer)) return;
-    scale = Array(4, (numel + kScaleBlock - 1) / kScaleBlock, 0);
+    scale = Array(sizeof(ScaleBits), (numel + kScaleBlock - 1) / kScaleBlock, 0);
     for (int64_t i = 0; i < scale.size(); ++i) {
-      scale.at<float>(i) = static_cast<float>(std::exp(normal()) / 50);
+      const auto value = static_cast<float>(std::exp(normal()) / 50);
+      scale.at<ScaleBits>(i) = static_cast<ScaleBits>(detail::bits_of(value) >> kCutOff);
     }
   }
   void upload() {
@@ -142,7 +143,7 @@ struct Tensors {
 
   TensorEntry entry(const std::vector<Hyperparams<Sgd>>& groups, bool cpu) {
     LowPrecision& mine = low[cpu ? 0 : 1];
-    mine = {master.on(cpu), {static_cast<float*>(scale.on(cpu))}, 1000 + 7 * group, mix.master};
+    mine = {master.on(cpu), {static_cast<ScaleBits*>(scale.on(cpu))}, 1000 + 7 * group, mix.master};
     layout = {dims.data(), static_cast<int>(dims.size())};
     TensorEntry made{};
     made.param = param.on(cpu);
@@ -228,7 +229,7 @@ void check_same(const std::vector<Tensors>& list, const std::string& name) {
     const bool holds =
         same(each.param, each.mix.param) && same(each.grad, each.mix.grad) &&
         same(each.buffer, each.mix.buffer) && same(each.average, each.mix.param) &&
-        same(each.scale, Dtype::kFloat32) &&
+        same(each.scale, Dtype::kInt8) &&
         same(each.master, each.mix.master == Master::kCopy ? Dtype::kFloat32 : Dtype::kInt8);
     expect(holds, name + ": dtypes " + std::to_string(static_cast<int>(each.mix.param)) + " " +
                       std::to_string(static_cast<int>(each.mix.grad)) + " " +
@@ -290,7 +291,7 @@ void test_sizes(const std::vector<Hyperparams<Sgd>>& groups) {
   for (const Mix& mix : all_mixes()) {
     std::vector<Tensors> list;
     for (const int64_t numel :
-         {1, 7, 8, 9, 63, 255, 256, 257, 511, 512, 513, 2047, 4095, 4096, 4097}) {
+         {1, 7, 8, 9, 31, 32, 33, 63, 255, 256, 257, 511, 512, 513, 2047, 4095, 4096, 4097}) {
       for (const uint32_t first_group : {0u, 9u}) {
         const auto group = first_group + static_cast<uint32_t>(generator() % 9);
         list.push_back(flat(mix, numel, group, generator() % 3 == 0));

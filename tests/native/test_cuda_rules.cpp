@@ -80,7 +80,7 @@ struct Tensor {
   std::vector<StridedDim> dims;
   std::vector<int64_t> offsets[kOperands];  // of each element
   std::vector<char> memory[kOperands], master, average;
-  std::vector<float> scales[3];
+  std::vector<ScaleBits> scales[3];
   StridedLayout layout{};
   LowPrecision low{};
 
@@ -153,8 +153,11 @@ Tensor flat(const Mix& mix, int64_t numel, uint32_t group, bool first) {
       made.master[static_cast<size_t>(2 * i)] = static_cast<char>(generator());
     }
   }
-  for (std::vector<float>& each : made.scales) {
-    for (int64_t i = 0; i < numel; i += kScaleBlock) each.push_back(0.01f + float(i) / 1e6f);
+  for (std::vector<ScaleBits>& each : made.scales) {
+    for (int64_t i = 0; i < numel; i += kScaleBlock) {
+      const float scale = (0.01f + float(i) / 1e6f) / 640;
+      each.push_back(static_cast<ScaleBits>(detail::bits_of(scale) >> kCutOff));
+    }
   }
   return made;
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from harness import assert_same, params_of
+from precision_oracle import buffer_values, order_of, tensor_of
 from torch import Tensor
 from values import BF16, EIGHT_BITS, FP16, FP32, FP64, HALVES
 
@@ -48,9 +49,8 @@ def decoded(entry: dict[str, Any]) -> Tensor | None:
     buffer = entry.get("momentum_buffer")
     if buffer is None or buffer.dtype not in EIGHT_BITS:
         return buffer if buffer is None else buffer.detach().clone()
-    values = buffer.float().reshape(-1)
-    blocks = torch.arange(values.numel()) // 256
-    return (values * entry["momentum_scale"][blocks]).reshape(buffer.shape)
+    order = order_of(buffer)
+    return tensor_of(buffer_values(entry, order), FP32, buffer, order)
 
 
 def exact(param: Tensor, entry: dict[str, Any]) -> Tensor:
@@ -85,7 +85,8 @@ def assert_near(
     largest = float(values.nan_to_num(0.0, 0.0).max()) if values.numel() else 0.0
     if dtype in EIGHT_BITS:
         stored = wanted.abs() if before is None else wanted.abs() + before.double().abs()
-        bound = largest * (1 / 127 + tolerance) if dtype is torch.int8 else stored / 8 + largest * 2.0**-8
+        apart = largest * 1018 / 81280 if dtype is torch.int8 else stored / 8  # neighbours, and two scales
+        bound = apart + largest * (2.0**-8 + tolerance)
     else:
         bound = wanted.abs() * (ROUNDING[dtype] + tolerance) + largest * tolerance + (1e-7 if dtype is FP16 else 1e-37)
     bad = ((found - wanted).abs() > bound) & ~odd & found.isfinite()
@@ -296,7 +297,7 @@ class Model:
         if group["momentum"] != 0:
             dtype = dtype_of(group.get("momentum_dtype")) or (FP32 if has_master else param.dtype)
             out.pop("momentum_scale", None)
-            out |= {"momentum_buffer": dtype, **({"momentum_scale": FP32} if dtype in EIGHT_BITS else {})}
+            out |= {"momentum_buffer": dtype, **({"momentum_scale": torch.uint8} if dtype in EIGHT_BITS else {})}
         if has_master:
             out |= {"param_remainder": torch.int16} if param.dtype is BF16 else {"master_param": FP32}
         return out

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 F32, U32, U64 = np.float32, np.uint32, np.uint64
-BLOCK = 256
-LARGEST = {torch.int8: F32(127), torch.float8_e4m3fn: F32(448)}
-EIGHT_BIT = tuple(LARGEST)
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -165,28 +163,74 @@ def believed(param: np.ndarray, master: np.ndarray | None) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- 8 bits
 
 
+LEVELS = np.arange(128, dtype=np.int64) * (3 * np.arange(128, dtype=np.int64) + 259)
+"""What int8 codes stand for, in units of the block's scale."""
+TOP = {torch.int8: F32(LEVELS[127]), torch.float8_e4m3fn: F32(448)}
+EIGHT_BIT = tuple(TOP)
+SMALLEST = {dtype: F32(2.0**-100) / top for dtype, top in TOP.items()}
+"""The scale of a block of 2^-100; what is below is stored as zeros."""
+
+
+def cut(x: np.ndarray, add: np.ndarray | int = 0) -> np.ndarray:
+    """Positive fp32 with 8 bits of mantissa."""
+    return from_bits((bits(x) + U32(add)) & U32(0xFFFF8000))
+
+
 def quantize(values: np.ndarray, dtype: torch.dtype, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of 256 with a scale each: (int8, or the bits of e4m3fn, and the fp32 scales)."""
-    largest = LARGEST[dtype]
-    padded = np.zeros(-(-len(values) // BLOCK) * BLOCK, F32)
-    padded[: len(values)] = values
-    blocks = padded.reshape(-1, BLOCK)
-    top = np.max(np.abs(blocks), axis=1, initial=0)  # NaN where there is one
-    overflows, vanishes = ~np.isfinite(top), top < F32(2.0**-100)
-    usable = np.where(overflows | vanishes, F32(1), top)
-    scale = np.where(overflows, F32(np.nan), np.where(vanishes, F32(0), usable / largest)).astype(F32)
-    inverse = np.where(overflows | vanishes, F32(0), largest / usable).astype(F32)
-    dead = np.repeat(overflows | vanishes, BLOCK)[: len(values)]
-    scaled = np.where(dead, F32(0), values) * np.repeat(inverse, BLOCK)[: len(values)]
-    if dtype is torch.int8:
-        if random is None:
-            q = np.rint(scaled)
-        else:
-            q = np.floor(scaled + (random.astype(F32) + F32(0.5)) * F32(2**-16))
-        out = np.clip(q, -127, 127).astype(np.int8)
+    """Blocks of 32 with a scale each: (int8, or the bits of e4m3fn, and the scales as bytes, [blocks, 2]).
+
+    `random` has 16 bits for each element of all blocks, whole ones.
+    """
+    top = TOP[dtype]
+    blocks = np.zeros((-(-len(values) // BLOCK), BLOCK), F32)
+    blocks.reshape(-1)[: len(values)] = values
+    magnitude = np.abs(blocks)
+    largest = np.max(magnitude, axis=1, initial=0)  # NaN where there is one
+    overflows = ~np.isfinite(largest)
+    exact = np.where(overflows, F32(1), largest) / top
+    down, limit = cut(exact), cut(F32(np.finfo(F32).max) / top)
+    if random is None:
+        scale = cut(exact, 0x4000)
     else:
-        out = e4m3fn(scaled, random)
-    return np.where(dead, out.dtype.type(0), out), scale
+        random = random.reshape(-1, BLOCK)
+        scale = cut(exact, (random[:, 0] ^ random[:, 1]) & U32(0x7FFF))
+    scale = np.minimum(scale, limit)
+    vanishes = scale < cut(SMALLEST[dtype])
+    dead = overflows | vanishes
+    inverse = F32(1) / np.where(dead, F32(1), scale)
+    magnitude = np.where(dead[:, None], F32(0), magnitude)
+    if random is None:
+        units = magnitude * inverse[:, None]
+    else:  # values above the largest value that a smaller scale can store move with it
+        knee = top * down
+        stretch = np.where(scale > down, (top * scale - knee) / np.where(largest > knee, largest - knee, F32(1)), 0)
+        above = np.maximum(magnitude - knee[:, None], F32(0)) * stretch[:, None].astype(F32)
+        units = (np.minimum(magnitude, knee[:, None]) + above) * np.nextafter(inverse, F32(np.inf))[:, None]
+        units = np.minimum(units, top)
+    units = np.where(dead[:, None], F32(0), units)
+    if dtype is torch.int8:
+        magnitudes = nearest_code(units) if random is None else random_code(units, random)
+        codes = np.where(np.signbit(blocks), -magnitudes, magnitudes).astype(np.int8)
+    else:
+        codes = e4m3fn(np.copysign(units, blocks), random)
+        codes = np.where(dead[:, None], np.uint8(0), codes)
+    kept = np.where(overflows, F32(np.nan), np.where(vanishes, F32(0), scale))
+    as_bytes = (bits(kept) >> U32(15)).astype("<u2").view(np.uint8).reshape(-1, 2)
+    return codes.reshape(-1)[: len(values)].copy(), as_bytes
+
+
+def nearest_code(units: np.ndarray) -> np.ndarray:
+    """Ties to the smaller magnitude."""
+    distances = (LEVELS[1:] + LEVELS[:-1]) // 2  # all sums are even
+    return np.searchsorted(distances.astype(F32), units, side="left")
+
+
+def random_code(units: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Up with the probability of the place between two levels."""
+    code = np.searchsorted(LEVELS.astype(F32), units, side="right") - 1
+    gap = (6 * code + 262).astype(F32)
+    chance = (random.astype(F32) + F32(0.5)) * F32(2**-16)
+    return code + (units - LEVELS[code].astype(F32) > chance * gap)
 
 
 def e4m3fn(values: np.ndarray, random: np.ndarray | None) -> np.ndarray:
@@ -207,12 +251,23 @@ def e4m3fn(values: np.ndarray, random: np.ndarray | None) -> np.ndarray:
 
 def dequantize(q: np.ndarray, scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     if dtype is torch.int8:
-        wide = q.astype(F32)
+        wide = np.sign(q).astype(F32) * LEVELS[np.abs(q.astype(np.int64))].astype(F32)
     else:
         magnitude = q.astype(U32) & U32(0x7F)
         wide = np.where(magnitude < 8, magnitude.astype(F32) / F32(512), from_bits((magnitude << U32(20)) + 0x3C000000))
         wide = np.where(magnitude == 0x7F, F32(np.nan), np.where(q & 0x80, -wide, wide))
-    return wide.astype(F32) * np.repeat(scale, BLOCK)[: len(q)]
+    return wide.astype(F32) * np.repeat(scales_of(scale), BLOCK)[: len(q)]
+
+
+def scales_of(as_bytes: np.ndarray) -> np.ndarray:
+    return from_bits(np.ascontiguousarray(as_bytes).reshape(-1).view("<u2").astype(U32) << U32(15))
+
+
+def scales_like(scale: np.ndarray, codes: Tensor) -> Tensor:
+    """With the shape that they have beside these codes."""
+    along_rows = codes.dim() > 1 and codes.shape[-1] % BLOCK == 0 and codes.is_contiguous()
+    shape = (*codes.shape[:-1], codes.shape[-1] // BLOCK, 2) if along_rows else (len(scale), 2)
+    return torch.from_numpy(scale).reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------------------- one tensor
@@ -272,10 +327,11 @@ def with_buffer(
     out = {key: value for key, value in state.items() if key not in ("momentum_buffer", "momentum_scale")}
     if dtype in EIGHT_BIT:
         values, scale = quantize(values, dtype, random)
-        out["momentum_scale"] = torch.from_numpy(scale)
     else:
-        values = narrow(values, dtype, random)
+        values = narrow(values, dtype, None if random is None else random[: len(values)])
     out["momentum_buffer"] = tensor_of(values, dtype, like, order)
+    if dtype in EIGHT_BIT:
+        out["momentum_scale"] = scales_like(scale, out["momentum_buffer"])
     return out
 
 
@@ -308,12 +364,6 @@ def oracle_convert(
     if buffer.dtype is dtype and not converts:
         return state
     lr = F32(options.lr)
-    if converts and buffer.dtype is dtype and dtype in EIGHT_BIT:  # the blocks stay
-        scale = state["momentum_scale"].numpy()
-        return {
-            **state,
-            "momentum_scale": torch.from_numpy(scale / lr if options.formulation == "torch" else scale * lr),
-        }
     values = buffer_values(state, order_of(param))
     if converts:
         values = values / lr if options.formulation == "torch" else values * lr
@@ -356,7 +406,7 @@ def oracle_step(
         out = dict(state)
         if options.momentum != 0:
             dtype = dtype_of_buffer(param, options)
-            random = exchanged(random_16(numel, options)) if options.stochastic_rounding else None
+            random = exchanged(random_16(-(-numel // BLOCK) * BLOCK, options)) if options.stochastic_rounding else None
             out = with_buffer(out, buffer, dtype, param, None if dtype is torch.float32 else random)
         random = None
         if options.master_weights and param.dtype is torch.bfloat16:

@@ -17,8 +17,8 @@ from momentum_ext import _C, FusedMomentum
 MOMENTUM_DTYPES = (None, FP32, BF16, FP16, INT8, FP8)
 STATE = ("momentum_buffer", "momentum_scale", "param_remainder", "master_param")
 
-# Around every edge: Philox's 8 elements, vectors, blocks of 256, chunks.
-SIZES = (0, 1, 7, 8, 9, 31, 255, 256, 257, 511, 512, 513, 2049)
+# Around every edge: Philox's 8 elements, vectors, blocks of 32, tiles of 256, chunks.
+SIZES = (0, 1, 7, 8, 9, 31, 32, 33, 65, 255, 256, 257, 511, 512, 513, 2049)
 LARGE = 70_001
 
 HYPERS = (

@@ -18,7 +18,7 @@ def held(opt, params):
 
 @pytest.mark.parametrize("mode", MODES, ids=mode_name)
 def test_before_and_after(mode):
-    params = [torch.nn.Parameter(torch.randn(size).to(mode["dtype"])) for size in (0, 1, 255, 256, 257, 3000)]
+    params = [torch.nn.Parameter(torch.randn(size).to(mode["dtype"])) for size in (0, 1, 31, 32, 33, 3000)]
     opt = FusedMomentum(params, lr=0.1, momentum=0.9, **options_of_mode(mode))
     before = opt.memory_summary()
     assert not opt.state, "counted before anything is there"
@@ -28,13 +28,13 @@ def test_before_and_after(mode):
     for summary in (before, opt.memory_summary()):
         assert {kind: size for kind, size in summary.items() if size} == {k: v for k, v in wanted.items() if v}
         assert summary.total == sum(wanted.values())
-        assert summary.num_params == 3769
+        assert summary.num_params == 3097
 
 
-def test_8_bits_take_at_most_1_02_bytes_an_element():
+def test_8_bits_take_at_most_1_063_bytes_an_element():
     param = torch.nn.Parameter(torch.randn(100_003))
     summary = optimizer_of(param, steps=1, momentum_dtype=INT8).memory_summary()
-    assert (summary["momentum_buffer"] + summary["momentum_scale"]) / summary.num_params <= 1.02
+    assert (summary["momentum_buffer"] + summary["momentum_scale"]) / summary.num_params <= 1.063
 
 
 def test_split_takes_four_bytes_a_weight():

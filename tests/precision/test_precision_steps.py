@@ -74,7 +74,8 @@ def test_blocks_of_every_size(momentum_dtype, stochastic):
         twin.step_as_is()
     if momentum_dtype in EIGHT_BITS:
         scale = twin.opt.state[twin.params[0]]["momentum_scale"]
-        assert scale.isnan().nonzero().flatten().tolist() == [2, 9, 40], "an overflow stays visible in its own block"
+        is_nan = (scale[:, 1] == 0xFF).nonzero().flatten()
+        assert is_nan.tolist() == [700 // 32, (256 * 9 + 255) // 32, (256 * 40 + 76) // 32], "in its own block alone"
 
 
 def test_several_groups_each_with_its_own_mode():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import assert_all_same, refused
+from harness import assert_all_same, assert_same, refused
 
 from momentum_ext import FusedMomentum
 
@@ -26,6 +26,7 @@ OPTIONS = {
     "stochastic": {"stochastic_rounding": True, "rounding_seed": 7},
     "ema_formulation": {"formulation": "ema", "decoupled_weight_decay": True, "weight_decay": 0.01},
 }
+EIGHT_BITS = {"int8", "fp8"}
 MASTERS = {"bf16_masters": torch.bfloat16, "fp16_masters": torch.float16}
 LOOKAHEAD_KEYS = {"lookahead", "train_mode", "lookahead_distance"}
 
@@ -58,7 +59,7 @@ def test_all_files_have_a_case():
     assert {path.stem for path in FILES.iterdir()} == set(OPTIONS)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - EIGHT_BITS))
 def test_training_goes_on_to_the_bit(name):
     """16-bit momentum beside masters stays so where it is asked for."""
     saved = load(name)
@@ -69,6 +70,31 @@ def test_training_goes_on_to_the_bit(name):
     assert_all_same(params, saved["params_after"])
     if name == "average":
         assert opt.state_dict()["param_groups"][0]["ema_step"] == 6
+
+
+@pytest.mark.parametrize("name", sorted(EIGHT_BITS))
+def test_old_blocks_of_8_bits_are_read(name):
+    """256 codes, linear in an fp32 scale: what they stand for is the momentum of the next step, to the bit."""
+    saved = load(name)
+    exact, _ = loaded(saved)  # momentum_dtype=None: the next step converts to the parameters' fp32
+    opt, params = loaded(saved, **OPTIONS[name])
+    for (param, entry), param_exact in zip(opt.state.items(), exact.state, strict=True):
+        codes, scale = entry["momentum_buffer"], entry["momentum_scale"]
+        assert scale.dtype == torch.float32 and len(scale) == -(-param.numel() // 256)
+        values = codes.float().flatten() * scale.repeat_interleave(256)[: param.numel()]
+        param.grad, param_exact.grad = torch.zeros_like(param), torch.zeros_like(param)
+        entry["wanted"] = values.view_as(param) * exact.param_groups[0]["momentum"]
+    exact.step()
+    for entry, entry_exact in zip(opt.state.values(), exact.state.values(), strict=True):
+        assert_same(entry_exact["momentum_buffer"], entry.pop("wanted"))
+    opt.load_state_dict(opt.state_dict())  # in the new blocks
+    assert all(entry["momentum_scale"].dtype == torch.uint8 for entry in opt.state.values())
+    step_three_times(opt, params)
+    coarsest = {"int8": 1018 / 81280, "fp8": 1 / 16}[name]
+    for param, value, entry in zip(params, saved["params_after"], exact.state.values(), strict=True):
+        largest = entry["momentum_buffer"].abs().max() + 3
+        bound = opt.param_groups[0]["lr"] * coarsest * largest * 6  # three roundings, each in up to three steps
+        assert ((param.detach() - value).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("name", MASTERS)
