@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
-from momentum_ext.dtensor import like, local
+from momentum_ext.dtensor import is_cut, like, local
 from momentum_ext.keys import (
     AVERAGE,
     AVERAGE_COUNT,
@@ -22,7 +22,7 @@ from momentum_ext.keys import (
     ROUNDING_STEP,
     SCALE,
 )
-from momentum_ext.precision import check_options
+from momentum_ext.precision import EIGHT_BITS, SCALE_BLOCK, check_options
 
 __all__ = ["as_torch_state_dict", "changed", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
 
@@ -32,6 +32,10 @@ _OWN_KEYS = (*OPTIONS, ROUNDING_STEP, AVERAGE_COUNT, BUFFER_FORMULATION)
 _OWN_STATE = (BUFFER, SCALE, REMAINDER, MASTER, AVERAGE, LOOKAHEAD)
 _LEAVES_AS = {torch.int16: torch.bfloat16, torch.float8_e4m3fn: torch.uint8}
 _COMES_BACK_AS = {(REMAINDER, torch.bfloat16): torch.int16, (BUFFER, torch.uint8): torch.float8_e4m3fn}
+
+# Of a buffer of 8 bits, in the dict that it leaves as: what flattens a checkpoint makes keys of their own of them, so
+# that codes are never taken for values.
+_CODES, _SCALE = "codes", "scale"
 
 
 def without_defaults(group: dict[str, Any]) -> None:
@@ -60,13 +64,19 @@ def changed(state: Any, changes: list[Any], names: dict[int, Any]) -> Any:
     return state
 
 
-def with_changes(state_dict: dict[str, Any], changes: list[Any], names: dict[int, Any]) -> dict[str, Any]:
-    """A state dict with what the next step would start from, in dtypes that can travel.
+def with_changes(
+    state_dict: dict[str, Any], changes: list[Any], names: dict[int, Any], compact: bool
+) -> dict[str, Any]:
+    """A state dict with what the next step would start from, in forms and dtypes that can travel.
 
-    `changes` are (parameter, key, tensor or None), `names` the state dict's keys of the parameters, by id.
+    `changes` are (parameter, key, tensor or None), `names` the state dict's keys of the parameters, by id. `compact`:
+    buffers of 8 bits leave as codes where any sharding between blocks can be made of them.
     """
     state = changed(state_dict["state"], changes, names)
     for name, entry in state.items():
+        buffer = entry.get(BUFFER) if isinstance(entry, dict) else None
+        if isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS and SCALE in entry:
+            entry = state[name] = _travelling(entry, compact)
         views = {
             key: _view(entry[key], _LEAVES_AS[entry[key].dtype])
             for key in (_OWN_STATE if isinstance(entry, dict) else ())
@@ -75,6 +85,26 @@ def with_changes(state_dict: dict[str, Any], changes: list[Any], names: dict[int
         if views:
             state[name] = {**entry, **views}
     return {**state_dict, "state": state}
+
+
+def _travelling(entry: dict[str, Any], compact: bool) -> dict[str, Any]:
+    """State whose buffer of 8 bits has become codes and scales that shard alike, or its values in fp32."""
+    rest = {key: value for key, value in entry.items() if key not in (BUFFER, SCALE)}
+    codes, scale = entry[BUFFER], entry[SCALE]
+    shape = (*codes.shape[:-1], codes.shape[-1] // SCALE_BLOCK, 2) if codes.dim() > 1 else ()
+    shard = local(codes)
+    lies_in_rows = scale.dim() == len(shape) and shard.is_contiguous()
+    if compact and lies_in_rows and not is_cut(codes, SCALE_BLOCK):
+        codes_out = _view(codes, torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
+        return {**rest, BUFFER: {_CODES: codes_out, _SCALE: scale if shard is codes else like(codes, scale, shape)}}
+    return {**rest, BUFFER: _values(codes, scale)}
+
+
+def _values(codes: Tensor, scale: Tensor) -> Tensor:
+    """What a buffer of 8 bits stands for, in fp32."""
+    shard = local(codes)
+    values = _C.dequantize(shard, local(scale))
+    return values if shard is codes else like(codes, values)
 
 
 def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,13 +127,13 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, load: Callable[[], None]) -> N
     """Call `load`, which is the optimizer's load_state_dict, with state that keeps its dtypes; see :func:`unpack`."""
 
     def hide(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def hidden_of(name: Any, value: Any) -> Any:
+            if name == BUFFER and isinstance(value, dict):
+                return {key: _Kept(each) if isinstance(each, Tensor) else each for key, each in value.items()}
+            return _Kept(value) if name in _OWN_STATE and isinstance(value, Tensor) else value
+
         hidden = {
-            key: {
-                name: _Kept(value) if name in _OWN_STATE and isinstance(value, Tensor) else value
-                for name, value in entry.items()
-            }
-            if isinstance(entry, dict)
-            else entry
+            key: {name: hidden_of(name, value) for name, value in entry.items()} if isinstance(entry, dict) else entry
             for key, entry in state_dict["state"].items()
         }
         return {**state_dict, "state": hidden}
@@ -116,11 +146,19 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, load: Callable[[], None]) -> N
 
 
 def unpack(state: dict[Any, Any]) -> None:
-    """Take the tensors that :func:`keep_dtypes` has hidden to their parameters' devices."""
+    """Take what :func:`keep_dtypes` has hidden to the parameters' devices, and codes and scales to their keys."""
     for param, entry in state.items():
-        for name, value in entry.items() if isinstance(entry, dict) else ():
+        if not isinstance(entry, dict):
+            continue
+        if isinstance(entry.get(BUFFER), dict):
+            saved = entry.pop(BUFFER)
+            entry |= {name: saved[key] for name, key in ((BUFFER, _CODES), (SCALE, _SCALE)) if key in saved}
+        if entry.get(SCALE) == {}:  # what torch makes of a flattened checkpoint, for a key that it does not have
+            del entry[SCALE]
+        for name, value in entry.items():
             if isinstance(value, _Kept):
                 is_own = name != BUFFER or SCALE in entry  # a uint8 parameter's buffer is uint8, too
+                value.tensor = local(value.tensor) if name == SCALE else value.tensor
                 dtype = _COMES_BACK_AS.get((name, value.tensor.dtype)) if is_own else None
                 tensor = value.tensor if dtype is None else _view(value.tensor, dtype)
                 entry[name] = tensor.to(param.device) if isinstance(param, Tensor) else tensor
@@ -177,12 +215,14 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     group_of = {index: group for group in state_dict["param_groups"] for index in group["params"]}
     state = {}
     for index, entry in state_dict["state"].items():
-        buffer = entry.get(BUFFER)
+        buffer, scale = entry.get(BUFFER), entry.get(SCALE)
+        if isinstance(buffer, dict):
+            buffer, scale = buffer[_CODES], buffer[_SCALE]
         if not isinstance(buffer, Tensor):
             continue
-        if SCALE in entry:
-            stored = buffer if buffer.dtype == torch.int8 else buffer.view(torch.float8_e4m3fn)
-            buffer = _C.dequantize(stored, entry[SCALE])
+        if scale is not None:
+            stored = buffer if buffer.dtype == torch.int8 else _view(buffer, torch.float8_e4m3fn)
+            buffer = _values(stored, scale)
         group = group_of.get(index, {})
         written = group.get(BUFFER_FORMULATION, "torch")
         if written == "ema" and group["momentum"] == 0:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 
-__all__ = ["awaited", "like", "local", "mismatch", "redistributed", "where_is"]
+__all__ = ["awaited", "is_cut", "like", "local", "mismatch", "redistributed", "where_is"]
 
 
 def local(tensor: Any) -> Any:
@@ -15,16 +16,30 @@ def local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def like(param: Any, shard: Tensor) -> Tensor:
-    """A DTensor of the parameter's mesh, placements and global shape, whose local shard this is."""
+def like(param: Any, shard: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A DTensor of the parameter's mesh, placements and global shape, or another, whose local shard this is."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import TensorMeta
 
-    meta = TensorMeta(param.shape, param.stride(), shard.dtype)
+    if shape is None:
+        meta = TensorMeta(param.shape, param.stride(), shard.dtype)
+    else:
+        meta = TensorMeta(torch.Size(shape), make_contiguous_strides_for(shape), shard.dtype)
     spec = param._spec
     if spec.tensor_meta != meta:
         spec = spec.shallow_copy_with_tensor_meta(meta)
     return DTensor(shard, spec, requires_grad=False)
+
+
+def is_cut(tensor: Any, block: int) -> bool:
+    """Whether placements cut the last dimension elsewhere than between blocks; the same on all ranks."""
+    size: int = tensor.shape[-1]
+    sizes = [size]
+    if hasattr(tensor, "_spec"):
+        for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+            if getattr(placement, "dim", None) == tensor.dim() - 1:
+                sizes.append(-(-sizes[-1] // ranks))
+    return any(each % block != 0 for each in sizes)
 
 
 def awaited(grad: Any) -> Tensor:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from momentum_ext.keys import AVERAGE, BUFFER, MASTER, REMAINDER, SCALE
-from momentum_ext.precision import EIGHT_BITS, dtype_of_buffer
+from momentum_ext.precision import EIGHT_BITS, SCALE_BLOCK, dtype_of_buffer
 
 __all__ = ["MemorySummary", "summarize"]
 
-BLOCK = 32  # elements that share a scale of two bytes
 KINDS = ("params", "grads", BUFFER, SCALE, REMAINDER, MASTER, AVERAGE)
 
 
@@ -68,7 +67,7 @@ def _sizes_of(param: Tensor, group: dict[str, Any], state: dict[str, Any], has_a
         dtype = dtype_of_buffer(group, param)
         sizes[BUFFER] = numel * dtype.itemsize
         if dtype in EIGHT_BITS:
-            sizes[SCALE] = 2 * -(-numel // BLOCK)
+            sizes[SCALE] = 2 * -(-numel // SCALE_BLOCK)
     if group.get("master_weights", False):
         if param.dtype == torch.bfloat16:
             sizes[REMAINDER] = 2 * numel

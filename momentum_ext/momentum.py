@@ -111,7 +111,7 @@ class FusedMomentum(FusedOptimizer, SGD):
             it counts them, so that a captured graph warms up too (default: False).
         momentum_dtype: dtype of the momentum buffers: float32, bfloat16, float16, int8 or float8_e4m3fn, as a
             torch.dtype or its name (which groups and checkpoints hold); None is torch's, the parameter's own, and
-            float32 beside a master. Those of 8 bits have one fp32 scale for each 256 elements
+            float32 beside a master. Those of 8 bits have one scale of two bytes for each 32 elements
             (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022 (default: None).
         master_weights: keep the exact fp32 value of 16-bit parameters: for bf16 as 16 more bits
             (``"param_remainder"``), for fp16 as a copy (``"master_param"``) (default: False).
@@ -120,6 +120,8 @@ class FusedMomentum(FusedOptimizer, SGD):
         rounding_seed: of these random numbers, which depend on nothing else but the step, the parameter's place in
             ``param_groups`` and the element's in the parameter. Data-parallel replicas need the same. A step left
             out because of found_inf on a CUDA device counts too (default: 0).
+        compact_state_dict: ``state_dict()`` has momentum of 8 bits in 8 bits, where its blocks are parts of rows that
+            no sharding cuts. False: its fp32 values, from which any sharding can be made (default: True).
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that
@@ -158,6 +160,7 @@ class FusedMomentum(FusedOptimizer, SGD):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
+        compact_state_dict: bool = True,
     ) -> None:
         check_decay(ema_decay, ema_warmup)
         if max_grad_norm is not None and not max_grad_norm >= 0:
@@ -166,6 +169,7 @@ class FusedMomentum(FusedOptimizer, SGD):
         self.process_group = process_group
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
+        self.compact_state_dict = compact_state_dict
         # A group gets a key of ours only where its value is not the default. Groups without our keys load into
         # torch's SGD, and a step has fewer values to compare. add_param_group() fills these in, and takes them out.
         self._own_defaults = {

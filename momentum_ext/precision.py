@@ -17,6 +17,7 @@ from momentum_ext.keys import BUFFER, MASTER, PRECISION_OPTIONS, REMAINDER, SCAL
 
 __all__ = [
     "EIGHT_BITS",
+    "SCALE_BLOCK",
     "check_low_precision_step",
     "check_options",
     "dtype_of_buffer",
@@ -28,6 +29,7 @@ __all__ = [
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
 _DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in MOMENTUM_DTYPES}
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+SCALE_BLOCK = 32  # elements of an 8-bit buffer that share a scale, of two bytes
 HALVES = (torch.bfloat16, torch.float16)
 
 

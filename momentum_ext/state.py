@@ -34,6 +34,7 @@ class StatefulOptimizer(Optimizer):
     process_group: Any
     ema_decay: float | None
     ema_warmup: bool
+    compact_state_dict: bool
     _own_defaults: dict[str, Any]
     _rule: str  # the kernels' name for what the optimizer does, in csrc/rules/
     _plan: _C.Plan
@@ -100,7 +101,9 @@ class StatefulOptimizer(Optimizer):
         """As :meth:`torch.optim.Optimizer.state_dict`, with the state that the next step would start from.
 
         What was edited in ``param_groups`` and is to be converted is converted here, in a copy. Tensors leave in dtypes
-        that every backend moves: an int16 remainder as bfloat16, an fp8 buffer as uint8, both with the same bits.
+        that every backend moves: an int16 remainder as bfloat16, fp8 codes as uint8, both with the same bits. Momentum
+        of 8 bits leaves as a dict of ``"codes"`` and ``"scale"`` where rows are whole blocks of 32 and no sharding cuts
+        one; elsewhere, and with ``compact_state_dict=False``, as its fp32 values, which encode to the same codes again.
 
         Raises:
             RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.
@@ -131,7 +134,7 @@ class StatefulOptimizer(Optimizer):
                     packed[BUFFER_FORMULATION] = packed["formulation"]
             elif "formulation" in packed:  # what an older checkpoint does not say is that they are the same
                 packed.setdefault(BUFFER_FORMULATION, "torch")
-        return with_changes(state_dict, changes + self._unstarted(), names)
+        return with_changes(state_dict, changes + self._unstarted(), names, self.compact_state_dict)
 
     def _moved(self) -> list[tuple[Tensor, str, Tensor | None]]:
         """Buffers of parameters that came from another group, as their group says that they are written."""
@@ -206,6 +209,7 @@ class StatefulOptimizer(Optimizer):
             "max_grad_norm": self.max_grad_norm,
             "ema_decay": self.ema_decay,
             "ema_warmup": self.ema_warmup,
+            "compact_state_dict": self.compact_state_dict,
             "_steps_taken": self._plan.rounding_step,
         }
 
@@ -218,6 +222,7 @@ class StatefulOptimizer(Optimizer):
             ("process_group", None),
             ("ema_decay", None),
             ("ema_warmup", False),
+            ("compact_state_dict", True),
         ):
             self.__dict__.setdefault(name, default)
         self._start()

@@ -60,17 +60,17 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
 
 bool find_companions(Plan& plan, size_t i) noexcept {
   const Slot& slot = plan.slots[i];
-  // DTensors have no scales beside them.
-  const PyObject* const spec = slot.specs != nullptr ? slot.specs->master.ptr() : nullptr;
-  const auto find = [&](const Companion& companion, c10::TensorImpl*& tensor) {
+  const auto find = [&](const Companion& companion, const PyObject* spec,
+                        c10::TensorImpl*& tensor) {
     if (companion.key == nullptr) return true;
     tensor = companion.find(slot.state_dict, spec, slot.keys, slot.device);
     return tensor != nullptr;
   };
   Plan::CompanionTensors& tensors = plan.companion_tensors[i];
-  bool same = find(slot.companions->master, tensors.master);
+  const PyObject* const spec = slot.specs != nullptr ? slot.specs->master.ptr() : nullptr;
+  bool same = find(slot.companions->master, spec, tensors.master);
   for (int k = 0; same && k < slot.num_states; ++k) {
-    same = find(slot.companions->scales[k], tensors.scales[k]);
+    same = find(slot.companions->scales[k], nullptr, tensors.scales[k]);
   }
   return same;
 }

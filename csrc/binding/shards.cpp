@@ -105,7 +105,8 @@ at::Tensor shard_of_grad(const at::Tensor& grad) {
 }
 
 py::object as_state_of(PyObject* param, const at::Tensor& local) {
-  if (find_shard(param).spec == nullptr) return object(local);
+  const bool is_scale = local.scalar_type() == at::kByte;
+  if (is_scale || find_shard(param).spec == nullptr) return object(local);
   return python("like")(py::handle(param), object(local));
 }
 

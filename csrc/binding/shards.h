@@ -78,7 +78,8 @@ at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
 at::Tensor shard_of_grad(const at::Tensor& grad);
 
 // A tensor like what the parameter resolves to, as the object that the optimizer's state holds: a
-// DTensor of the parameter's mesh and placements for a DTensor.
+// DTensor of the parameter's mesh and placements for a DTensor. Scales of 8-bit state are bytes, and
+// plain: they belong to the local shard.
 py::object as_state_of(PyObject* param, const at::Tensor& local);
 
 // " on rank 1 of [Shard(dim=0)] on DeviceMesh(...)" for a DTensor, for errors; else nothing.

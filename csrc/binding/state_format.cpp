@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -130,12 +131,6 @@ void start_state(const SlotState& state, StartingState& start, int k, const at::
   }
   const bool is_plain = kernel_device(param).has_value() && kernel_dtype(param.scalar_type());
   const at::ScalarType dtype = wanted.dtype_of_buffer(param);
-  if (state.plan.is_dtensor(state.i) &&
-      (is_8_bit(dtype) || (value.defined() && is_8_bit(value.scalar_type())))) {
-    throw std::runtime_error(slot.name() +
-                             ": momentum of 8 bits needs plain tensors, got DTensor; put it into a "
-                             "group with a 16- or 32-bit momentum_dtype");
-  }
   if (!value.defined()) {
     if (is_plain && dtype != param.scalar_type()) make_state(state, start, k, param, dtype);
     return;
@@ -227,7 +222,10 @@ const at::Tensor* SlotState::find(PyObject* key) const {
     }
   }
   const at::Tensor* const found = find_tensor(slot().state_dict, key);
-  if (found == nullptr) return nullptr;
+  const auto* const scale_keys = plan.rule->scale_keys;
+  const bool is_scale =
+      std::find(scale_keys, scale_keys + kMaxStates, key) != scale_keys + kMaxStates;
+  if (found == nullptr || is_scale) return found;  // scales are plain: of the local shard
   return &resolve_state(plan.param_objects[i], *found, [&] { return name_of(key); });
 }
 

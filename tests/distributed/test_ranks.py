@@ -26,20 +26,33 @@ ON_FOUR = [((2, 2), places) for places in ([Replicate(), Shard(0)], [Shard(0), S
 ON_FOUR += [((4,), [Shard(0)])]
 
 
+MOVED_AS = {torch.int16: torch.bfloat16, torch.float8_e4m3fn: torch.uint8}  # what gloo does not move
+
+
 def full(tensor):
     if not isinstance(tensor, DTensor):
         return tensor
-    if tensor.dtype == torch.int16:  # gloo does not move it
-        return like(tensor, tensor.to_local().view(torch.bfloat16)).full_tensor().view(torch.int16)
+    if tensor.dtype in MOVED_AS:
+        return like(tensor, tensor.to_local().view(MOVED_AS[tensor.dtype])).full_tensor().view(tensor.dtype)
     return tensor.full_tensor()
+
+
+def placed_state(entry):
+    """With the scales, which are of the local shard, as a DTensor like the codes."""
+    if not isinstance(entry.get("momentum_buffer"), DTensor) or "momentum_scale" not in entry:
+        return entry
+    codes, scale = entry["momentum_buffer"], entry["momentum_scale"]
+    return {**entry, "momentum_scale": like(codes, scale, (*codes.shape[:-1], codes.shape[-1] // 32, 2))}
 
 
 class Twins:
     """A list of parameters, distributed and whole, and an optimizer of each."""
 
-    def __init__(self, shape_of_mesh, places, other=FusedMomentum, dtype=torch.float32, plain=1, **options):
+    def __init__(
+        self, shape_of_mesh, places, other=FusedMomentum, dtype=torch.float32, plain=1, shapes=SHAPES, **options
+    ):
         self.mesh, self.places = mesh_of(*shape_of_mesh), places
-        values = [torch.randn(shape).to(dtype) for shape in SHAPES]
+        values = [torch.randn(shape).to(dtype) for shape in shapes]
         self.whole = [nn.Parameter(value.clone()) for value in values]
         self.mine = [nn.Parameter(self.placed(value)) for value in values[: len(values) - plain]]
         self.mine += [nn.Parameter(value.clone()) for value in values[len(values) - plain :]]
@@ -68,7 +81,7 @@ class Twins:
     def check(self):
         for mine, theirs in zip(self.mine, self.whole, strict=True):
             assert_same(full(mine.detach()), theirs.detach())
-            found, wanted = self.opt.state.get(mine, {}), self.theirs.state.get(theirs, {})
+            found, wanted = placed_state(self.opt.state.get(mine, {})), self.theirs.state.get(theirs, {})
             assert set(found) == set(wanted)
             for key, value in wanted.items():
                 assert type(found[key]) is type(mine.data), key
@@ -111,6 +124,70 @@ def test_two_ranks_have_the_bits_of_the_for_loop(two_ranks, mesh, places):
 @pytest.mark.parametrize("mesh, places", ON_FOUR, ids=str)
 def test_four_ranks_have_the_bits_of_the_for_loop(four_ranks, mesh, places):
     four_ranks.run(trained, mesh, places, for_loop, {})
+
+
+# Rows of whole blocks, which no sharding below cuts: the columns of two ranks are 64 of 128, or 32 of 64.
+ROWS = ((8, 128), (5, 128), (1, 64), (0, 128), (4, 3, 128))
+EIGHT_BITS = [
+    {"momentum_dtype": "int8"},
+    {"momentum_dtype": "float8_e4m3fn", "dtype": torch.bfloat16},
+    {"momentum_dtype": "int8", "dtype": torch.bfloat16, "master_weights": True, "ema_decay": 0.9},
+    {"momentum_dtype": "int8", "formulation": "classical", "max_grad_norm": 1e6},
+]
+
+
+class Columns(Twins):
+    """`places` may say "columns": the last dimension, whatever its number."""
+
+    def placed(self, tensor):
+        last = Shard(tensor.dim() - 1)
+        places = [last if place == "columns" else place for place in self.places]
+        return distribute_tensor(tensor.clone(), self.mesh, places)
+
+
+def trained_in_8_bits(mesh, places, options):
+    twins = Columns(mesh, places, plain=1, shapes=(*ROWS, (3, 64)), **options)
+    twins.step(2, missing=(1, 3))
+    twins.step(2)
+    twins.opt.load_state_dict(copy.deepcopy(twins.opt.state_dict()))
+    twins.step(2)
+
+
+@pytest.mark.parametrize("places", [[Shard(0)], [Replicate()], ["columns"]], ids=str)
+@pytest.mark.parametrize("options", EIGHT_BITS, ids=str)
+def test_blocks_of_8_bits_on_two_ranks(two_ranks, options, places):
+    two_ranks.run(trained_in_8_bits, (2,), places, options)
+
+
+@pytest.mark.parametrize("places", [[Replicate(), "columns"], [Shard(0), "columns"], [Shard(0), Shard(0)]], ids=str)
+@pytest.mark.parametrize("options", EIGHT_BITS[:3], ids=str)
+def test_blocks_of_8_bits_on_four_ranks(four_ranks, options, places):
+    four_ranks.run(trained_in_8_bits, (2, 2), places, options)
+
+
+def trained_locally(options):
+    """Wherever the blocks lie: each rank's shards train as plain tensors do."""
+    twins = Twins((2,), [Shard(0)], plain=0, **options)
+    shards = [nn.Parameter(param.detach().to_local().clone()) for param in twins.mine]
+    theirs = FusedMomentum(shards, **{**HYPER, **{k: v for k, v in options.items() if k != "dtype"}})
+    for _ in range(3):
+        twins.new_grads()
+        for shard, param in zip(shards, twins.mine, strict=True):
+            shard.grad = param.grad.to_local().clone()
+        twins.opt.step()
+        theirs.step()
+        for shard, param in zip(shards, twins.mine, strict=True):
+            assert_same(param.detach().to_local(), shard.detach())
+            for key, value in theirs.state[shard].items():
+                found = twins.opt.state[param][key]
+                assert_same(found.to_local() if isinstance(found, DTensor) else found, value, key)
+        twins.opt.load_state_dict(copy.deepcopy(twins.opt.state_dict()))
+        theirs.load_state_dict(copy.deepcopy(theirs.state_dict()))
+
+
+@pytest.mark.parametrize("options", EIGHT_BITS[:3], ids=str)
+def test_shards_whose_blocks_are_their_own(two_ranks, options):
+    two_ranks.run(trained_locally, options)
 
 
 def trained_by_kernels(mesh, places):
@@ -277,10 +354,7 @@ def refused_modes(options, match):
 
 @pytest.mark.parametrize(
     "options, match",
-    [
-        ({"momentum_dtype": "int8"}, "8 bits needs plain tensors"),
-        ({"stochastic_rounding": True}, "needs plain tensors"),
-    ],
+    [({"stochastic_rounding": True}, "needs plain tensors")],
     ids=str,
 )
 def test_what_dtensors_cannot_have_yet(two_ranks, options, match):

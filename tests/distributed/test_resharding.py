@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from harness import assert_same, for_loop, one_process_group
+from precision_twin import parts_of_value
 from ranks import mesh_of
-from test_ranks import HYPER, full
+from test_ranks import HYPER, full, placed_state
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,12 +22,21 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from momentum_ext import FusedMomentum
 
 SHAPES = ((8, 6), (5, 3), (1, 4), (7,), (4, 3, 2))
+ROWS = ((8, 128), (5, 128), (1, 64), (4, 3, 64))  # of whole blocks of 8 bits, which no sharding below cuts
 MODES = {
     "fp32": {},
     "average": {"ema_decay": 0.9},
     "split": {"dtype": torch.bfloat16, "master_weights": True, "ema_decay": 0.5},
     "master": {"dtype": torch.float16, "master_weights": True},
     "bf16 momentum": {"momentum_dtype": "bfloat16", "formulation": "classical"},
+    "int8 momentum": {"momentum_dtype": "int8", "shapes": ROWS},
+    "fp8 beside a split": {
+        "momentum_dtype": "float8_e4m3fn",
+        "dtype": torch.bfloat16,
+        "master_weights": True,
+        "shapes": ROWS,
+    },
+    "int8 values": {"momentum_dtype": "int8", "shapes": ROWS, "compact_state_dict": False},
 }
 PLAIN = (None, None)  # no mesh: plain tensors
 ONE_RANK = ((1,), [Shard(0)])
@@ -37,7 +48,7 @@ GRID = ((2, 2), [Replicate(), Shard(0)])
 
 
 class Training:
-    def __init__(self, layout, make=FusedMomentum, dtype=torch.float32, **options):
+    def __init__(self, layout, make=FusedMomentum, dtype=torch.float32, shapes=SHAPES, **options):
         shape_of_mesh, places = layout
         torch.manual_seed(5)
         self.place = lambda tensor: tensor
@@ -47,7 +58,7 @@ class Training:
                 tensor, mesh, [Shard(each.dim % tensor.dim()) if each.is_shard() else each for each in places]
             )
         self.model = nn.Module()
-        for i, shape in enumerate(SHAPES):
+        for i, shape in enumerate(shapes):
             self.model.register_parameter(f"p{i}", nn.Parameter(self.place(torch.randn(shape).to(dtype))))
         self.opt = make(self.model.parameters(), **{**HYPER, **options})
 
@@ -64,7 +75,7 @@ class Training:
         wanted = Training(PLAIN, **MODES[mode]).steps(0, 13)
         for mine, theirs in zip(self.model.parameters(), wanted.model.parameters(), strict=True):
             assert_same(full(mine.detach()), theirs.detach())
-            found, expected = self.opt.state[mine], wanted.opt.state[theirs]
+            found, expected = placed_state(self.opt.state[mine]), wanted.opt.state[theirs]
             assert set(found) == set(expected)
             for key, value in expected.items():
                 assert type(found[key]) is type(mine.data), key
@@ -104,8 +115,8 @@ def run(two_ranks, four_ranks):
         shape_of_mesh = layout[0]
         size = 0 if shape_of_mesh is None else torch.Size(shape_of_mesh).numel()
         if size > 1:
-            (two_ranks if size == 2 else four_ranks).run(function, layout, *arguments)
-        elif size == 1:
+            return (two_ranks if size == 2 else four_ranks).run(function, layout, *arguments)
+        if size == 1:
             mesh_of.cache_clear()
             with one_process_group():
                 function(layout, *arguments)
@@ -137,6 +148,56 @@ def test_another_sharding(run, before, after, mode, tmp_path):
     run(load, after, mode, flatten, str(tmp_path))
 
 
+# ---- placements that cut a block of 8 bits --------------------------------------------------------------------------
+
+COLUMNS_OF_FOUR = ((4,), [Shard(-1)])  # 16 and 32 of the columns
+CUT = {"momentum_dtype": "int8", "shapes": ((4, 64), (2, 128))}
+
+
+def values_of(training):
+    """Parameters and what the momentum buffers stand for."""
+    state = training.opt.torch_state_dict()["state"]
+    params = [full(param.detach()) for param in training.model.parameters()]
+    return params, [full(entry["momentum_buffer"]) for entry in state.values()]
+
+
+def save_cut(layout, compact, folder):
+    training = Training(layout, **CUT, compact_state_dict=compact).steps(0, 3)
+    state = get_optimizer_state_dict(training.model, training.opt)
+    forms = [isinstance(state["state"][f"p{i}"]["momentum_buffer"], dict) for i in range(2)]
+    dcp.save({"model": get_model_state_dict(training.model), "optimizer": state}, checkpoint_id=folder)
+    return forms, values_of(training)
+
+
+def load_cut(layout, compact, folder, wanted):
+    training = Training(layout, **CUT, compact_state_dict=compact)
+    state = {
+        "model": get_model_state_dict(training.model),
+        "optimizer": get_optimizer_state_dict(training.model, training.opt),
+    }
+    if compact:
+        with pytest.raises(CheckpointException, match=r"Missing key .*: optimizer\.state\.p\d\.momentum_buffer"):
+            dcp.load(state, checkpoint_id=folder)
+        return
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(training.model, state["model"])
+    set_optimizer_state_dict(training.model, training.opt, state["optimizer"])
+    for found, expected in zip(values_of(training), wanted, strict=True):
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=float(theirs.abs().max()) / 60)
+    training.steps(3, 5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("before, after", [(COLUMNS_OF_FOUR, PLAIN), (TWO_RANKS, COLUMNS_OF_FOUR)], ids=str)
+def test_a_sharding_that_cuts_blocks(run, before, after, compact, tmp_path):
+    """It has values where others have codes: a strict planner says so, and compact_state_dict=False is the way."""
+    answers = run(save_cut, before, compact, str(tmp_path))
+    assert [forms for forms, _ in answers] == [[compact and before is TWO_RANKS, compact]] * len(answers)
+    run(load_cut, after, compact, str(tmp_path), answers[0][1])
+
+
 # ---- whole state dicts ----------------------------------------------------------------------------------------------
 
 
@@ -147,7 +208,8 @@ def whole(mode):
     state = get_optimizer_state_dict(training.model, training.opt, options=options)
     weights = get_model_state_dict(training.model, options=options)
     if torch.distributed.get_rank() == 0:
-        assert all(type(value) is torch.Tensor for entry in state["state"].values() for value in entry.values())
+        values = [value for entry in state["state"].values() for value in entry.values()]
+        assert all(type(each) is torch.Tensor for value in values for each in parts_of_value(value))
     other = Training(COLUMNS, **MODES[mode])
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(other.model, weights, options=options)

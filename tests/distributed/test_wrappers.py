@@ -223,7 +223,9 @@ def test_fsdp1(two_ranks, use_orig_params, reload):
     two_ranks.run(sharded_by_fsdp1, use_orig_params, {}, reload)
 
 
-@pytest.mark.parametrize("options", [{"ema_decay": 0.9}, {"momentum_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"ema_decay": 0.9}, {"momentum_dtype": "bfloat16"}, {"momentum_dtype": "int8"}], ids=str
+)
 @pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "orig"])
 def test_options_under_fsdp1(two_ranks, use_orig_params, options):
     two_ranks.run(sharded_by_fsdp1, use_orig_params, options, "sharded")

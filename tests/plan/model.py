@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from harness import assert_same, params_of
-from precision_oracle import buffer_values, order_of, tensor_of
+from precision_oracle import as_live, buffer_values, order_of, tensor_of
 from torch import Tensor
 from values import BF16, EIGHT_BITS, FP16, FP32, FP64, HALVES
 
@@ -26,7 +26,7 @@ OWN_DEFAULTS = {
     "master_weights": False,
     "stochastic_rounding": False,
 }
-TRAVELS_AS = {torch.int16: BF16, torch.float8_e4m3fn: torch.uint8}
+AS_VALUES = {"momentum_buffer": FP32}
 
 
 class Raises(Exception):
@@ -471,14 +471,20 @@ class Model:
             wanted = self.wanted_formats(group, weight)
         elif not (group.get("master_weights") and weight.param.dtype in HALVES):
             wanted = {key: dtype for key, dtype in wanted.items() if key not in ("param_remainder", "master_param")}
-        assert {k: t.dtype for k, t in entry.items()} == {k: TRAVELS_AS.get(d, d) for k, d in wanted.items()}
+        dtype = wanted.get("momentum_buffer")
+        if "momentum_scale" in wanted:  # as codes where blocks are parts of rows, else as values
+            saved = entry["momentum_buffer"]
+            of_rows = isinstance(saved, dict)
+            shape = saved["codes"] if of_rows else saved
+            assert of_rows == (shape.dim() > 1 and shape.shape[-1] % 32 == 0 and shape.is_contiguous())
+            if not of_rows:
+                wanted = {**{key: each for key, each in wanted.items() if key != "momentum_scale"}, **AS_VALUES}
+        entry = as_live(entry)
+        assert {k: t.dtype for k, t in entry.items()} == wanted
         if buffer is None:
             return
-        dtype = wanted["momentum_buffer"]
-        stored = entry["momentum_buffer"]
-        stored = stored if stored.dtype is not torch.uint8 else stored.view(torch.float8_e4m3fn)
         is_plain = dtype is weight.formats["momentum_buffer"] and dtype in (FP32, FP64)
-        found = decoded({**entry, "momentum_buffer": stored})
+        found = decoded(entry)
         assert_near(found, buffer, dtype, 0.0 if is_plain else 2e-6, "saved buffer")
 
     def load(self, state_dict: dict[str, Any]) -> None:

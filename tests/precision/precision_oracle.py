@@ -431,6 +431,19 @@ def options_of(group: dict, **where: object) -> Options:
 
 
 def as_live(entry: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict's tensors in the dtypes that a parameter's state has."""
+    """A state dict's tensors by the keys and in the dtypes that a parameter's state has."""
     stored = {("param_remainder", torch.bfloat16): torch.int16, ("momentum_buffer", torch.uint8): torch.float8_e4m3fn}
+    if isinstance(entry.get("momentum_buffer"), dict):
+        saved = entry["momentum_buffer"]
+        entry = {**entry, "momentum_buffer": saved["codes"], "momentum_scale": saved["scale"]}
     return {key: value.view(stored.get((key, value.dtype), value.dtype)) for key, value in entry.items()}
+
+
+def as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a state: buffers of 8 bits whose blocks are no parts of rows are their values."""
+    buffer, scale = state.get("momentum_buffer"), state.get("momentum_scale")
+    if scale is None or (buffer.dim() > 1 and scale.dim() == buffer.dim() + 1):
+        return state
+    order = order_of(buffer)
+    values = tensor_of(buffer_values(state, order), torch.float32, buffer, order)
+    return {**{key: value for key, value in state.items() if key != "momentum_scale"}, "momentum_buffer": values}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from harness import assert_same, params_of
-from precision_oracle import Options, as_live, options_of, oracle_convert, oracle_step
+from precision_oracle import Options, as_live, as_saved, options_of, oracle_convert, oracle_step
 from torch import Tensor
 from values import BF16, FP8, FP16, FP32, HALVES, INT8, clone_exact, dtype_name, through_pickle
 
@@ -148,7 +148,7 @@ class Twin:
     def load(self, state_dict: dict[str, Any], opt: FusedMomentum | None = None) -> None:
         """Its own state dict comes back, to this optimizer or to `opt`, which has the same options."""
         for entry, state in zip(self.entries, self.converted(), strict=True):
-            entry.state = state
+            entry.state = as_saved(state)
         self._note_formulations()
         opt = opt or self.opt
         opt.load_state_dict(state_dict)
@@ -173,8 +173,13 @@ class Twin:
         found = state_dict["state"]
         for index, wanted in enumerate(self.converted()):
             entry = found.get(index, {})
-            assert not {value.dtype for value in entry.values()} & {torch.int16, FP8}
-            assert_state(as_live(entry), wanted, f"state_dict()'s {index}")
+            assert not {each.dtype for value in entry.values() for each in parts_of_value(value)} & {torch.int16, FP8}
+            assert_state(as_live(entry), as_saved(wanted), f"state_dict()'s {index}")
+
+
+def parts_of_value(value: Any) -> list[Tensor]:
+    """The tensors of a state dict's value: a buffer of 8 bits is a dict."""
+    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def assert_state(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
