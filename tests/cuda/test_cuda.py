@@ -460,19 +460,22 @@ def test_an_overflow_on_a_first_step_waits_for_its_gradient(present):
     twins.check()
 
 
+ROWS = ((2, 64), (3, 32), (1, 96))  # codes leave as they are: an emulated device has none of torch's operators
+
+
 @pytest.mark.parametrize("low", [{}, {"momentum_dtype": INT8}], ids=str)
 def test_an_overflow_leaves_no_buffers_that_leave(low):
-    twins = twins_of(LOW_SHAPES, BF16 if low else FP32, FusedMomentum, **FULL, **low)
+    twins = twins_of(ROWS, BF16 if low else FP32, FusedMomentum, **FULL, **low)
     twins.scaled_step(True)
-    assert len(twins.mine.state) == len(LOW_SHAPES)
+    assert len(twins.mine.state) == len(ROWS)
     assert all("momentum_scale" in entry for entry in twins.mine.state.values()) or not low
     assert not any(twins.mine.state_dict()["state"].values())
-    assert len(twins.mine.state) == len(LOW_SHAPES)  # who only looks changes nothing
+    assert len(twins.mine.state) == len(ROWS)  # who only looks changes nothing
     twins.scaled_step(False)
-    assert len(twins.mine.state_dict()["state"]) == len(LOW_SHAPES)
+    assert len(twins.mine.state_dict()["state"]) == len(ROWS)
     twins.step()
 
-    twins = twins_of(LOW_SHAPES, BF16 if low else FP32, FusedMomentum, **FULL, **low)
+    twins = twins_of(ROWS, BF16 if low else FP32, FusedMomentum, **FULL, **low)
     twins.scaled_step(True)
     for opt in twins.optimizers:  # the plan is built anew
         del opt.param_groups[0]["params"][1:]

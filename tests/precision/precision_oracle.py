@@ -284,8 +284,8 @@ def order_of(param: Tensor) -> list[int]:
 
 def flat(tensor: Tensor, order: list[int]) -> np.ndarray:
     """A tensor's values (16-bit ones and fp8 as bits) in the buffer's memory order."""
-    tensor = tensor.detach().permute(order).contiguous().reshape(-1)
-    raw = tensor.view(HELD_AS.get(tensor.dtype, tensor.dtype)).numpy().copy()
+    tensor = tensor.detach().permute(order).contiguous().reshape(-1).clone()  # what NumPy sees cannot be resized
+    raw = tensor.view(HELD_AS.get(tensor.dtype, tensor.dtype)).numpy()
     return raw.view(RAW.get(tensor.dtype, raw.dtype))
 
 
@@ -303,7 +303,7 @@ def buffer_values(state: dict[str, Tensor], order: list[int]) -> np.ndarray | No
         return None
     values = flat(buffer, order)
     if buffer.dtype in EIGHT_BIT:
-        return dequantize(values, state["momentum_scale"].numpy(), buffer.dtype)
+        return dequantize(values, state["momentum_scale"].clone().numpy(), buffer.dtype)
     return widen(values, buffer.dtype)
 
 
