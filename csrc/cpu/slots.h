@@ -160,47 +160,81 @@ inline void find_largest(const float* values, int num_blocks, int32_t* largest) 
   }
 }
 
+// How the blocks of a tile are stored, each field in a row: for vectors.
+struct TileScales {
+  alignas(64) ScaleBits bits[kBlocks];
+  alignas(64) float inverse[kBlocks];
+  alignas(64) float knee[kBlocks];
+  alignas(64) float stretch[kBlocks];
+};
+
+// Of all blocks, those that are not there too.
+template <typename scalar_t>
+void find_scales(const int32_t (&largest)[kBlocks], TileScales& scales) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int b = 0; b < kBlocks; ++b) {
+    const BlockScale found = block_scale<scalar_t>(static_cast<uint32_t>(largest[b]));
+    scales.bits[b] = found.bits;
+    scales.inverse[b] = found.inverse;
+  }
+}
+template <typename scalar_t>
+void find_scales(const int32_t (&largest)[kBlocks], const uint32_t (&random)[kBlocks],
+                 TileScales& scales) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int b = 0; b < kBlocks; ++b) {
+    const RandomBlockScale found =
+        block_scale_stochastic<scalar_t>(static_cast<uint32_t>(largest[b]), random[b]);
+    scales.bits[b] = found.bits;
+    scales.inverse[b] = found.inverse;
+    scales.knee[b] = found.knee;
+    scales.stretch[b] = found.stretch;
+  }
+}
+
 template <typename scalar_t, typename opmath_t>
 void store_blocks(const opmath_t* tile, const RandomTile* random, int64_t n, scalar_t* target,
                   ScaleBits* scales) {
   alignas(64) float values[kTile];
-  alignas(64) scalar_t codes[kTile];
+  alignas(64) int32_t codes[kTile];
   const int num_blocks = static_cast<int>((n + kScaleBlock - 1) / kScaleBlock);
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(tile[i]);
   for (int64_t i = n; i < num_blocks * kScaleBlock; ++i) values[i] = 0;
-  int32_t largest[kBlocks];
+  alignas(64) int32_t largest[kBlocks] = {};
   find_largest(values, num_blocks, largest);
-  RandomBlockScale found[kBlocks];
-  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-  for (int b = 0; b < num_blocks; ++b) {
-    const auto bits = static_cast<uint32_t>(largest[b]);
-    if (random == nullptr) {
-      found[b] = {block_scale<scalar_t>(bits), 0, 0};
-    } else {
+  TileScales found;
+  if (random == nullptr) {
+    find_scales<scalar_t>(largest, found);
+  } else {
+    alignas(64) uint32_t bits[kBlocks] = {};
+    for (int b = 0; b < num_blocks; ++b) {
       const uint16_t* const first = random->bits + b * kScaleBlock;
-      found[b] = block_scale_stochastic<scalar_t>(bits, random_of_scale(first[0], first[1]));
+      bits[b] = random_of_scale(first[0], first[1]);
     }
+    find_scales<scalar_t>(largest, bits, found);
   }
+  memcpy(scales, found.bits, static_cast<size_t>(num_blocks) * sizeof(ScaleBits));
   for (int b = 0; b < num_blocks; ++b) {
-    scales[b] = found[b].bits;
     const float* const in = values + b * kScaleBlock;
-    scalar_t* const out = codes + b * kScaleBlock;
-    const RandomBlockScale scale = found[b];
-    if (scale.inverse == 0) {  // the values may be Inf or NaN
-      memset(out, 0, kScaleBlock);
+    int32_t* const out = codes + b * kScaleBlock;
+    const float inverse = found.inverse[b];
+    if (inverse == 0) {  // the values may be Inf or NaN
+      memset(out, 0, kScaleBlock * sizeof(*out));
     } else if (random == nullptr) {
       MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-      for (int64_t i = 0; i < kScaleBlock; ++i) store(out[i], in[i] * scale.inverse);
+      for (int64_t i = 0; i < kScaleBlock; ++i) out[i] = encode(scalar_t(), in[i] * inverse);
     } else {
       const uint16_t* const bits = random->bits + b * kScaleBlock;
+      const RandomBlockScale scale = {{found.bits[b], inverse}, found.knee[b], found.stretch[b]};
       MOMENTUM_EXT_INDEPENDENT_ITERATIONS
       for (int64_t i = 0; i < kScaleBlock; ++i) {
-        store_stochastic(out[i], scaled<scalar_t>(in[i], scale), bits[i]);
+        out[i] = encode_stochastic(scalar_t(), scaled<scalar_t>(in[i], scale), bits[i]);
       }
     }
   }
-  memcpy(target, codes, static_cast<size_t>(n));
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) target[i].bits = static_cast<decltype(target->bits)>(codes[i]);
 }
 
 // ---- an operand ---------------------------------------------------------------------------------

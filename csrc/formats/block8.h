@@ -51,8 +51,9 @@ MOMENTUM_EXT_INLINE BlockScale checked_scale(uint32_t largest_bits, float rounde
   const bool is_finite = largest_bits < 0x7f800000u;
   const bool is_zero = scale < scalar_t::kSmallestScale;
   const uint32_t bits = is_zero ? 0 : bits_of(scale) >> kCutOff;
+  const float inverse = 1 / scale;  // without a branch: for vectors
   return {static_cast<ScaleBits>(is_finite ? bits : 0x7fc00000u >> kCutOff),
-          is_zero || !is_finite ? 0 : 1 / scale};
+          is_finite & !is_zero ? inverse : 0};
 }
 }  // namespace detail
 
@@ -93,17 +94,18 @@ MOMENTUM_EXT_INLINE float load(Int8 value) {
   return detail::level(static_cast<float>(static_cast<int32_t>(value.bits)));
 }
 
+// encode() gives a value's bits in 32: a loop that narrows afterwards has the widest vectors.
+
 // The nearest code, ties to the smaller magnitude: so many as there are midpoints below. Midpoint c
-// is 3 * c * c + 262 * c + 131. Its inverse, by a root, is off by one at most; comparing mends that,
-// so that all devices find the same.
-MOMENTUM_EXT_INLINE void store(Int8& out, float value) {
+// is 3 * c * c + 262 * c + 131. Its inverse, by a root, tells the code to within half of one, and the
+// comparison which it is; so all devices find the same.
+MOMENTUM_EXT_INLINE int32_t encode(Int8, float value) {
   const float magnitude = detail::absolute(value);
-  constexpr float kSixth = 1.0f / 6;
-  const float guess = detail::about_sqrt(12 * magnitude + 67072) * kSixth + (0.999f - 262 * kSixth);
-  const auto low = static_cast<int32_t>(guess);
+  const float root = detail::about_sqrt(magnitude * (12.0f / 36) + 67072.0f / 36);
+  const auto low = static_cast<int32_t>(root + (0.5f - 262.0f / 6));
   const auto code = static_cast<float>(low);
   const int32_t nearest = low + (magnitude > code * (3 * code + 262) + 131 ? 1 : 0);
-  out.bits = static_cast<int8_t>(value < 0 ? -nearest : nearest);
+  return value < 0 ? -nearest : nearest;
 }
 
 MOMENTUM_EXT_INLINE float load(Float8E4M3 value) {
@@ -118,20 +120,27 @@ MOMENTUM_EXT_INLINE float load(Float8E4M3 value) {
 
 namespace detail {
 // `normal` and `subnormal` are the magnitude rounded as if it were one or the other.
-MOMENTUM_EXT_INLINE void assemble(Float8E4M3& out, float value, uint32_t magnitude, uint32_t normal,
-                                  uint32_t subnormal) {
+MOMENTUM_EXT_INLINE int32_t assemble(float value, uint32_t magnitude, uint32_t normal,
+                                     uint32_t subnormal) {
   const uint32_t rounded = magnitude < 0x3c800000u ? subnormal : normal;  // 2^-6
   const uint32_t finite = rounded > 0x7eu ? 0x7eu : rounded;
-  out.bits = static_cast<uint8_t>(finite | (bits_of(value) >> 24 & 0x80u));
+  return static_cast<int32_t>(finite | (bits_of(value) >> 24 & 0x80u));
 }
 }  // namespace detail
 
-MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
+MOMENTUM_EXT_INLINE int32_t encode(Float8E4M3, float value) {
   const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kTop)) & 0x7fffffffu;
   const uint32_t normal = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
   const uint32_t subnormal =
       detail::bits_of(detail::float_from_bits(magnitude) + 0x1p14f) - 0x46800000u;
-  detail::assemble(out, value, magnitude, normal, subnormal);
+  return detail::assemble(value, magnitude, normal, subnormal);
+}
+
+MOMENTUM_EXT_INLINE void store(Int8& out, float value) {
+  out.bits = static_cast<int8_t>(encode(out, value));
+}
+MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
+  out.bits = static_cast<uint8_t>(encode(out, value));
 }
 
 // Calls visit(scalar_t()) with the type of a dtype of 8 bits.

@@ -29,25 +29,30 @@ MOMENTUM_EXT_INLINE void store_stochastic(Float16& out, float value, uint32_t ra
       static_cast<uint16_t>((magnitude > 0x7f800000u ? 0x7e00u : finite) | (bits >> 16 & 0x8000u));
 }
 // By the place between two levels.
-MOMENTUM_EXT_INLINE void store_stochastic(Int8& out, float value, uint32_t random) {
+MOMENTUM_EXT_INLINE int32_t encode_stochastic(Int8, float value, uint32_t random) {
   const float fraction = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * 0x1p-16f;
   const float magnitude = detail::absolute(value);
-  constexpr float kSixth = 1.0f / 6;
-  const float guess = detail::about_sqrt(12 * magnitude + 67081) * kSixth + (0.001f - 259 * kSixth);
-  const auto high = static_cast<int32_t>(guess);
+  const float root = detail::about_sqrt(magnitude * (12.0f / 36) + 67081.0f / 36);
+  const auto high = static_cast<int32_t>(root + (0.5f - 259.0f / 6));
   const int32_t floor = high - (detail::level(static_cast<float>(high)) > magnitude ? 1 : 0);
   const auto code = static_cast<float>(floor);
   const float gap = 6 * code + 262;
   const int32_t rounded = floor + (magnitude - detail::level(code) > fraction * gap ? 1 : 0);
-  out.bits = static_cast<int8_t>(value < 0 ? -rounded : rounded);
+  return value < 0 ? -rounded : rounded;
 }
-MOMENTUM_EXT_INLINE void store_stochastic(Float8E4M3& out, float value, uint32_t random) {
+MOMENTUM_EXT_INLINE int32_t encode_stochastic(Float8E4M3, float value, uint32_t random) {
   const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kTop)) & 0x7fffffffu;
   const float fraction = static_cast<float>(static_cast<int32_t>(random)) * 0x1p-16f;
   const uint32_t normal = (magnitude - 0x3c000000u + (random << 4)) >> 20;
   const float absolute = detail::float_from_bits(magnitude);
   const auto subnormal = static_cast<uint32_t>(static_cast<int32_t>(absolute * 0x1p9f + fraction));
-  detail::assemble(out, value, magnitude, normal, subnormal);
+  return detail::assemble(value, magnitude, normal, subnormal);
+}
+MOMENTUM_EXT_INLINE void store_stochastic(Int8& out, float value, uint32_t random) {
+  out.bits = static_cast<int8_t>(encode_stochastic(out, value, random));
+}
+MOMENTUM_EXT_INLINE void store_stochastic(Float8E4M3& out, float value, uint32_t random) {
+  out.bits = static_cast<uint8_t>(encode_stochastic(out, value, random));
 }
 
 // The scale of a block whose values are rounded at random. It is rounded at random, too, so that the
@@ -84,7 +89,7 @@ MOMENTUM_EXT_INLINE float scaled(float value, const RandomBlockScale& scale) {
   const float above = magnitude > scale.knee ? magnitude - scale.knee : 0;
   const float units = (below + above * scale.stretch) * scale.inverse;
   const float reached = units > scalar_t::kTop ? scalar_t::kTop : units;
-  return value < 0 ? -reached : reached;
+  return detail::float_from_bits(detail::bits_of(reached) | (detail::bits_of(value) & 0x80000000u));
 }
 
 // Those for a block's scale, from those of its first two elements.
