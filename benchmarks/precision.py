@@ -21,8 +21,8 @@ from timing import Clock, Samples, Step, interleave, median_ratio
 FP32, BF16 = torch.float32, torch.bfloat16
 BASE = "fp32"
 LIMIT = "limit"
-BLOCK = 256
-"""Elements that share an fp32 scale in an 8-bit buffer."""
+BLOCK = 32
+"""Elements that share a scale of two bytes in an 8-bit buffer."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Mode:
     @property
     def state_bytes(self) -> float:
         """Bytes of state beside the parameter, for each element."""
-        scale = 4 / BLOCK if self.momentum.itemsize == 1 else 0.0
+        scale = 2 / BLOCK if self.momentum.itemsize == 1 else 0.0
         remainder = 2 if (self.options or {}).get("master_weights") else 0
         return self.momentum.itemsize + scale + remainder
 

@@ -35,7 +35,7 @@ class Mode:
         options = self.options or {}
         momentum: torch.dtype = options.get("momentum_dtype") or self.param
         master = (2 if self.param is BF16 else 4) * bool(options.get("master_weights"))
-        return 2 * self.param.itemsize + momentum.itemsize + master + (4 / 256 if momentum.itemsize == 1 else 0)
+        return 2 * self.param.itemsize + momentum.itemsize + master + (2 / 32 if momentum.itemsize == 1 else 0)
 
 
 SR: dict[str, Any] = {"stochastic_rounding": True}

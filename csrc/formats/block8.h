@@ -53,7 +53,7 @@ MOMENTUM_EXT_INLINE BlockScale checked_scale(uint32_t largest_bits, float rounde
   const uint32_t bits = is_zero ? 0 : bits_of(scale) >> kCutOff;
   const float inverse = 1 / scale;  // without a branch: for vectors
   return {static_cast<ScaleBits>(is_finite ? bits : 0x7fc00000u >> kCutOff),
-          is_finite & !is_zero ? inverse : 0};
+          (is_finite & !is_zero) ? inverse : 0};
 }
 }  // namespace detail
 

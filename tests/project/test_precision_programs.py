@@ -32,3 +32,15 @@ def test_benchmark_of_the_modes(programs, tmp_path):
     assert entry.row("fp32").moved_bytes == 20 and entry.row("split").moved_bytes == 14
     assert entry.row("split").difference > 0, "bf16 cannot have the bits of fp32"
     assert torch.get_num_threads() == 1
+
+
+def test_blocks_have_at_most_a_tenth_more_error_than_flashoptims(programs, capsys):
+    import precision_blocks
+
+    precision_blocks.main()
+    rows = [
+        [float(each.replace(",", "")) for each in line.split()[-5:]]
+        for line in capsys.readouterr().out.splitlines()[1:]
+    ]
+    _, peer, mine, _ = rows
+    assert all(a <= 1.1 * b for a, b in zip(mine[:4], peer[:4], strict=True)) and mine[4] < 30
