@@ -91,13 +91,12 @@ def _travelling(entry: dict[str, Any], compact: bool) -> dict[str, Any]:
     """State whose buffer of 8 bits has become codes and scales that shard alike, or its values in fp32."""
     rest = {key: value for key, value in entry.items() if key not in (BUFFER, SCALE)}
     codes, scale = entry[BUFFER], entry[SCALE]
-    shape = (*codes.shape[:-1], codes.shape[-1] // SCALE_BLOCK, 2) if codes.dim() > 1 else ()
-    shard = local(codes)
-    lies_in_rows = scale.dim() == len(shape) and shard.is_contiguous()
-    if compact and lies_in_rows and not is_cut(codes, SCALE_BLOCK):
-        codes_out = _view(codes, torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
-        return {**rest, BUFFER: {_CODES: codes_out, _SCALE: scale if shard is codes else like(codes, scale, shape)}}
-    return {**rest, BUFFER: _values(codes, scale)}
+    # Of a DTensor, strides are the whole tensor's: all ranks find the same.
+    if not compact or codes.dim() < 2 or not codes.is_contiguous() or is_cut(codes, SCALE_BLOCK):
+        return {**rest, BUFFER: _values(codes, scale)}
+    if local(codes) is not codes:
+        scale = like(codes, scale, (*codes.shape[:-1], codes.shape[-1] // SCALE_BLOCK, 2))
+    return {**rest, BUFFER: {_CODES: _view(codes, _LEAVES_AS.get(codes.dtype, codes.dtype)), _SCALE: scale}}
 
 
 def _values(codes: Tensor, scale: Tensor) -> Tensor:

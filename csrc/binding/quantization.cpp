@@ -69,16 +69,19 @@ at::Tensor as_bytes(const at::Tensor& scale, const at::Tensor& codes) {
       .reshape(scale_sizes(codes));
 }
 
-// One code for each of `units`, as many as there are midpoints below; see store() in block8.h.
-at::Tensor nearest_codes(const at::Tensor& units) {
-  const at::Tensor code = at::arange(127, units.options());
-  const at::Tensor midpoints = code.mul(code.mul(3).add(262)).add(131);
-  return at::bucketize(units.abs(), midpoints, /*out_int32=*/true).mul(units.sign()).to(at::kChar);
-}
-
+// In units of the scale.
 at::Tensor levels_of(const at::Tensor& codes) {
   const at::Tensor code = codes.to(at::kFloat);
-  return codes.scalar_type() == at::kChar ? code.mul(code.abs().mul(3).add(259)) : code;
+  if (codes.scalar_type() != at::kChar) return code;
+  return code.mul(code.abs().mul(Int8::kSquare).add(Int8::kLinear));
+}
+
+// One code for each of `units`, as many as there are midpoints below; see encode() in block8.h.
+at::Tensor nearest_codes(const at::Tensor& units) {
+  const at::Tensor levels =
+      levels_of(at::arange(Int8::kLargestCode + 1, units.options().dtype(at::kChar)));
+  const at::Tensor midpoints = levels.slice(0, 1).add(levels.slice(0, 0, -1)).div(2);
+  return at::bucketize(units.abs(), midpoints, /*out_int32=*/true).mul(units.sign()).to(at::kChar);
 }
 
 }  // namespace

@@ -25,8 +25,7 @@ std::string describe(const at::Tensor& tensor) {
          tensor.device().str();
 }
 
-// A buffer's values in another formulation. Raises where there is no
-// exact way.
+// A buffer's values in another formulation. Raises where there is no exact way.
 at::Tensor converted(const SlotState& state, const at::Tensor& value, Formulation wanted) {
   const Slot& slot = state.slot();
   const std::string edit = "param_groups[" + std::to_string(slot.group) +
@@ -113,8 +112,7 @@ void convert_state(const SlotState& state, StartingState& start, int k, const at
     std::tie(value, scale) = quantize(exact, dtype, param);
     start.changes.emplace_back(scale_key, scale);
   } else {
-    value = value.scalar_type() == dtype ? exact.to(dtype)
-                                         : empty_dense_like(param, dtype).copy_(exact);
+    value = keeps_format ? exact.to(dtype) : empty_dense_like(param, dtype).copy_(exact);
     if (was_8_bit) start.changes.emplace_back(scale_key, at::Tensor());
   }
   start.changes.emplace_back(state.plan.rule->state_keys[k], value);

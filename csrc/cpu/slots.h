@@ -168,7 +168,7 @@ struct TileScales {
   alignas(64) float stretch[kBlocks];
 };
 
-// Of all blocks, those that are not there too.
+// Of all blocks of a tile, also those that its tensor ends before.
 template <typename scalar_t>
 void find_scales(const int32_t (&largest)[kBlocks], TileScales& scales) {
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS

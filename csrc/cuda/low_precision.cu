@@ -3,8 +3,8 @@
 //
 // One kernel learns the dtypes when it runs: all threads of a block have the same, so asking costs
 // little beside the memory, and there are hundreds of combinations. A thread has eight elements in
-// a row, as many as a draw of random bits is for, and four threads have a block of 8-bit values. What is
-// read is kept as it is until all loads are on their way.
+// a row, as many as a draw of random bits is for, and four threads have a block of 8-bit values.
+// What is read is kept as it is until all loads are on their way.
 //
 //   flat     accesses of up to 128 bits, wherever a thread's eight elements begin on such a
 //            boundary

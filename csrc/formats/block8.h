@@ -12,11 +12,14 @@
 
 namespace momentum_ext {
 
-// Code c stands for c * (3 * |c| + 259): y * (0.405 + 0.595 * |y|) for y = c / 127, in integers. What
-// is small in its block has the finer steps.
+// Code c stands for c * (kSquare * |c| + kLinear): y * (0.405 + 0.595 * |y|) for y = c / 127, in
+// integers. What is small in its block has the finer steps.
 struct Int8 {
   int8_t bits;
-  static constexpr float kTop = 81280;
+  static constexpr float kSquare = 3;
+  static constexpr float kLinear = 259;
+  static constexpr int kLargestCode = 127;
+  static constexpr float kTop = kLargestCode * (kSquare * kLargestCode + kLinear);
   static constexpr float kSmallestScale = 0x1.9cp-117f;  // 2^-100 / kTop, rounded down
   static constexpr float kLargestScale = 0x1.9cp+111f;   // the largest whose kTop-fold is finite
 };
@@ -87,7 +90,9 @@ MOMENTUM_EXT_INLINE float absolute(float value) {
   return float_from_bits(bits_of(value) & 0x7fffffffu);
 }
 
-MOMENTUM_EXT_INLINE float level(float code) { return code * (3 * absolute(code) + 259); }
+MOMENTUM_EXT_INLINE float level(float code) {
+  return code * (Int8::kSquare * absolute(code) + Int8::kLinear);
+}
 }  // namespace detail
 
 MOMENTUM_EXT_INLINE float load(Int8 value) {

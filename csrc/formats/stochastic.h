@@ -28,6 +28,7 @@ MOMENTUM_EXT_INLINE void store_stochastic(Float16& out, float value, uint32_t ra
   out.bits =
       static_cast<uint16_t>((magnitude > 0x7f800000u ? 0x7e00u : finite) | (bits >> 16 & 0x8000u));
 }
+
 // By the place between two levels.
 MOMENTUM_EXT_INLINE int32_t encode_stochastic(Int8, float value, uint32_t random) {
   const float fraction = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * 0x1p-16f;
@@ -81,7 +82,7 @@ MOMENTUM_EXT_INLINE RandomBlockScale block_scale_stochastic(uint32_t largest_bit
   return {scale, knee, top > knee ? (top - knee) / (largest - knee) : 0};
 }
 
-// A value as store_stochastic() takes it.
+// A value as encode_stochastic() takes it.
 template <typename scalar_t>
 MOMENTUM_EXT_INLINE float scaled(float value, const RandomBlockScale& scale) {
   const float magnitude = detail::absolute(value);

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from harness import assert_same_training, one_process_group
-from precision_twin import FEW, MODES, mode_name, options_of_mode, parts_of_value
+from precision_oracle import parts_of_value
+from precision_twin import FEW, MODES, mode_name, options_of_mode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,

@@ -185,6 +185,23 @@ def trained_locally(options):
         theirs.load_state_dict(copy.deepcopy(theirs.state_dict()))
 
 
+def saved_forms():
+    """Of parameters whose columns lie one after the other: a shard of one row or none looks contiguous."""
+    mesh, forms = mesh_of(4), []
+    for rows, rows_here in ((5, (2, 2, 1, 0)), (8, (2, 2, 2, 2))):
+        shard = torch.randn(64, rows_here[mesh.get_rank()]).t()
+        param = nn.Parameter(DTensor.from_local(shard, mesh, [Shard(0)], shape=(rows, 64), stride=(1, rows)))
+        opt = FusedMomentum([param], lr=0.1, momentum=0.9, momentum_dtype="int8")
+        param.grad = torch.ones_like(param)
+        opt.step()
+        forms.append(isinstance(opt.state_dict()["state"][0]["momentum_buffer"], dict))
+    return forms
+
+
+def test_all_ranks_save_one_form(four_ranks):
+    assert four_ranks.run(saved_forms) == [[False, False]] * 4
+
+
 @pytest.mark.parametrize("options", EIGHT_BITS[:3], ids=str)
 def test_shards_whose_blocks_are_their_own(two_ranks, options):
     two_ranks.run(trained_locally, options)
@@ -345,20 +362,15 @@ def test_state_that_lies_otherwise_is_refused(two_ranks):
     two_ranks.run(wrong_state)
 
 
-def refused_modes(options, match):
-    twins = Twins((2,), [Shard(0)], plain=0, dtype=torch.bfloat16, **options)
+def rounded_at_random():
+    twins = Twins((2,), [Shard(0)], plain=0, dtype=torch.bfloat16, stochastic_rounding=True)
     twins.new_grads()
-    with refused(twins.opt, RuntimeError, match):
+    with refused(twins.opt, RuntimeError, "stochastic_rounding needs plain tensors"):
         twins.opt.step()
 
 
-@pytest.mark.parametrize(
-    "options, match",
-    [({"stochastic_rounding": True}, "needs plain tensors")],
-    ids=str,
-)
-def test_what_dtensors_cannot_have_yet(two_ranks, options, match):
-    two_ranks.run(refused_modes, options, match)
+def test_stochastic_rounding_is_refused(two_ranks):
+    two_ranks.run(rounded_at_random)
 
 
 def state_versions():

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from harness import assert_same, for_loop, one_process_group
-from precision_twin import parts_of_value
+from precision_oracle import parts_of_value
 from ranks import mesh_of
 from test_ranks import HYPER, full, placed_state
 from torch import nn

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from harness import assert_same, params_of
-from precision_oracle import as_live, buffer_values, order_of, tensor_of
+from precision_oracle import as_live, buffer_values, order_of, parts_of_value, tensor_of
 from torch import Tensor
 from values import BF16, EIGHT_BITS, FP16, FP32, FP64, HALVES
 
@@ -26,7 +26,6 @@ OWN_DEFAULTS = {
     "master_weights": False,
     "stochastic_rounding": False,
 }
-AS_VALUES = {"momentum_buffer": FP32}
 
 
 class Raises(Exception):
@@ -473,12 +472,14 @@ class Model:
             wanted = {key: dtype for key, dtype in wanted.items() if key not in ("param_remainder", "master_param")}
         dtype = wanted.get("momentum_buffer")
         if "momentum_scale" in wanted:  # as codes where blocks are parts of rows, else as values
-            saved = entry["momentum_buffer"]
-            of_rows = isinstance(saved, dict)
-            shape = saved["codes"] if of_rows else saved
-            assert of_rows == (shape.dim() > 1 and shape.shape[-1] % 32 == 0 and shape.is_contiguous())
-            if not of_rows:
-                wanted = {**{key: each for key, each in wanted.items() if key != "momentum_scale"}, **AS_VALUES}
+            saved = parts_of_value(entry["momentum_buffer"])
+            has_rows = saved[0].dim() > 1 and saved[0].shape[-1] % 32 == 0 and saved[0].is_contiguous()
+            assert len(saved) == 1 + has_rows
+            if not has_rows:
+                del wanted["momentum_scale"]
+                wanted["momentum_buffer"] = FP32
+        travelling = {each.dtype for value in entry.values() for each in parts_of_value(value)}
+        assert not travelling & {torch.int16, torch.float8_e4m3fn}
         entry = as_live(entry)
         assert {k: t.dtype for k, t in entry.items()} == wanted
         if buffer is None:

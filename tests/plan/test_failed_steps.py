@@ -246,30 +246,6 @@ def test_a_prepared_step_that_is_dropped_has_changed_nothing():
     opt.step()
 
 
-@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc], ids=str)
-@pytest.mark.parametrize("is_empty", [False, True], ids=["", "empty"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_compressed_gradients_do_what_torch_does(layout, is_empty, momentum):
-    def run(kind):
-        opt = kind([torch.ones(4, 4).requires_grad_()], lr=0.1, momentum=momentum)
-        (param,) = params_of(opt)
-        dense = torch.zeros(4, 4) if is_empty else torch.eye(4)
-        blocks = (2, 2) if layout in (torch.sparse_bsr, torch.sparse_bsc) else None
-        for _ in range(3):
-            try:
-                param.grad = dense.to_sparse(layout=layout, blocksize=blocks)
-                opt.step()
-            except RuntimeError as error:
-                outcomes[kind].append(str(error).splitlines()[0])
-                return
-            outcomes[kind].append(None)
-            yield param.detach().clone()
-
-    outcomes = {FusedMomentum: [], for_loop: []}
-    assert_alike(run)
-    assert outcomes[FusedMomentum] == outcomes[for_loop]
-
-
 class Meddling(dict):
     """A state that uses the step that is writing to it."""
 

@@ -430,6 +430,11 @@ def options_of(group: dict, **where: object) -> Options:
     return replace(Options(**known), **where)
 
 
+def parts_of_value(value: Tensor | dict[str, Tensor]) -> list[Tensor]:
+    """The tensors of a state dict's value: a buffer of 8 bits is a dict."""
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
 def as_live(entry: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict's tensors by the keys and in the dtypes that a parameter's state has."""
     stored = {("param_remainder", torch.bfloat16): torch.int16, ("momentum_buffer", torch.uint8): torch.float8_e4m3fn}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from harness import assert_same, params_of
-from precision_oracle import Options, as_live, as_saved, options_of, oracle_convert, oracle_step
+from precision_oracle import Options, as_live, as_saved, options_of, oracle_convert, oracle_step, parts_of_value
 from torch import Tensor
 from values import BF16, FP8, FP16, FP32, HALVES, INT8, clone_exact, dtype_name, through_pickle
 
@@ -175,11 +175,6 @@ class Twin:
             entry = found.get(index, {})
             assert not {each.dtype for value in entry.values() for each in parts_of_value(value)} & {torch.int16, FP8}
             assert_state(as_live(entry), as_saved(wanted), f"state_dict()'s {index}")
-
-
-def parts_of_value(value: Any) -> list[Tensor]:
-    """The tensors of a state dict's value: a buffer of 8 bits is a dict."""
-    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def assert_state(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
