@@ -6,6 +6,7 @@
 
 #include "formats/block8.h"
 #include "formats/master.h"
+#include "formats/philox.h"
 
 namespace momentum_ext {
 
@@ -75,6 +76,7 @@ struct StridedLayout {
 struct LowPrecision {
   void* master;
   ScaleBits* scale[kMaxStates];  // of an 8-bit state: one for each kScaleBlock elements
+  PlaceInWhole place;            // for random numbers
   uint32_t param_index;          // among the optimizer's parameters, for random numbers
   Master master_kind;
 };

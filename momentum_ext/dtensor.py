@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import make_contiguous_strides_for
 
-__all__ = ["awaited", "is_cut", "like", "local", "mismatch", "redistributed", "where_is"]
+__all__ = ["awaited", "is_cut", "like", "local", "mismatch", "place_in_whole", "redistributed", "where_is"]
 
 
 def local(tensor: Any) -> Any:
@@ -40,6 +40,44 @@ def is_cut(tensor: Any, block: int) -> bool:
             if getattr(placement, "dim", None) == tensor.dim() - 1:
                 sizes.append(-(-sizes[-1] // ranks))
     return any(each % block != 0 for each in sizes)
+
+
+def place_in_whole(param: Any, name: str) -> tuple[int, int, int]:
+    """Where the elements of a parameter's shard are in the whole tensor, in the order in which they lie in memory.
+
+    Returns (first, run, stride): element i of the shard is element ``first + i // run * stride + i % run`` of the
+    whole, ``first + i`` where run is 0.
+
+    Raises:
+        RuntimeError: for a shard that is no rows of one length, one distance apart.
+    """
+    shard, whole = param._local_tensor, param.shape
+    sizes, offsets = shard.shape, param.__create_chunk_list__()[0].offsets
+    if shard.numel() == 0:
+        return 0, 0, 0
+    order = sorted(range(shard.dim()), key=param.stride, reverse=True)  # from the outermost to the innermost
+    strides = [shard.stride(d) for d in order if sizes[d] != 1]
+    if strides != sorted(strides, reverse=True):  # distribute_tensor() lays shards out anew
+        order = sorted(range(shard.dim()), key=shard.stride, reverse=True)
+    first, stride = 0, 1
+    rows: list[list[int]] = []  # [how many, how far apart], from the elements of a row outwards
+    for d in reversed(order):
+        first += offsets[d] * stride
+        if rows and rows[-1][0] * rows[-1][1] == stride:
+            rows[-1][0] *= sizes[d]
+        elif sizes[d] != 1:
+            rows.append([sizes[d], stride])
+        stride *= whole[d]
+    if rows and rows[0][1] != 1:
+        rows.insert(0, [1, 1])
+    if len(rows) <= 1:
+        return first, 0, 0
+    if len(rows) > 2 or max(rows[0][0], rows[1][1]) >= 1 << 32:
+        raise RuntimeError(
+            f"{name}: stochastic_rounding needs shards that are rows of the whole tensor, one distance apart, got "
+            f"{tuple(sizes)} of {tuple(whole)}{where_is(param)}; shard fewer dimensions, or put it into a group without"
+        )
+    return first, rows[0][0], rows[1][1]
 
 
 def awaited(grad: Any) -> Tensor:

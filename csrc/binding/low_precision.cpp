@@ -50,11 +50,9 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
   }
   low.param_index = static_cast<uint32_t>(i);
   plan.entries[i].low_precision = &low;
-  if (plan.is_dtensor(i) && plan.reader(slot).storage().stochastic_rounding &&
+  if (plan.reader(slot).storage().stochastic_rounding &&
       rounds_at_random(plan.entries[i], slot.num_states)) {
-    throw std::runtime_error(slot.name() +
-                             ": stochastic_rounding needs plain tensors, got DTensor; put it into "
-                             "a group without");
+    low.place = place_in_whole(plan.param_objects[i], [&slot] { return slot.name(); });
   }
 }
 

@@ -59,7 +59,6 @@ class Plan : public std::enable_shared_from_this<Plan> {
   // stands there.
   const at::Tensor& listed(size_t i) const { return THPVariable_Unpack(param_objects[i]); }
   const at::Tensor& param(size_t i) const { return resolve(param_objects[i]); }
-  bool is_dtensor(size_t i) const { return shard_of(param_objects[i]).spec != nullptr; }
   const GroupReader& reader(const Slot& slot) const { return readers[slot.group]; }
   int num_states(const Slot& slot) const { return rule->num_states(slot.group); }
   bool wants_conversion(const Slot& slot) const {

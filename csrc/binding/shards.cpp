@@ -110,6 +110,13 @@ py::object as_state_of(PyObject* param, const at::Tensor& local) {
   return python("like")(py::handle(param), object(local));
 }
 
+PlaceInWhole place_in_whole(PyObject* param, const std::function<std::string()>& name) {
+  if (find_shard(param).spec == nullptr) return {};
+  const auto [first, run, stride] = python("place_in_whole")(py::handle(param), name())
+                                        .cast<std::tuple<int64_t, uint32_t, uint32_t>>();
+  return {first, run, stride};
+}
+
 std::string where_is(PyObject* param) {
   if (find_shard(param).spec == nullptr) return "";
   return python("where_is")(py::handle(param)).cast<std::string>();

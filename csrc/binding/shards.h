@@ -7,6 +7,7 @@
 #include <functional>
 #include <string>
 
+#include "../formats/philox.h"
 #include "tensor_access.h"
 
 namespace momentum_ext::binding {
@@ -81,6 +82,10 @@ at::Tensor shard_of_grad(const at::Tensor& grad);
 // DTensor of the parameter's mesh and placements for a DTensor. Scales of 8-bit state are bytes, and
 // plain: they belong to the local shard.
 py::object as_state_of(PyObject* param, const at::Tensor& local);
+
+// Where the elements of what the parameter resolves to are in the whole tensor. Raises for shards
+// that PlaceInWhole cannot tell.
+PlaceInWhole place_in_whole(PyObject* param, const std::function<std::string()>& name);
 
 // " on rank 1 of [Shard(dim=0)] on DeviceMesh(...)" for a DTensor, for errors; else nothing.
 std::string where_is(PyObject* param);

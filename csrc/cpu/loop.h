@@ -100,7 +100,7 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
       if (k < num_states) tile.state[k] = k < num_reads ? states[k].load() : states[k].place();
     });
     update(tile, 0, walker.n(), h);
-    if (draws) fill_random(random, key, walker.at(), walker.n());
+    if (draws) fill_random(random, key, low->place, walker.at(), walker.n());
     repeat<Rule::kMaxStates>([&]<int k>() {
       if (k >= num_states) return;
       if (states[k].is_random()) rotate_random<k>(random, walker.n(), random_of_state);

@@ -1,12 +1,14 @@
 // What a tile has of one operand, whatever it is stored as: with a master, in 8 bits, rounded at
 // random. Included like loop.h.
 
-// Random numbers for one tile: 16 bits for each element.
-struct RandomTile {
-  uint16_t bits[kTile];
-};
-
 constexpr int kBlocksAtOnce = sizeof(WideVector) / sizeof(uint64_t);
+constexpr int kElementsAtOnce = 2 * kBlocksAtOnce * kRandomsPerBlock;
+
+// Random numbers for one tile: 16 bits for each element. What is drawn for its last elements may
+// begin before them and ends behind them.
+struct RandomTile {
+  uint16_t bits[kTile + 2 * kElementsAtOnce];
+};
 
 // 128 bits for each of kBlocksAtOnce blocks.
 MOMENTUM_EXT_INLINE void random_blocks(const RandomKey& key, WideVector block, uint16_t* bits) {
@@ -27,22 +29,45 @@ MOMENTUM_EXT_INLINE void random_blocks(const RandomKey& key, WideVector block, u
   memcpy(bits, words, sizeof(words));
 }
 
-// Of elements [at, at + n), where `at` is a multiple of kTile.
-void fill_random(RandomTile& random, const RandomKey& key, int64_t at, int64_t n) {
+// Of elements [first, first + n) of a whole tensor, where `first` is a multiple of kRandomsPerBlock.
+void draw(const RandomKey& key, int64_t first, int64_t n, uint16_t* bits) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "random numbers are taken from little-endian words"
 #endif
-  constexpr int kElementsAtOnce = 2 * kBlocksAtOnce * kRandomsPerBlock;
-  static_assert(kTile % kElementsAtOnce == 0 && kElementsAtOnce % kScaleBlock == 0);
+  const auto first_block = static_cast<uint64_t>(first / kRandomsPerBlock);
+  if (n <= kRandomsPerBlock) {
+    uint32_t words[4];
+    random_block(key, first_block, words);
+    memcpy(bits, words, sizeof(words));
+    return;
+  }
   WideVector block = {};
   for (int lane = 0; lane < kBlocksAtOnce; ++lane) {
-    block[lane] = static_cast<uint64_t>(at / kRandomsPerBlock + lane);
+    block[lane] = first_block + static_cast<uint64_t>(lane);
   }
   // Two at once: each waits for its own multiplications.
   for (int64_t i = 0; i < n; i += kElementsAtOnce) {
-    random_blocks(key, block, random.bits + i);
-    random_blocks(key, block + kBlocksAtOnce, random.bits + i + kElementsAtOnce / 2);
+    random_blocks(key, block, bits + i);
+    random_blocks(key, block + kBlocksAtOnce, bits + i + kElementsAtOnce / 2);
     block += uint64_t{2 * kBlocksAtOnce};
+  }
+}
+
+// Of elements [at, at + n), where `at` is a multiple of kTile, and of the block of kRandomsPerBlock
+// that the last is in.
+void fill_random(RandomTile& random, const RandomKey& key, const PlaceInWhole& place, int64_t at,
+                 int64_t n) {
+  static_assert(kTile % kElementsAtOnce == 0 && kElementsAtOnce % kScaleBlock == 0);
+  const int64_t end = (n + kRandomsPerBlock - 1) / kRandomsPerBlock * kRandomsPerBlock;
+  for (int64_t i = 0; i < end;) {
+    const int64_t in_row = place.run == 0 ? end : place.run - (at + i) % place.run;
+    const int64_t count = in_row < end - i ? in_row : end - i;
+    const int64_t index = place.index_of(at + i);
+    const int64_t before = index % kRandomsPerBlock;
+    uint16_t* const bits = random.bits + i;
+    draw(key, index - before, before + count, bits);
+    if (before != 0) memmove(bits, bits + before, static_cast<size_t>(count) * sizeof(*bits));
+    i += count;
   }
 }
 

@@ -6,7 +6,7 @@
 // tensor of SGD takes 32 bytes and a group in fp32 as many: one fp32 group and 1,021 tensors fit, or 465
 // groups with a tensor each. More groups leave room for fewer tensors; what does not fit goes into
 // further launches. Tensors whose average is kept take 40 bytes: 817 of them fit; those with
-// low-precision state 64: 510.
+// low-precision state 80: 408.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -83,7 +83,8 @@ static_assert(sizeof(LaunchTable<kLargeTable>) <= 32764);
 //
 //   kKind         see TensorKind
 //   kMaster, kScale ..   a master; a scale for each state
-//   kFirstDimBehindScales ..   the dimensions, where they are strided
+//   kPlace ..     of its elements in a whole tensor
+//   kFirstDimBehindPlace ..   the dimensions, where they are strided
 template <typename Rule>
 struct Record {
   static constexpr int kOperands = kState + Rule::kMaxStates;
@@ -94,14 +95,15 @@ struct Record {
   static constexpr int kDimWords = 1 + kOperands;
   static constexpr int kMaster = kKind + 1;
   static constexpr int kScale = kMaster + 1;
-  static constexpr int kFirstDimBehindScales = kScale + Rule::kMaxStates;
+  static constexpr int kPlace = kScale + Rule::kMaxStates;
+  static constexpr int kFirstDimBehindPlace = kPlace + sizeof(PlaceInWhole) / sizeof(uint64_t);
   // Their sizes.
   static constexpr int kFlat = kChunks + 1;
   static constexpr int kAveraged = kAverage + 1;
   static constexpr int kStrided = kFirstDim + kDimWords * kMaxStridedDimsCuda;
-  static constexpr int kLowPrecision = kFirstDimBehindScales;
+  static constexpr int kLowPrecision = kFirstDimBehindPlace;
   static constexpr int kStridedLowPrecision =
-      kFirstDimBehindScales + kDimWords * kMaxStridedDimsCuda;
+      kFirstDimBehindPlace + kDimWords * kMaxStridedDimsCuda;
 };
 
 // What a block must know of a tensor whose dtypes its kernel learns when it runs.
@@ -193,12 +195,12 @@ struct GroupRounding {
 template <typename T>
 constexpr int kWordsOf = (static_cast<int>(sizeof(T)) + 7) / 8;
 
-// T from words `at` onwards.
-template <typename T, int kBytes>
-MOMENTUM_EXT_INLINE T unpack(const LaunchTable<kBytes>& table, int at) {
+// T from these words onwards.
+template <typename T>
+MOMENTUM_EXT_INLINE T unpack(const uint64_t* from) {
   static_assert(std::is_trivially_copyable_v<T>);
   uint64_t words[kWordsOf<T>];
-  for (int i = 0; i < kWordsOf<T>; ++i) words[i] = table.words[at + i];
+  for (int i = 0; i < kWordsOf<T>; ++i) words[i] = from[i];
   T value;
   memcpy(&value, words, sizeof(value));
   return value;

@@ -45,7 +45,7 @@ struct LowPrecisionKind {
     if constexpr (kIsStrided) {
       with_layout(entry, [&](const StridedLayout& layout) {
         for (; ndim < layout.ndim; ++ndim) {
-          uint64_t* const words = record + Fields::kFirstDimBehindScales + Fields::kDimWords * ndim;
+          uint64_t* const words = record + Fields::kFirstDimBehindPlace + Fields::kDimWords * ndim;
           pack_dim<Rule>(layout.dims[ndim], words);
         }
       });
@@ -57,6 +57,7 @@ struct LowPrecisionKind {
     for (int k = 0; k < Rule::kMaxStates; ++k) {
       record[Fields::kScale + k] = reinterpret_cast<uint64_t>(low.scale[k]);
     }
+    memcpy(record + Fields::kPlace, &low.place, sizeof(low.place));
   }
 };
 
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
   const TensorKind kind(record[Fields::kKind]);
   const auto work = read_group<Rule, opmath_t, Kind::kReserved>(table, chunk.group);
   const int behind_group = group_at<Kind::kReserved>(table, chunk.group - 1);
-  const auto rounding = unpack<GroupRounding>(table, behind_group - Kind::kRoundingWords);
+  const auto rounding = unpack<GroupRounding>(table.words + behind_group - Kind::kRoundingWords);
   const RandomKey key = {rounding.seed, kind.number, rounding.step};
   const bool at_random = rounding.at_random != 0 && kind.may_round_at_random();
 
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
     const int64_t first = chunk.begin + at + (count == 0 ? 0 : lane * kElemsPerThread);
     const Span span = {first, first / kScaleBlock, count, lane};
     Places<Kind::kIsStrided, Fields::kOperands> places;
-    places.find(record + Fields::kFirstDimBehindScales, kind.ndim(), first, count);
+    places.find(record + Fields::kFirstDimBehindPlace, kind.ndim(), first, count);
 
     param.read(places[kParam], span);
     grad.read(places[kGrad], span);
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
     });
 
     Randoms randoms;
-    if (draws) random_block(key, static_cast<uint64_t>(first) / kElemsPerThread, randoms.words);
+    if (draws) draw(key, unpack<PlaceInWhole>(record + Fields::kPlace), first, randoms.words);
     repeat<kStates>([&]<int k>() {
       if (k >= work.num_states) return;
       state[k].template write<kState + k>(s[k], randoms, places[kState + k], span);

@@ -44,7 +44,7 @@ __device__ __forceinline__ Work<Rule, opmath_t> read_group(const LaunchTable<kBy
                                                            int group) {
   const TableHeader& header = table.header;
   const int at = group_at<kReserved>(table, group);
-  const auto packed = unpack<PackedGroup<Rule, opmath_t>>(table, at);
+  const auto packed = unpack<PackedGroup<Rule, opmath_t>>(table.words + at);
   Work<Rule, opmath_t> work;
   auto& c = work.coefficients;
   c = packed.coefficients;
@@ -59,7 +59,7 @@ __device__ __forceinline__ Work<Rule, opmath_t> read_group(const LaunchTable<kBy
   }
   if (header.has_device_numbers != 0) {
     const int behind = at + kWordsOf<PackedGroup<Rule, opmath_t>>;
-    const auto numbers = unpack<typename Rule::OnDevice>(table, behind);
+    const auto numbers = unpack<typename Rule::OnDevice>(table.words + behind);
     const auto read = [](const DeviceNumber& number) { return read_number<opmath_t>(number); };
     Rule::read_on_device(numbers, read, options, c);
   }
@@ -73,7 +73,8 @@ __device__ __forceinline__ Work<Rule, opmath_t> read_group(const LaunchTable<kBy
 template <typename opmath_t, int kBytes>
 __device__ __forceinline__ opmath_t read_average_weight(const LaunchTable<kBytes>& table) {
   constexpr int kReserved = kWordsOf<AverageWeight>;
-  const auto weight = unpack<AverageWeight>(table, LaunchTable<kBytes>::kNumWords - kReserved);
+  const auto weight =
+      unpack<AverageWeight>(table.words + LaunchTable<kBytes>::kNumWords - kReserved);
   return static_cast<opmath_t>(weight.on_device != nullptr ? *weight.on_device : weight.number);
 }
 

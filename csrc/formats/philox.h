@@ -15,6 +15,20 @@ struct RandomKey {
 
 constexpr int kRandomsPerBlock = 8;
 
+// Where the elements of a shard are in the whole tensor: by rows of `run` elements that begin every
+// `stride`. An element has the random bits of its place there, on however many ranks it is sharded.
+// A tensor that is no shard is the whole.
+struct PlaceInWhole {
+  int64_t first = 0;
+  uint32_t run = 0;  // 0: all elements are in a row
+  uint32_t stride = 0;
+
+  MOMENTUM_EXT_INLINE int64_t index_of(int64_t element) const {
+    if (run == 0) return first + element;
+    return first + element / run * stride + element % run;
+  }
+};
+
 // The rounds of Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 // 2011; the fewest rounds that pass BigCrush there) for one counter in uint64_t or several in a
 // vector of them. The lower half of each is a word of the counter, and then of the result; what is

@@ -23,9 +23,7 @@ from momentum_ext import FusedMomentum
 MOVED = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64}
 SHAPES = ((40, 9), (5, 64), (300,), (1,))  # blocks of 8 bits that are parts of rows, or not
 OPTIONS = {"momentum": 0.9, "weight_decay": 0.01, "rounding_seed": 77, "formulation": "classical", "ema_decay": 0.75}
-# Rounding at random is for plain tensors.
-ON_DTENSORS = [mode for mode in MODES if not mode["stochastic_rounding"]]
-CASES = [(mode, False) for mode in MODES] + [(mode, True) for mode in ON_DTENSORS]
+CASES = [(mode, on_dtensors) for mode in MODES for on_dtensors in (False, True)]
 
 
 def case_name(value):

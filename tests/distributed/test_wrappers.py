@@ -2,17 +2,27 @@
 
 import copy
 import functools
+import os
+import socket
 
 import pytest
 import torch
 from harness import assert_all_same, assert_same, for_loop
+from ranks import mesh_of
 from test_ranks import HYPER, model_of
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.join import Join
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp import StateDictType
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import (
+    DistributedOptimizer,
+    PostLocalSGDOptimizer,
+    ZeroRedundancyOptimizer,
+    _apply_optimizer_in_backward,
+    _NamedOptimizer,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import momentum_ext
@@ -184,6 +194,119 @@ def zero(options, as_views):
 )
 def test_zero_redundancy_optimizer(two_ranks, options, as_views):
     two_ranks.run(zero, options, as_views)
+
+
+# ---- other wrappers of an optimizer ---------------------------------------------------------------------------------
+
+
+def averaged_between_steps(model, make):
+    averager = PeriodicModelAverager(period=2, warmup_steps=1)
+    return PostLocalSGDOptimizer(make(model.parameters(), **HYPER), averager)
+
+
+def by_name(model, make):
+    return _NamedOptimizer(model.named_parameters(), make, **HYPER)
+
+
+def wrapped(wrapper):
+    """State dicts of wrappers, too, which hold more than the optimizer's or name parameters otherwise."""
+
+    def train(make):
+        model = model_of()
+        optimizer = wrapper(model, make)
+        for k in range(6):
+            model.zero_grad()
+            model(batch(k)).square().mean().backward()
+            optimizer.step()
+            if k == 2:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return model.parameters()
+
+    assert_alike(train)
+
+
+@pytest.mark.parametrize("wrapper", [averaged_between_steps, by_name])
+def test_wrappers_of_an_optimizer(two_ranks, wrapper):
+    two_ranks.run(wrapped, wrapper)
+
+
+def one_optimizer_each():
+    """Torch's own step in backward: an optimizer for each parameter."""
+
+    def train(make):
+        model = model_of()
+        _apply_optimizer_in_backward(make, model.parameters(), HYPER)
+        for k in range(4):
+            model(batch(k)).square().mean().backward()
+        return model.parameters()
+
+    assert_alike(train)
+
+
+def test_torch_steps_in_backward(two_ranks):
+    two_ranks.run(one_optimizer_each)
+
+
+def remote():
+    """DistributedOptimizer: the gradients are none of the parameters' own."""
+    from torch.distributed import autograd, rpc
+
+    rank = torch.distributed.get_rank()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            store.set("rpc", str(free.getsockname()[1]))
+    os.environ["MASTER_PORT"] = store.get("rpc").decode()
+    rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2)
+
+    def train(make):
+        params = [torch.linspace(-1, 1, size).requires_grad_() for size in (5, 12)]
+        references = [rpc.RRef(param) for param in params]
+        optimizer = DistributedOptimizer(make, references, **HYPER)
+        for _ in range(4):
+            with autograd.context() as context:
+                loss = sum(reference.to_here().square().sum() for reference in references)
+                autograd.backward(context, [loss])
+                optimizer.step(context)
+        return params
+
+    if rank == 0:
+        found = [train(make) for make in (torch.optim.SGD, FusedMomentum)]
+        assert_all_same(*([param.detach() for param in params] for params in found))
+        assert not torch.equal(found[0][0], torch.linspace(-1, 1, 5))
+    rpc.shutdown()
+
+
+def test_distributed_optimizer(two_ranks):
+    two_ranks.run(remote)
+
+
+# ---- FSDP2 with its shards on the host ------------------------------------------------------------------------------
+
+
+def offloaded():
+    def train(make):
+        model = model_of()
+        fully_shard(model, mesh=mesh_of(2), offload_policy=CPUOffloadPolicy(pin_memory=False))
+        optimizer = make(model.parameters(), **HYPER)
+        for k in range(6):
+            optimizer.zero_grad()
+            model(batch(k)).square().mean().backward()
+            if make is for_loop:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            else:
+                optimizer.clip_grad_norm_(0.1)
+            optimizer.step()
+        return [param.full_tensor() for param in model.parameters()]
+
+    for mine, theirs in zip(train(FusedMomentum), train(for_loop), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_shards_that_fsdp2_keeps_on_the_host(two_ranks):
+    two_ranks.run(offloaded)
 
 
 # ---- FSDP1 ----------------------------------------------------------------------------------------------------------

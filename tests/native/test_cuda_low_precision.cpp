@@ -106,6 +106,13 @@ struct Mix {
   Dtype buffer;
 };
 
+// Of a whole tensor, and of shards whose rows begin at blocks of random bits or not.
+PlaceInWhole any_place() {
+  constexpr PlaceInWhole kPlaces[] = {{},           {4096, 0, 0},      {13, 0, 0}, {64, 32, 96},
+                                      {3, 40, 101}, {1ll << 36, 1, 9}, {5, 8, 8}};
+  return kPlaces[generator() % std::size(kPlaces)];
+}
+
 struct Tensors {
   Mix mix;
   int64_t numel;
@@ -113,6 +120,7 @@ struct Tensors {
   bool is_first_step = false;
   uint32_t cohort = 0;
   Array param{}, grad{}, buffer{}, master{}, scale{}, average{};
+  PlaceInWhole place = any_place();
   std::vector<StridedDim> dims{};
   StridedLayout layout{};
   LowPrecision low[2]{};
@@ -143,7 +151,11 @@ struct Tensors {
 
   TensorEntry entry(const std::vector<Hyperparams<Sgd>>& groups, bool cpu) {
     LowPrecision& mine = low[cpu ? 0 : 1];
-    mine = {master.on(cpu), {static_cast<ScaleBits*>(scale.on(cpu))}, 1000 + 7 * group, mix.master};
+    mine = {master.on(cpu),
+            {static_cast<ScaleBits*>(scale.on(cpu))},
+            place,
+            1000 + 7 * group,
+            mix.master};
     layout = {dims.data(), static_cast<int>(dims.size())};
     TensorEntry made{};
     made.param = param.on(cpu);
@@ -287,27 +299,23 @@ std::vector<Mix> all_mixes() {
 // ---- the tests ----------------------------------------------------------------------------------
 
 // Sizes around every vector, block and chunk edge, two steps each.
-void test_sizes(const std::vector<Hyperparams<Sgd>>& groups) {
-  for (const Mix& mix : all_mixes()) {
-    std::vector<Tensors> list;
-    for (const int64_t numel :
-         {1, 7, 8, 9, 31, 32, 33, 63, 255, 256, 257, 511, 512, 513, 2047, 4095, 4096, 4097}) {
-      for (const uint32_t first_group : {0u, 9u}) {
-        const auto group = first_group + static_cast<uint32_t>(generator() % 9);
-        list.push_back(flat(mix, numel, group, generator() % 3 == 0));
-      }
-    }
-    for (const uint32_t step : {0u, 4000000000u}) {
-      cuda_step(list, groups, 0, {}, false, step);
-      cpu_step(list, groups, 0, step);
-      check_same(list, "sizes");
-      for (Tensors& each : list) each.is_first_step = false;
-    }
-    // A buffer in fp64 has no part in a group without momentum.
-    const bool one_kind = mix.buffer != Dtype::kFloat64 || mix.param == Dtype::kFloat64 ||
-                          mix.grad == Dtype::kFloat64;
-    if (one_kind) expect(emulated::launches.size() == 1, "one launch for all sizes and groups");
+void test_sizes(const std::vector<Hyperparams<Sgd>>& groups, const Mix& mix, uint32_t first_group) {
+  std::vector<Tensors> list;
+  for (const int64_t numel :
+       {1, 7, 8, 9, 31, 32, 33, 63, 255, 256, 257, 511, 512, 513, 2047, 4095, 4096, 4097}) {
+    const auto group = first_group + static_cast<uint32_t>(generator() % 9);
+    list.push_back(flat(mix, numel, group, generator() % 3 == 0));
   }
+  for (const uint32_t step : {0u, 4000000000u}) {
+    cuda_step(list, groups, 0, {}, false, step);
+    cpu_step(list, groups, 0, step);
+    check_same(list, "sizes");
+    for (Tensors& each : list) each.is_first_step = false;
+  }
+  // A buffer in fp64 has no part in a group without momentum.
+  const bool one_kind =
+      mix.buffer != Dtype::kFloat64 || mix.param == Dtype::kFloat64 || mix.grad == Dtype::kFloat64;
+  if (one_kind) expect(emulated::launches.size() == 1, "one launch for all sizes and groups");
 }
 
 // Every group; pointers that are unaligned in all ways; tensors that lie in different orders.
@@ -476,7 +484,9 @@ int main() {
     return 0;
   }
   const std::vector<Hyperparams<Sgd>> groups = all_groups();
-  test_sizes(groups);
+  for (const Mix& mix : all_mixes()) {
+    for (const uint32_t first_group : {0u, 9u}) test_sizes(groups, mix, first_group);
+  }
   test_layouts(groups);
   test_special_values(groups);
   test_averages(groups);

@@ -1,0 +1,104 @@
+"""Stochastic rounding of DTensors: an element's random bits are those of its place in the whole tensor."""
+
+import pytest
+import torch
+from harness import assert_same, refused
+from ranks import mesh_of
+from test_ranks import HYPER, Columns, Twins, full
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from momentum_ext import FusedMomentum
+from momentum_ext.dtensor import like
+
+# Rows of shards that begin anywhere in a draw of random bits; the last has more than a tile.
+ANYWHERE = ((8, 6), (5, 3), (1, 4), (0, 3), (4, 3, 2), (3, 37, 10), (11, 1003))
+AT_RANDOM = {"dtype": torch.bfloat16, "momentum_dtype": "bfloat16", "stochastic_rounding": True, "rounding_seed": 5}
+
+
+def rounded_at_random(mesh, places):
+    twins = Columns(mesh, places, plain=1, shapes=(*ANYWHERE, (7,)), **AT_RANDOM)
+    twins.step(3)
+
+
+@pytest.mark.parametrize("places", [["columns"], [Shard(1)]], ids=str)
+def test_rounding_at_random_on_two_ranks(two_ranks, places):
+    two_ranks.run(rounded_at_random, (2,), places)
+
+
+@pytest.mark.parametrize(
+    "mesh, places",
+    [((4,), ["columns"]), ((2, 2), [Shard(0), "columns"]), ((2, 2), ["columns", "columns"]), ((2, 2), [Shard(0)] * 2)],
+    ids=str,
+)
+def test_rounding_at_random_on_four_ranks(four_ranks, mesh, places):
+    four_ranks.run(rounded_at_random, mesh, places)
+
+
+def rounded_in_fsdp_below_tp():
+    """FSDP2 shards what tensor parallelism has sharded, in the same dimension and in the other."""
+    mesh = mesh_of(2, 2, names=("dp", "tp"))
+    found = []
+    for is_parallel in (True, False):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12)).bfloat16()
+        if is_parallel:
+            parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            fully_shard(model, mesh=mesh["dp"])
+        opt = FusedMomentum(model.parameters(), **HYPER, stochastic_rounding=True)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            for param in model.parameters():
+                grad = torch.randn(param.shape, generator=generator).bfloat16()
+                param.grad = like_param(grad, param) if is_parallel else grad
+            opt.step()
+        found.append([full(param.detach()) for param in model.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        assert_same(mine, theirs)
+
+
+def like_param(tensor, param):
+    """The shard of a whole tensor, as the parameter has it."""
+    chunk = param.__create_chunk_list__()[0]
+    for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return like(param, tensor.contiguous())
+
+
+def test_rounding_at_random_in_fsdp2_over_tensor_parallelism(four_ranks):
+    four_ranks.run(rounded_in_fsdp_below_tp)
+
+
+def laid_out_by_columns(rank_count):
+    """Shards of a transposed tensor: its own order, not that of its dimensions."""
+    mesh = mesh_of(rank_count)
+    whole = nn.Parameter(torch.arange(77.0).div(3).bfloat16().view(7, 11).t())
+    rows = whole.chunk(rank_count)[mesh.get_rank()]
+    shard = rows.detach().t().contiguous().t()
+    mine = nn.Parameter(DTensor.from_local(shard, mesh, [Shard(0)], shape=whole.shape, stride=whole.stride()))
+    opts = [FusedMomentum([param], **HYPER, stochastic_rounding=True) for param in (whole, mine)]
+    for _ in range(3):
+        whole.grad = torch.randn(11, 7).bfloat16()
+        mine.grad = DTensor.from_local(
+            whole.grad.chunk(rank_count)[mesh.get_rank()], mesh, [Shard(0)], shape=(11, 7), stride=(7, 1)
+        )
+        for opt in opts:
+            opt.step()
+    assert_same(mine.to_local().detach().contiguous(), whole.detach().chunk(rank_count)[mesh.get_rank()].contiguous())
+
+
+def test_rounding_at_random_goes_by_memory(two_ranks):
+    two_ranks.run(laid_out_by_columns, 2)
+
+
+def rounded_in_three_dimensions():
+    twins = Twins((2, 2), [Shard(1), Shard(2)], plain=0, shapes=((3, 4, 6),), **AT_RANDOM)
+    twins.new_grads()
+    with refused(twins.opt, RuntimeError, r"params'\]\[0\]: stochastic_rounding needs .* \(3, 2, 3\) of \(3, 4, 6\)"):
+        twins.opt.step()
+
+
+def test_rounding_at_random_refuses_what_it_cannot_place(four_ranks):
+    four_ranks.run(rounded_in_three_dimensions)
