@@ -177,7 +177,7 @@ class GradFactor:
     ) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_, for the gradients times their factors, which take the coefficient."""
         factor, grads = self._current_on_ranks(param_groups, group)
-        computed = self._norm_of(param_groups, grads, norm_type, group)
+        computed = self._norm_of(param_groups, grads, norm_type, group, remembers=not self._coefficients)
         if computed is None:
             _refuse(group)
             return self._clip_by_torch(param_groups, factor, grads, max_norm, norm_type, error_if_nonfinite, 1.0)
@@ -219,14 +219,19 @@ class GradFactor:
         return factor, grads, None
 
     def _norm_of(
-        self, param_groups: list[dict[str, Any]], grads: StandIns | None, norm_type: float, group: Any
+        self,
+        param_groups: list[dict[str, Any]],
+        grads: StandIns | None,
+        norm_type: float,
+        group: Any,
+        remembers: bool = False,
     ) -> tuple[float | None, torch.dtype] | None:
-        """Norm (None: the device knows it) and dtype; None for what only torch can do."""
+        """Norm (None: the device knows it) and dtype; None for what only torch can do. See GradNorm for `remembers`."""
         known = self._known
         is_known = grads is None and known is not None and known[0] == norm_type and known[3] is group
         if known is not None and is_known and self._is_same and not self._norms.has_ranks:  # others may have to compute
             return known[1:3]
-        return self._norms.compute(param_groups, norm_type, grads=grads, process_group=group)
+        return self._norms.compute(param_groups, norm_type, remembers, grads, group)
 
     def _clipped(
         self,

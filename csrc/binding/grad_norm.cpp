@@ -198,6 +198,7 @@ bool GradNorm::read_params(const py::list& param_groups) {
     params_.push_back(param);
     places_.push_back(place);
   });
+  placed_specs_.assign(params_.size(), {});
   find_ranks();
   listed_ = std::move(listed);  // not before: it may have raised
   return true;
@@ -219,8 +220,24 @@ bool GradNorm::for_each_grad(const Visit& visit) const {
     const at::Tensor& grad = listed_grad(k);
     if (!grad.defined()) continue;
     const bool is_shard = is_subclass(grad) && shard_of(params_[k]).spec != nullptr;
-    if (is_shard ? !visit(shard_of_grad(grad), k) : !visit(grad, k)) return false;
+    const Shard shard = is_shard ? shard_of(object_of(grad)) : Shard{};
+    if (shard.spec != nullptr) {
+      if (!visit(THPVariable_Unpack(shard.local), k)) return false;
+    } else if (is_shard ? !visit(shard_of_grad(grad), k) : !visit(grad, k)) {
+      return false;
+    }
   }
+  return true;
+}
+
+// Whether a gradient lies as its parameter. That takes Python, and the next one often has its spec.
+bool GradNorm::has_placed(const at::Tensor& grad, size_t k) {
+  PyObject* const spec = shard_of(object_of(grad)).spec;
+  if (spec != nullptr && (spec == shard_of(params_[k]).spec || spec == placed_specs_[k].ptr())) {
+    return true;
+  }
+  if (!is_placed_like(params_[k], grad)) return false;
+  placed_specs_[k] = py::reinterpret_borrow<py::object>(spec);
   return true;
 }
 
@@ -248,7 +265,7 @@ bool GradNorm::collect(bool complex_too, const py::object& grads) {
         grads.is_none() ? nullptr : PyDict_GetItemWithError(grads.ptr(), params_[k]);
     if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
     const at::Tensor& listed = stand_in != nullptr ? THPVariable_Unpack(stand_in) : listed_grad(k);
-    if (stand_in != nullptr || (has_ranks() && !is_placed_like(params_[k], listed))) {
+    if (stand_in != nullptr || (has_ranks() && !has_placed(listed, k))) {
       grad = &redistributed_.emplace_back(resolve_grad(params_[k], listed, name));
     }
     if (!add(*grad, complex_too, name)) return false;

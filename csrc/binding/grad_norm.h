@@ -82,6 +82,7 @@ class GradNorm {
   GradRecords::Gradient gradient(const at::Tensor& memory, size_t k) const;
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;
+  bool has_placed(const at::Tensor& grad, size_t k);
   bool collect(bool complex_too, const py::object& grads);
   template <typename Name>
   bool add(const at::Tensor& grad, bool complex_too, const Name& name);
@@ -110,6 +111,7 @@ class GradNorm {
   py::object ranks_;
   py::object process_group_;
   std::vector<int> meshes_;
+  std::vector<py::object> placed_specs_;  // with which a gradient was found to lie as its parameter
   GradRecords records_;
   bool remembers_ = false;  // compute() has remembered what it has read
   // The vectors keep their capacity, so that nothing is allocated once warm.

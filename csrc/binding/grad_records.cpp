@@ -67,6 +67,14 @@ bool was_written(const Record& record, const Gradient& grad) {
           has_counted(record.wrapper, record.wrapper_version, grad.listed.version_counter()));
 }
 
+// Of a record whose counter is the memory's.
+void note_versions(Record& record, const Gradient& grad) {
+  record.version = current(record.counter);
+  const c10::VariableVersion& wrapper = grad.listed.version_counter();
+  if (is_wrapped(grad) && !is_same_counter(record.wrapper, wrapper)) record.wrapper = wrapper;
+  record.wrapper_version = current(record.wrapper);
+}
+
 }  // namespace
 
 void GradRecords::add(const Gradient& gradient, int64_t coefficient, Record record) {
@@ -80,9 +88,7 @@ void GradRecords::add(const Gradient& gradient, int64_t coefficient, Record reco
   if (!is_same_counter(record.counter, grad.version_counter())) {
     record.counter = grad.version_counter();
   }
-  record.version = current(record.counter);
-  if (is_wrapped(gradient)) record.wrapper = gradient.listed.version_counter();
-  record.wrapper_version = current(record.wrapper);
+  note_versions(record, gradient);
   record.offset = grad.storage_offset();
   record.numel = grad.numel();
   record.begin = place.begin;
@@ -92,9 +98,9 @@ void GradRecords::add(const Gradient& gradient, int64_t coefficient, Record reco
 }
 
 void GradRecords::put(size_t n, const Gradient& grad) {
-  if (!is_wrapped(grad) && n < records_.size() && is_at_record(records_[n], grad.memory) &&
+  if (n < records_.size() && is_at_record(records_[n], grad.memory) &&
       records_[n].numel == grad.memory.numel()) {  // new references cost more
-    records_[n].version = current(records_[n].counter);
+    note_versions(records_[n], grad);
     records_[n].coefficient = 0;
     return;
   }

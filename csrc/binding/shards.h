@@ -24,13 +24,13 @@ struct DTensorType {
 inline DTensorType dtensor_type;
 
 // The local shard of a DTensor, and its spec (mesh, placements, global shape), both borrowed; null
-// for any other object, and for a DTensor whose shard is no plain tensor.
+// for any other object, for none, and for a DTensor whose shard is no plain tensor.
 struct Shard {
   PyObject* local = nullptr;
   PyObject* spec = nullptr;
 };
 MOMENTUM_EXT_INLINE Shard shard_of(PyObject* tensor) noexcept {
-  if (Py_TYPE(tensor) != dtensor_type.type) return {};
+  if (tensor == nullptr || Py_TYPE(tensor) != dtensor_type.type) return {};
   const auto field = [tensor](Py_ssize_t offset) {
     return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
   };

@@ -34,7 +34,7 @@ c10::TensorImpl* local_grad(const at::Tensor& grad, const Specs& specs) {
 
 // The spec of what is a DTensor; null for anything else.
 py::object spec_of(PyObject* tensor) {
-  return py::reinterpret_borrow<py::object>(tensor != nullptr ? shard_of(tensor).spec : nullptr);
+  return py::reinterpret_borrow<py::object>(shard_of(tensor).spec);
 }
 
 }  // namespace

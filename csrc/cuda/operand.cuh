@@ -40,24 +40,24 @@ struct Randoms {
   }
 };
 
-// Of the eight elements that begin at this one. Those of a shard may be in several rows and blocks of
-// the whole tensor: then each has a draw of its own.
+// Of the eight elements that begin at this one. Those of a shard may be in several rows and draws of
+// the whole tensor: then each is drawn for by itself.
 __device__ __forceinline__ void draw(const RandomKey& key, const PlaceInWhole& place, int64_t first,
                                      uint32_t (&words)[4]) {
   static_assert(kElemsPerThread == kRandomsPerBlock);
-  const auto index = static_cast<uint64_t>(place.index_of(first));
-  if (place.run % kRandomsPerBlock == 0 && index % kRandomsPerBlock == 0) {
-    return random_block(key, index / kRandomsPerBlock, words);
-  }
 #pragma unroll 1
   for (int e = 0; e < kElemsPerThread; ++e) {
     const auto at = static_cast<uint64_t>(place.index_of(first + e));
     uint32_t drawn[4];
     random_block(key, at / kRandomsPerBlock, drawn);
+    if (e == 0 && (place.run | at) % kRandomsPerBlock == 0) {  // one draw for all
+      for (int k = 0; k < 4; ++k) words[k] = drawn[k];
+      return;
+    }
     const uint32_t lower = (at & 2) != 0 ? drawn[1] : drawn[0];
     const uint32_t upper = (at & 2) != 0 ? drawn[3] : drawn[2];
     const uint32_t pair = (at & 4) != 0 ? upper : lower;
-    // Eight times in at the end, moved on by 16 bits: no index into registers.
+    // Moved on by 16 bits eight times: no index into registers.
     words[0] = words[0] >> 16 | words[1] << 16;
     words[1] = words[1] >> 16 | words[2] << 16;
     words[2] = words[2] >> 16 | words[3] << 16;
