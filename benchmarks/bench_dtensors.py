@@ -5,7 +5,7 @@
 
 Contenders take turns, on one thread for each rank, with shards of 16 elements. A turn is a step off the clock, which
 finds the tensors for the caches, and one on it; "new" gives every parameter a new gradient between the two, as FSDP2
-does. Medians over the rounds, of the slower rank.
+does. Ranks begin a step together. Medians over the rounds, of the slower rank.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ CONTENDERS = [
     Contender("average: DTensors", True, _ours(ema_decay=0.999)),
     Contender("bf16 momentum: plain tensors", False, _ours(momentum_dtype="bfloat16")),
     Contender("bf16 momentum: DTensors", True, _ours(momentum_dtype="bfloat16")),
+    Contender("int8 momentum: plain tensors", False, _ours(momentum_dtype="int8")),
+    Contender("int8 momentum: DTensors", True, _ours(momentum_dtype="int8")),
     Contender("clip and step: plain tensors", False, _ours(), _clip),
     Contender("clip and step: DTensors", True, _ours(), _clip),
     Contender("clip and step: torch foreach", True, _torch(foreach=True), _clip_by_torch),
@@ -101,6 +103,7 @@ class Turn:
         self.step()
         if self.is_new:
             new_gradients(self.params)
+        torch.distributed.barrier()  # else a collective would wait for a rank that is late
         begin = time.perf_counter()
         self.step()
         return time.perf_counter() - begin

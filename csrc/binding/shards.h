@@ -51,9 +51,19 @@ MOMENTUM_EXT_INLINE c10::TensorImpl* local_impl(PyObject* tensor, const PyObject
              : nullptr;
 }
 
+// Torch 2.11 has renamed this.
+template <typename Slot>
+MOMENTUM_EXT_INLINE PyObject* load_object(const Slot& slot) {
+  if constexpr (requires { slot.load_pyobj(); }) {
+    return slot.load_pyobj();
+  } else {
+    return slot._unchecked_untagged_pyobj();
+  }
+}
+
 // The Python object that a tensor has; nullptr: none.
 inline PyObject* object_of(const at::Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+  return load_object(*tensor.unsafeGetTensorImpl()->pyobj_slot());
 }
 
 // What an item of a parameter list resolves to: the tensor that is updated in its place. The tensor

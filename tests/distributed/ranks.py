@@ -1,4 +1,4 @@
-"""Processes that are the ranks of one gloo group and run a test's functions side by side."""
+"""Processes that are the ranks of one group and run a test's functions side by side."""
 
 import datetime
 import functools
@@ -12,10 +12,13 @@ WAIT = 60  # seconds for a collective that not all ranks have called
 
 
 class Ranks:
-    """`size` processes that live as long as this object, or until one of them raises: the next run has new ones."""
+    """`size` processes that live as long as this object, or until one of them raises: the next run has new ones.
 
-    def __init__(self, size):
-        self._size = size
+    Their tensors are made on the device, which all of them share.
+    """
+
+    def __init__(self, size, backend="gloo", device="cpu"):
+        self._size, self._backend, self._device = size, backend, device
         self._pipes, self._processes = [], []
 
     def _start(self):
@@ -25,7 +28,8 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         for rank in range(self._size):
             pipe, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self._size, port), daemon=True)
+            arguments = (theirs, rank, self._size, port, self._backend, self._device)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(pipe)
@@ -63,11 +67,14 @@ def _answer(pipe):
         return None, "the process has ended"
 
 
-def _serve(pipe, rank, size, port):
+def _serve(pipe, rank, size, port, backend, device):
     torch.set_num_threads(1)
+    if device != "cpu":
+        torch.cuda.set_device(0)
+        torch.set_default_device(device)
     store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0)
     wait = datetime.timedelta(seconds=WAIT)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     while (task := pipe.recv()) is not None:
         function, arguments = task
         torch.manual_seed(0)
@@ -81,4 +88,5 @@ def _serve(pipe, rank, size, port):
 @functools.cache
 def mesh_of(*shape, names=None):
     """A mesh over all ranks, made once in a process."""
-    return torch.distributed.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    kind = torch.get_default_device().type
+    return torch.distributed.device_mesh.init_device_mesh(kind, shape, mesh_dim_names=names)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from harness import assert_same, refused
 from ranks import mesh_of
-from test_ranks import HYPER, Columns, Twins, full
+from test_ranks import HYPER, Columns, Twins, full, part_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -52,19 +52,11 @@ def rounded_in_fsdp_below_tp():
             generator = torch.Generator().manual_seed(seed)
             for param in model.parameters():
                 grad = torch.randn(param.shape, generator=generator).bfloat16()
-                param.grad = like_param(grad, param) if is_parallel else grad
+                param.grad = like(param, part_of(grad, param).contiguous()) if is_parallel else grad
             opt.step()
         found.append([full(param.detach()) for param in model.parameters()])
     for mine, theirs in zip(*found, strict=True):
         assert_same(mine, theirs)
-
-
-def like_param(tensor, param):
-    """The shard of a whole tensor, as the parameter has it."""
-    chunk = param.__create_chunk_list__()[0]
-    for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-        tensor = tensor.narrow(dim, offset, size)
-    return like(param, tensor.contiguous())
 
 
 def test_rounding_at_random_in_fsdp2_over_tensor_parallelism(four_ranks):
