@@ -21,9 +21,11 @@ __all__ = [
     "check_low_precision_step",
     "check_options",
     "dtype_of_buffer",
+    "exact_param",
     "low_precision_step",
     "momentum_dtype_of",
     "needs_low_precision_step",
+    "split_param",
 ]
 
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
@@ -114,7 +116,7 @@ def low_precision_step(
     """`step` with values in fp32, which are then stored as the group wants them."""
     has_master = group.get("master_weights", False) and param.dtype in HALVES
     is_low = param.dtype in HALVES
-    value = _exact_param(param, state) if has_master else param.float() if is_low else param
+    value = exact_param(param, state) if has_master else param.float() if is_low else param
     buffer = state.get(BUFFER)
     if isinstance(buffer, Tensor):
         buffer = _C.dequantize(buffer, state[SCALE]) if buffer.dtype in EIGHT_BITS else buffer.to(value.dtype)
@@ -129,7 +131,9 @@ def low_precision_step(
             state[BUFFER] = buffer.to(dtype)
             state.pop(SCALE, None)
     if has_master:
-        _store_exact_param(param, state, value)
+        rounded, key, master = split_param(param.dtype, value)
+        param.copy_(rounded)
+        state[key] = master
     else:
         state.pop(REMAINDER, None)
         state.pop(MASTER, None)
@@ -137,8 +141,8 @@ def low_precision_step(
             param.copy_(value)
 
 
-def _exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
-    """The fp32 value of a 16-bit parameter with a master."""
+def exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """The fp32 value of a 16-bit parameter: with its master where the state has one."""
     if param.dtype == torch.bfloat16:
         if REMAINDER not in state:
             return param.float()
@@ -152,11 +156,10 @@ def _exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
     return torch.where(is_own, state[MASTER], param.float())
 
 
-def _store_exact_param(param: Tensor, state: dict[str, Any], value: Tensor) -> None:
-    if param.dtype == torch.float16:
-        state[MASTER] = value
-        param.copy_(value)
-        return
+def split_param(dtype: torch.dtype, value: Tensor) -> tuple[Tensor, str, Tensor]:
+    """A parameter of this 16-bit dtype, the key of its master and the master, of an fp32 value."""
+    if dtype == torch.float16:
+        return value.to(dtype), MASTER, value
     bits = torch.where(value.isnan(), torch.full_like(value, torch.nan), value).view(torch.int32)
-    param.copy_(((bits + 0x8000) & -0x10000).view(torch.float32))
-    state[REMAINDER] = bits.to(torch.int16)
+    rounded = ((bits + 0x8000) & -0x10000).view(torch.float32).to(dtype)  # as split() in csrc/formats/master.h
+    return rounded, REMAINDER, bits.to(torch.int16)

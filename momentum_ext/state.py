@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from momentum_ext import _C, compiled
@@ -20,6 +20,7 @@ from momentum_ext.checkpoint import (
 from momentum_ext.clipping import GradFactor
 from momentum_ext.dtensor import local
 from momentum_ext.formulation import check_group
+from momentum_ext.full_precision import fp32_state_dict, load_fp32_state_dict
 from momentum_ext.keys import AVERAGE, AVERAGE_COUNT, BUFFER, BUFFER_FORMULATION, OPTIONS, ROUNDING_STEP, SCALE
 from momentum_ext.lookahead import restore_lookahead
 
@@ -196,6 +197,38 @@ class StatefulOptimizer(Optimizer):
         except BaseException:
             self.__dict__.update(before)
             raise
+
+    def fp32_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The model's state dict with 16-bit parameters in fp32: from their masters where the optimizer keeps them.
+
+        Loads into the same model in fp32. Names and buffers are those of ``model.state_dict()``, without the wrappers
+        of DistributedDataParallel and torch.compile; parameters that are DTensors are DTensors here.
+
+        Args:
+            model: whose parameters this optimizer steps; those that it does not know are widened.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.
+        """
+        self._held_weights.check()
+        return fp32_state_dict(self.param_groups, self.state, model)
+
+    def load_fp32_state_dict(self, model: nn.Module, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`fp32_state_dict` or an fp32 model has returned: parameters, and their masters with them.
+
+        Momentum and averages stay as they are. Parameters without a master are rounded to nearest.
+
+        Args:
+            model: whose parameters this optimizer steps.
+            state_dict: a tensor for each name of ``model.state_dict()``, with the shape, mesh and placements of the
+                model's.
+
+        Raises:
+            RuntimeError: for names that are missing or unexpected, and for what does not fit, with all of it; nothing
+                has been written then. Inside :meth:`ema_weights` and :meth:`iterate_weights`.
+        """
+        self._held_weights.check()
+        load_fp32_state_dict(self.param_groups, self.state, model, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._held_weights.check()
