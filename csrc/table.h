@@ -117,6 +117,7 @@ struct Hyperparams : Rule::Options {
   typename Rule::template Coefficients<float> f32{};
   typename Rule::OnDevice on_device;
   bool stochastic_rounding = false;  // of what is stored in 16 or 8 bits
+  bool rounds_masters = false;       // by chance: masters of 24 bits
   uint64_t rounding_seed = 0;
 };
 

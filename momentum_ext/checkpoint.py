@@ -22,7 +22,7 @@ from momentum_ext.keys import (
     ROUNDING_STEP,
     SCALE,
 )
-from momentum_ext.precision import EIGHT_BITS, SCALE_BLOCK, check_options
+from momentum_ext.precision import EIGHT_BITS, SCALE_BLOCK, check_options, rounds_at_random
 
 __all__ = ["as_torch_state_dict", "changed", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
 
@@ -44,7 +44,7 @@ def without_defaults(group: dict[str, Any]) -> None:
     for name, default in OPTIONS.items():
         if group.get(name, default) == default:
             group.pop(name, None)
-    if "stochastic_rounding" not in group:  # seed and step say nothing without it
+    if not rounds_at_random(group):  # seed and step say nothing without it
         group.pop("rounding_seed", None)
         group.pop(ROUNDING_STEP, None)
 

@@ -40,7 +40,7 @@ def load_fp32_state_dict(
     for name, value in state_dict.items():
         param = params.get(name)
         if param is not None and param in has_master and param.dtype in HALVES:
-            masters[name] = _split(param, value)
+            masters[name] = _split(param, value, has_master[param])
     for name, target in targets.items():  # nothing can fail from here on
         if name in masters:
             rounded, key, master = masters[name]
@@ -57,8 +57,10 @@ def _unwrapped(model: Any) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _with_master(param_groups: list[dict[str, Any]]) -> set[Any]:
-    return {param for group in param_groups if group.get("master_weights", False) for param in group["params"]}
+def _with_master(param_groups: list[dict[str, Any]]) -> dict[Any, bool | int]:
+    """The parameters that want one, with what their group says of it."""
+    wanted = ((group["params"], group.get("master_weights", False)) for group in param_groups)
+    return {param: master for params, master in wanted if master for param in params}
 
 
 def _exact(param: Any, entry: dict[str, Any]) -> Tensor:
@@ -66,11 +68,11 @@ def _exact(param: Any, entry: dict[str, Any]) -> Tensor:
     return like(param, value) if hasattr(param, "_spec") else value
 
 
-def _split(param: Any, value: Tensor) -> tuple[Tensor, str, Tensor]:
+def _split(param: Any, value: Tensor, master_weights: bool | int) -> tuple[Tensor, str, Tensor]:
     """The parameter, the key of its master and the master that this value makes."""
     shard = local(param.detach())
     exact = torch.empty_like(shard, dtype=torch.float32).copy_(local(value))
-    rounded, key, master = split_param(shard.dtype, exact)
+    rounded, key, master = split_param(shard.dtype, exact, master_weights)
     if hasattr(param, "_spec"):
         return like(param, rounded), key, like(param, master)
     return rounded, key, master

@@ -19,13 +19,13 @@ __all__ = [
 # Of a parameter's state. The first is torch's own.
 BUFFER = "momentum_buffer"
 SCALE = "momentum_scale"  # of a buffer of 8 bits
-REMAINDER = "param_remainder"  # of a bf16 parameter with a master: 16 more bits
+REMAINDER = "param_remainder"  # of a bf16 parameter with a master: 16 or 8 more bits
 MASTER = "master_param"  # of a fp16 parameter with a master: the fp32 value
 AVERAGE = "ema"
 LOOKAHEAD = "lookahead"  # in checkpoints of 0.1.0 alone, saved after eval()
 
 # Options of a group, with their defaults. A group that uses none of them has no such key.
-PRECISION_OPTIONS = {"momentum_dtype": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
+PRECISION_OPTIONS = {"momentum_dtype": None, "master_weights": False, "stochastic_rounding": None, "rounding_seed": 0}
 OPTIONS = {"formulation": "torch", "decoupled_weight_decay": False, **PRECISION_OPTIONS}
 
 # What a group says of its tensors' state, each beside the option that it belongs to.

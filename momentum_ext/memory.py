@@ -70,7 +70,7 @@ def _sizes_of(param: Tensor, group: dict[str, Any], state: dict[str, Any], has_a
             sizes[SCALE] = 2 * -(-numel // SCALE_BLOCK)
     if group.get("master_weights", False):
         if param.dtype == torch.bfloat16:
-            sizes[REMAINDER] = 2 * numel
+            sizes[REMAINDER] = (1 if group["master_weights"] == 24 else 2) * numel
         elif param.dtype == torch.float16:
             sizes[MASTER] = 4 * numel
     if has_average:

@@ -114,9 +114,11 @@ class FusedMomentum(FusedOptimizer, SGD):
             float32 beside a master. Those of 8 bits have one scale of two bytes for each 32 elements
             (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022 (default: None).
         master_weights: keep the exact fp32 value of 16-bit parameters: for bf16 as 16 more bits
-            (``"param_remainder"``), for fp16 as a copy (``"master_param"``) (default: False).
+            (``"param_remainder"``), for fp16 as a copy (``"master_param"``). 24 keeps 8 more bits of bf16 parameters:
+            a value of 24 bits (default: False; True is 32).
         stochastic_rounding: round what is stored in 16 or 8 bits up or down at random, with probabilities that make
-            the mean right; parameters with a master are rounded to nearest (default: False).
+            the mean right; parameters with a master are rounded to nearest from it. None rounds only masters of 24 bits
+            so, which would stall otherwise; False rounds nothing so (default: None).
         rounding_seed: of these random numbers, which depend on nothing else but the step, the parameter's place in
             ``param_groups`` and the element's in the parameter. Data-parallel replicas need the same. A step left
             out because of found_inf on a CUDA device counts too (default: 0).
@@ -157,8 +159,8 @@ class FusedMomentum(FusedOptimizer, SGD):
         ema_decay: float | None = None,
         ema_warmup: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
-        master_weights: bool = False,
-        stochastic_rounding: bool = False,
+        master_weights: bool | int = False,
+        stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,
         compact_state_dict: bool = True,
     ) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "low_precision_step",
     "momentum_dtype_of",
     "needs_low_precision_step",
+    "rounds_at_random",
     "split_param",
 ]
 
@@ -61,16 +62,28 @@ def check_options(group: dict[str, Any]) -> None:
 
     Raises:
         ValueError: for a momentum_dtype that is none of those that buffers can have.
-        TypeError: for a seed that is no int, or a switch that is no bool.
+        TypeError: for a seed that is no int, and for other values of master_weights and stochastic_rounding.
     """
-    for name in ("master_weights", "stochastic_rounding"):
-        if not isinstance(group.get(name, False), bool):
-            raise TypeError(f"Invalid {name}: {group[name]!r}; expected a bool")
+    masters = group.get("master_weights", False)
+    if not isinstance(masters, bool) and (type(masters) is not int or masters not in (24, 32)):
+        raise TypeError(f"Invalid master_weights: {masters!r}; expected a bool, 24 or 32")
+    if masters == 32:
+        group["master_weights"] = True
+    if not isinstance(group.get("stochastic_rounding"), bool | None):
+        raise TypeError(f"Invalid stochastic_rounding: {group['stochastic_rounding']!r}; expected a bool or None")
+    if group.get("stochastic_rounding") is False and masters != 24:
+        group["stochastic_rounding"] = None  # it says the same there
     dtype = momentum_dtype_of(group)
     if dtype is not None:
         group["momentum_dtype"] = str(dtype).removeprefix("torch.")
     if not isinstance(group.get("rounding_seed", 0), int):
         raise TypeError(f"Invalid rounding_seed: {group['rounding_seed']!r}; expected an int")
+
+
+def rounds_at_random(group: dict[str, Any]) -> bool:
+    """Whether anything of this group is: masters of 24 bits unless it says no, and else what it asks for."""
+    asked: bool | None = group.get("stochastic_rounding")
+    return bool(group.get("master_weights", False) == 24 if asked is None else asked)
 
 
 # ---- torch's own path -----------------------------------------------------------------------------------------------
@@ -98,11 +111,12 @@ def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiabl
             f"{name}: momentum_dtype {group['momentum_dtype']!r} needs plain tensors, got {type(param.data).__name__}; "
             "put it into a group with a 16- or 32-bit momentum_dtype"
         )
-    stored_randomly = param.dtype in HALVES or dtype in (*HALVES, *EIGHT_BITS)
-    if group.get("stochastic_rounding", False) and stored_randomly:
+    stored_randomly = param.dtype in HALVES or (group.get("stochastic_rounding") and dtype in (*HALVES, *EIGHT_BITS))
+    if rounds_at_random(group) and stored_randomly:
         raise RuntimeError(
-            f"{name}: stochastic_rounding needs tensors and hyperparameters that the kernels are made for (dense and "
-            "plain, the gradient too; numbers or tensors that need no gradient); put it into a group without"
+            f"{name}: stochastic_rounding, which masters of 24 bits have unless it is False, needs tensors and "
+            "hyperparameters that the kernels are made for (dense and plain, the gradient too; numbers or tensors that "
+            "need no gradient); put it into a group without"
         )
 
 
@@ -131,7 +145,7 @@ def low_precision_step(
             state[BUFFER] = buffer.to(dtype)
             state.pop(SCALE, None)
     if has_master:
-        rounded, key, master = split_param(param.dtype, value)
+        rounded, key, master = split_param(param.dtype, value, group["master_weights"])
         param.copy_(rounded)
         state[key] = master
     else:
@@ -147,6 +161,8 @@ def exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
         if REMAINDER not in state:
             return param.float()
         rest: Tensor = state[REMAINDER].to(torch.int32)  # as join() in csrc/formats/master.h
+        if state[REMAINDER].dtype == torch.int8:
+            rest = rest * 256
         rest = rest.masked_fill(((param == 0) & (rest < 0)) | (param.isinf() & (rest > 0)), 0)
         return (param.float().view(torch.int32) + rest).view(torch.float32)
     if MASTER not in state:
@@ -156,10 +172,13 @@ def exact_param(param: Tensor, state: dict[str, Any]) -> Tensor:
     return torch.where(is_own, state[MASTER], param.float())
 
 
-def split_param(dtype: torch.dtype, value: Tensor) -> tuple[Tensor, str, Tensor]:
-    """A parameter of this 16-bit dtype, the key of its master and the master, of an fp32 value."""
+def split_param(dtype: torch.dtype, value: Tensor, master_weights: bool | int) -> tuple[Tensor, str, Tensor]:
+    """A parameter of this 16-bit dtype, the key of its master and the master, of an fp32 value, rounded to nearest."""
     if dtype == torch.float16:
         return value.to(dtype), MASTER, value
     bits = torch.where(value.isnan(), torch.full_like(value, torch.nan), value).view(torch.int32)
+    if master_weights == 24:
+        bits = (bits + 0x80) & -0x100
     rounded = ((bits + 0x8000) & -0x10000).view(torch.float32).to(dtype)  # as split() in csrc/formats/master.h
-    return rounded, REMAINDER, bits.to(torch.int16)
+    remainder = (bits >> 8).to(torch.int8) if master_weights == 24 else bits.to(torch.int16)
+    return rounded, REMAINDER, remainder

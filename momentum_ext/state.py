@@ -23,6 +23,7 @@ from momentum_ext.formulation import check_group
 from momentum_ext.full_precision import fp32_state_dict, load_fp32_state_dict
 from momentum_ext.keys import AVERAGE, AVERAGE_COUNT, BUFFER, BUFFER_FORMULATION, OPTIONS, ROUNDING_STEP, SCALE
 from momentum_ext.lookahead import restore_lookahead
+from momentum_ext.precision import rounds_at_random
 
 __all__ = ["StatefulOptimizer"]
 
@@ -93,7 +94,7 @@ class StatefulOptimizer(Optimizer):
         """Keys beside the options that are used: what flattens a checkpoint reads its keys from the live groups."""
         if "formulation" in group:
             group.setdefault(BUFFER_FORMULATION, group["formulation"])
-        if group.get("stochastic_rounding", False):
+        if rounds_at_random(group):
             group.setdefault(ROUNDING_STEP, 0)
         if self.ema_decay is not None:
             group.setdefault(AVERAGE_COUNT, 0)
@@ -127,7 +128,7 @@ class StatefulOptimizer(Optimizer):
             without_defaults(packed)
             if self.ema_decay is None and not has_averages:
                 packed.pop(AVERAGE_COUNT, None)
-            if "stochastic_rounding" not in packed:
+            if not rounds_at_random(packed):
                 packed.pop(ROUNDING_STEP, None)
             if g in converted:
                 packed.pop(BUFFER_FORMULATION, None)
@@ -158,7 +159,7 @@ class StatefulOptimizer(Optimizer):
         for group in self.param_groups:
             if self.ema_decay is not None or has_averages:
                 group[AVERAGE_COUNT] = count  # in every group: any of them may go
-            if group.get("stochastic_rounding", False):
+            if rounds_at_random(group):
                 group[ROUNDING_STEP] = self._plan.rounding_step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -106,6 +106,18 @@ uint64_t read_rounding_seed(HyperparamReader& reader) {
   return PyLong_AsUnsignedLongLongMask(seed);
 }
 
+// 0, 24 or 32.
+int read_master_bits(HyperparamReader& reader) {
+  PyObject* const found = reader.object("master_weights");
+  if (found == nullptr || found == Py_None || found == Py_False) return 0;
+  if (found == Py_True) return 32;
+  const long bits = PyLong_Check(found) ? PyLong_AsLong(found) : -1;
+  PyErr_Clear();  // of an int that is no long
+  if (bits == 24 || bits == 32) return static_cast<int>(bits);
+  reader.refuse("master_weights", "expected a bool, 24 or 32, got " + std::string(py::repr(found)));
+  return 0;
+}
+
 // Groups without low-precision state have none of these keys.
 Storage read_storage(HyperparamReader& reader) {
   Storage storage;
@@ -129,8 +141,11 @@ Storage read_storage(HyperparamReader& reader) {
                         std::string(py::repr(dtype)));
     }
   }
-  reader.optional_flag("master_weights", storage.master_weights);
+  storage.master_bits = read_master_bits(reader);
   reader.optional_flag("stochastic_rounding", storage.stochastic_rounding);
+  PyObject* const stochastic = reader.object("stochastic_rounding");
+  const bool is_default = stochastic == nullptr || stochastic == Py_None;
+  storage.rounds_masters = storage.master_bits == 24 && (is_default || storage.stochastic_rounding);
   storage.rounding_seed = read_rounding_seed(reader);
   return storage;
 }

@@ -8,12 +8,18 @@
 namespace momentum_ext::binding {
 namespace {
 
-bool rounds_at_random(const TensorEntry& entry, int num_states) {
+bool rounds_at_random(const TensorEntry& entry, int num_states, const Storage& storage) {
   if (entry.low_precision == nullptr) return false;
-  const bool has_master = entry.low_precision->master_kind != Master::kNone;
-  bool random = itemsize(entry.param_dtype) == 2 && !has_master;
+  const Master master = entry.low_precision->master_kind;
+  if (master == Master::kByteRemainder && storage.rounds_masters) return true;
+  bool random = itemsize(entry.param_dtype) == 2 && master == Master::kNone;
   for (int k = 0; k < num_states; ++k) random = random || itemsize(entry.state_dtype[k]) <= 2;
-  return random;
+  return random && storage.stochastic_rounding;
+}
+
+Master kind_of_master(at::ScalarType dtype) {
+  if (dtype == at::kChar) return Master::kByteRemainder;
+  return dtype == at::kShort ? Master::kRemainder : Master::kCopy;
 }
 
 c10::TensorImpl* impl_of(const at::Tensor& tensor) {
@@ -25,7 +31,8 @@ c10::TensorImpl* impl_of(const at::Tensor& tensor) {
 void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const StartingState& start) {
   Slot& slot = plan.slots[i];
   Plan::CompanionTensors& tensors = plan.companion_tensors[i];
-  bool has_any = start.master.defined() || plan.reader(slot).storage().stochastic_rounding;
+  const Storage& storage = plan.reader(slot).storage();
+  bool has_any = start.master.defined() || storage.stochastic_rounding;
   tensors.master = impl_of(start.master);
   for (int k = 0; k < slot.num_states; ++k) {
     tensors.scales[k] = impl_of(start.scales[k]);
@@ -46,12 +53,11 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
   }
   if (start.master.defined()) {
     low.master = mutable_data_of(start.master);
-    low.master_kind = is_split ? Master::kRemainder : Master::kCopy;
+    low.master_kind = kind_of_master(start.master.scalar_type());
   }
   low.param_index = static_cast<uint32_t>(i);
   plan.entries[i].low_precision = &low;
-  if (plan.reader(slot).storage().stochastic_rounding &&
-      rounds_at_random(plan.entries[i], slot.num_states)) {
+  if (rounds_at_random(plan.entries[i], slot.num_states, storage)) {
     low.place = place_in_whole(plan.param_objects[i], [&slot] { return slot.name(); });
   }
 }
@@ -76,20 +82,22 @@ bool find_companions(Plan& plan, size_t i) noexcept {
 void refuse_random_capture(const Plan& plan, const std::vector<DeviceShare>& shares) {
   const bool may_be_random =
       std::any_of(plan.readers.begin(), plan.readers.end(),
-                  [](const GroupReader& reader) { return reader.storage().stochastic_rounding; });
+                  [](const GroupReader& reader) { return reader.storage().is_random(); });
   for (const DeviceShare& share : shares) {
     if (!may_be_random || !is_capturing(share.device)) continue;
     for (size_t i = 0; i < plan.slots.size(); ++i) {
       const TensorEntry& entry = plan.entries[i];
       if (entry.numel == 0 || entry.device != share.device) continue;
       const Slot& slot = plan.slots[i];
-      if (!plan.reader(slot).storage().stochastic_rounding) continue;
-      if (!rounds_at_random(entry, plan.num_states(slot))) continue;
+      const Storage& storage = plan.reader(slot).storage();
+      if (!rounds_at_random(entry, plan.num_states(slot), storage)) continue;
       throw std::runtime_error(
           slot.name() +
-          ": stochastic_rounding, and step() is being captured into a CUDA graph, whose replays "
-          "would each use the same random numbers; keep step() out of the graph, or set "
-          "stochastic_rounding=False");
+          (storage.stochastic_rounding ? ": stochastic_rounding"
+                                       : ": master_weights=24 rounds by "
+                                         "chance") +
+          ", and step() is being captured into a CUDA graph, whose replays would each use the same "
+          "random numbers; keep step() out of the graph, or set stochastic_rounding=False");
     }
   }
 }

@@ -30,6 +30,7 @@ class GroupsOf : public RuleGroups {
       signs_[g] = Rule::read(from, h, h.f64, h.on_device) ? -1 : 1;
     });
     h.stochastic_rounding = reader.storage().stochastic_rounding;
+    h.rounds_masters = reader.storage().rounds_masters;
     h.rounding_seed = reader.storage().rounding_seed;
     hyperparams_[g] = h;
     scale_group(g);

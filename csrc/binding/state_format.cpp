@@ -147,6 +147,12 @@ void start_state(const SlotState& state, StartingState& start, int k, const at::
   start.changes.emplace_back(state.plan.rule->state_keys[k], value);
 }
 
+// A remainder that goes with the parameter as it is, in 16 bits or in 8, to nearest.
+at::Tensor converted_remainder(const at::Tensor& remainder, at::ScalarType dtype) {
+  if (dtype == at::kShort) return remainder.to(at::kShort).mul(256);
+  return remainder.to(at::kInt).add(128).div(256, "floor").clamp(-128, 127).to(at::kChar);
+}
+
 void start_master(const SlotState& state, StartingState& start, const at::Tensor& param) {
   const StateKeys& keys = state_keys();
   const Slot& slot = state.slot();
@@ -158,7 +164,13 @@ void start_master(const SlotState& state, StartingState& start, const at::Tensor
     start.changes.emplace_back(other, at::Tensor());
   }
   if (!is_wanted) return;
-  const at::ScalarType dtype = is_split ? at::kShort : at::kFloat;
+  const bool has_24_bits = state.reader().storage().master_bits == 24;
+  if (has_24_bits && !is_split) {
+    throw py::value_error(slot.name() +
+                          ": it is fp16, and master_weights=24 is for bf16 parameters; use "
+                          "master_weights=True");
+  }
+  const at::ScalarType dtype = !is_split ? at::kFloat : has_24_bits ? at::kChar : at::kShort;
   const at::Tensor* const found = state.find(key);
   if (found == nullptr) {
     check_memory(param, [&] { return slot.name(); });
@@ -170,7 +182,10 @@ void start_master(const SlotState& state, StartingState& start, const at::Tensor
   const auto name = [&] {
     return std::string(is_split ? "param_remainder" : "master_param") + " of " + slot.name();
   };
-  if (found->scalar_type() != dtype || found->sizes() != param.sizes() ||
+  const at::ScalarType found_dtype = found->scalar_type();
+  const bool converts =
+      is_split && found_dtype != dtype && (found_dtype == at::kShort || found_dtype == at::kChar);
+  if ((found_dtype != dtype && !converts) || found->sizes() != param.sizes() ||
       kernel_device(*found) != kernel_device(param)) {
     throw std::runtime_error(name() + ": expected " + std::string(c10::toString(dtype)) +
                              " of its parameter's shape and on its device, got " +
@@ -178,9 +193,9 @@ void start_master(const SlotState& state, StartingState& start, const at::Tensor
                              "; delete it from the optimizer's state to go on from the parameter");
   }
   check_memory(*found, name);
-  start.master = *found;
-  if (is_dense_like(*found, param)) return;
-  start.master = empty_dense_like(param, dtype).copy_(*found);
+  start.master = converts ? converted_remainder(*found, dtype) : *found;
+  if (is_dense_like(start.master, param) && !converts) return;
+  start.master = empty_dense_like(param, dtype).copy_(start.master);
   start.changes.emplace_back(key, start.master);
 }
 

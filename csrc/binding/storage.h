@@ -11,13 +11,14 @@ namespace momentum_ext::binding {
 
 struct Storage {
   std::optional<at::ScalarType> momentum_dtype;  // none: see dtype_of_buffer()
-  bool master_weights = false;
+  int master_bits = 0;                           // 24 or 32; 0: no master is kept
   bool stochastic_rounding = false;
+  bool rounds_masters = false;  // by chance: of 24 bits
   uint64_t rounding_seed = 0;
 
   // A parameter whose exact value is kept beside it.
   bool has_master(const at::Tensor& param) const {
-    return master_weights &&
+    return master_bits != 0 &&
            (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
   }
 
@@ -25,6 +26,8 @@ struct Storage {
   at::ScalarType dtype_of_buffer(const at::Tensor& param) const {
     return momentum_dtype.value_or(has_master(param) ? at::kFloat : param.scalar_type());
   }
+
+  bool is_random() const { return stochastic_rounding || rounds_masters; }
 
   friend bool operator==(const Storage&, const Storage&) = default;
 };

@@ -85,10 +85,12 @@ void update_tiled(const TensorEntry& entry, int64_t begin, int64_t end, const Hy
   });
   bool draws = false;
   RandomKey key{};
-  if (low != nullptr && h.stochastic_rounding) {
+  if (low != nullptr && (h.stochastic_rounding || h.rounds_masters)) {
     key = {h.rounding_seed, low->param_index, rounding_step};
-    draws = param.round_at_random();
-    for (int k = 0; k < num_states; ++k) draws = states[k].round_at_random() || draws;
+    draws = param.round_at_random(h.stochastic_rounding, h.rounds_masters);
+    for (int k = 0; k < num_states; ++k) {
+      draws = states[k].round_at_random(h.stochastic_rounding, false) || draws;
+    }
   }
   const FlatFn<Rule> update = choose_flat<Rule, opmath_t>(h, entry.is_first_step);
   RandomTile random, random_of_state;

@@ -124,16 +124,28 @@ void store_tile_stochastic(Dtype dtype, const opmath_t* tile, const RandomTile& 
 
 // ---- parameters with a master -------------------------------------------------------------------
 
-template <typename opmath_t>
-void load_split(const BFloat16* param, const int16_t* remainder, int64_t n, opmath_t* tile) {
+// Remainders as they are, or their upper halves.
+template <typename remainder_t, typename opmath_t>
+void load_split(const BFloat16* param, const void* remainders, int64_t n, opmath_t* tile) {
+  constexpr int kUnit = sizeof(remainder_t) == 1 ? 256 : 1;
+  const auto* const remainder = static_cast<const remainder_t*>(remainders);
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < n; ++i) tile[i] = join(param[i], remainder[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    tile[i] = join(param[i], static_cast<int16_t>(remainder[i] * kUnit));
+  }
 }
 
-template <typename opmath_t>
-void store_split(const opmath_t* tile, int64_t n, BFloat16* param, int16_t* remainder) {
+template <typename remainder_t, typename opmath_t, typename Addend>
+void store_split(const opmath_t* tile, const Addend& addend, int64_t n, BFloat16* param,
+                 void* remainders) {
+  constexpr int kShift = sizeof(remainder_t) == 1 ? 8 : 0;
+  auto* const remainder = static_cast<remainder_t*>(remainders);
   MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < n; ++i) split(static_cast<float>(tile[i]), param[i], remainder[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    int16_t whole;
+    split(static_cast<float>(tile[i]), addend(i), param[i], whole);
+    remainder[i] = static_cast<remainder_t>(whole >> kShift);
+  }
 }
 
 template <typename opmath_t>
@@ -284,8 +296,12 @@ class OperandTile : TensorTile<W, kAhead> {
   }
   void keep_scales(ScaleBits* scales) { scales_ = scales; }
 
-  // False where nothing is rounded.
-  bool round_at_random() { return is_random_ = size_ <= 2 && master_kind_ == Master::kNone; }
+  // False where nothing is rounded so.
+  bool round_at_random(bool stored, bool masters) {
+    return is_random_ = master_kind_ == Master::kByteRemainder
+                            ? masters
+                            : stored && size_ <= 2 && master_kind_ == Master::kNone;
+  }
   bool is_random() const { return is_random_; }
 
   // Where the walker's elements are to be written.
@@ -314,7 +330,9 @@ class OperandTile : TensorTile<W, kAhead> {
     const int64_t at = walker_->at();
     const int64_t n = walker_->n();
     if (master_kind_ == Master::kRemainder) {
-      load_split(as<BFloat16>(found_), static_cast<const int16_t*>(master_) + at, n, tile_);
+      load_split<int16_t>(as<BFloat16>(found_), static_cast<int16_t*>(master_) + at, n, tile_);
+    } else if (master_kind_ == Master::kByteRemainder) {
+      load_split<int8_t>(as<BFloat16>(found_), static_cast<int8_t*>(master_) + at, n, tile_);
     } else if (master_kind_ == Master::kCopy) {
       load_copy(as<Float16>(found_), static_cast<const float*>(master_) + at, n, tile_);
     } else if (size_ != 1) {
@@ -330,7 +348,19 @@ class OperandTile : TensorTile<W, kAhead> {
     const int64_t at = walker_->at();
     const int64_t n = walker_->n();
     if (master_kind_ == Master::kRemainder) {
-      store_split(tile_, n, as<BFloat16>(found_), static_cast<int16_t*>(master_) + at);
+      const auto nothing = [](int64_t) { return uint32_t{0}; };
+      store_split<int16_t>(tile_, nothing, n, as<BFloat16>(found_),
+                           static_cast<int16_t*>(master_) + at);
+    } else if (master_kind_ == Master::kByteRemainder) {
+      auto* const target = as<BFloat16>(found_);
+      auto* const remainder = static_cast<int8_t*>(master_) + at;
+      if (is_random_) {
+        const auto by_chance = [&](int64_t i) { return random.bits[i] & 0xffu; };
+        store_split<int8_t>(tile_, by_chance, n, target, remainder);
+      } else {
+        const auto to_nearest = [](int64_t) { return kHalfOfByte; };
+        store_split<int8_t>(tile_, to_nearest, n, target, remainder);
+      }
     } else if (master_kind_ == Master::kCopy) {
       store_copy(tile_, n, as<Float16>(found_), static_cast<float*>(master_) + at);
     } else if (size_ == 1) {

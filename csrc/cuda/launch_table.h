@@ -189,7 +189,10 @@ constexpr uint32_t kFirstStep =
 struct GroupRounding {
   uint64_t seed;
   uint32_t step;
-  uint32_t at_random;
+  uint32_t at_random;  // kStored, kMasters
+
+  static constexpr uint32_t kStored = 1;   // what is stored in 16 or 8 bits
+  static constexpr uint32_t kMasters = 2;  // of 24 bits
 };
 
 template <typename T>

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
   const int behind_group = group_at<Kind::kReserved>(table, chunk.group - 1);
   const auto rounding = unpack<GroupRounding>(table.words + behind_group - Kind::kRoundingWords);
   const RandomKey key = {rounding.seed, kind.number, rounding.step};
-  const bool at_random = rounding.at_random != 0 && kind.may_round_at_random();
+  const uint32_t at_random = kind.may_round_at_random() ? rounding.at_random : 0;
 
   StoredOperand<opmath_t> param, grad, state[kStates];
   void* const average_memory = memory(Fields::kAverage);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
   param.dtype = kind.dtype(kParam);
   param.master_kind = kind.master();
   param.master = memory(Fields::kMaster);
-  param.is_random = at_random && param.may_be_random();
+  param.is_random = param.rounds_at_random(at_random);
   grad.memory = memory(kGrad);
   grad.dtype = kind.dtype(kGrad);
   bool draws = param.is_random;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
     state[k].dtype = kind.dtype(kState + k);
     state[k].scales = static_cast<ScaleBits*>(memory(Fields::kScale + k));
     state[k].has_scale = k < work.num_states && is_8_bit(state[k].dtype);
-    state[k].is_random = at_random && k < work.num_states && state[k].may_be_random();
+    state[k].is_random = k < work.num_states && state[k].rounds_at_random(at_random);
     draws = draws || state[k].is_random;
   }
 

@@ -96,11 +96,32 @@ __device__ __forceinline__ void encode(Dtype dtype, const value_t (&values)[kEle
 
 // ---- parameters with a master -------------------------------------------------------------------
 
+// Bytes become the upper halves of remainders, and come back.
+template <typename opmath_t>
+__device__ __forceinline__ void widen_bytes(Stored<opmath_t>& stored) {
+#pragma unroll
+  for (int at = 1; at >= 0; --at) {
+    const uint32_t word = stored.words[at];
+    stored.words[2 * at + 1] = (word >> 8 & 0xff00u) | (word & 0xff000000u);
+    stored.words[2 * at] = (word << 8 & 0xff00u) | (word << 16 & 0xff000000u);
+  }
+}
+template <typename opmath_t>
+__device__ __forceinline__ void narrow_to_bytes(Stored<opmath_t>& stored) {
+#pragma unroll
+  for (int at = 0; at < 2; ++at) {
+    const uint32_t first = stored.words[2 * at];
+    const uint32_t second = stored.words[2 * at + 1];
+    stored.words[at] = (first >> 8 & 0xffu) | (first >> 16 & 0xff00u) | (second << 8 & 0xff0000u) |
+                       (second & 0xff000000u);
+  }
+}
+
 template <typename opmath_t>
 __device__ __forceinline__ void decode_master(Master kind, const Stored<opmath_t>& param,
                                               const Stored<opmath_t>& master,
                                               opmath_t (&values)[kElemsPerThread]) {
-  if (kind == Master::kRemainder) {
+  if (kind != Master::kCopy) {
 #pragma unroll
     for (int k = 0; k < kElemsPerThread; ++k) {
       values[k] = join(element_of<BFloat16>(param, k), element_of<int16_t>(master, k));
@@ -120,13 +141,17 @@ __device__ __forceinline__ void decode_master(Master kind, const Stored<opmath_t
 template <typename opmath_t>
 __device__ __forceinline__ void encode_master(Master kind,
                                               const opmath_t (&values)[kElemsPerThread],
-                                              Stored<opmath_t>& param, Stored<opmath_t>& master) {
-  if (kind == Master::kRemainder) {
+                                              const Randoms& randoms, Stored<opmath_t>& param,
+                                              Stored<opmath_t>& master) {
+  if (kind != Master::kCopy) {
 #pragma unroll
     for (int k = 0; k < kElemsPerThread; ++k) {
+      const uint32_t random = randoms.of<kParam>(k) & 0xffu;
+      const uint32_t rounding = randoms.are_drawn ? random : kHalfOfByte;
       BFloat16 upper;
       int16_t lower;
-      split(static_cast<float>(values[k]), upper, lower);
+      split(static_cast<float>(values[k]), kind == Master::kByteRemainder ? rounding : 0, upper,
+            lower);
       set_element(param, k, upper);
       set_element(master, k, lower);
     }
@@ -215,10 +240,12 @@ struct StoredOperand {
   Stored<opmath_t> exact;  // what the master has of them
   ScaleBits scale;
 
-  // False where nothing is rounded.
-  __device__ __forceinline__ bool may_be_random() const {
-    return has_scale || (master_kind == Master::kNone &&
-                         (dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16));
+  // False where nothing is rounded so.
+  __device__ __forceinline__ bool rounds_at_random(uint32_t at_random) const {
+    if (master_kind == Master::kByteRemainder) return (at_random & GroupRounding::kMasters) != 0;
+    const bool is_16_bit = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
+    return (at_random & GroupRounding::kStored) != 0 &&
+           (has_scale || (master_kind == Master::kNone && is_16_bit));
   }
   __device__ __forceinline__ Dtype master_dtype() const {
     return master_kind == Master::kCopy ? Dtype::kFloat32 : Dtype::kFloat16;
@@ -233,7 +260,12 @@ struct StoredOperand {
       return;
     }
     cuda::read(dtype, memory, place, span.count, stored);
-    if (master_kind != Master::kNone) cuda::read(master_dtype(), master, row, span.count, exact);
+    if (master_kind == Master::kByteRemainder) {
+      read_bits<uint8_t>(master, row, span.count, exact);
+      widen_bytes(exact);
+    } else if (master_kind != Master::kNone) {
+      cuda::read(master_dtype(), master, row, span.count, exact);
+    }
   }
 
   __device__ __forceinline__ void decode(opmath_t (&values)[kElemsPerThread]) const {
@@ -262,8 +294,13 @@ struct StoredOperand {
       return;
     }
     if (master_kind != Master::kNone) {
-      encode_master(master_kind, values, stored, exact);
-      cuda::write(master_dtype(), master, row, span.count, exact);
+      encode_master(master_kind, values, randoms, stored, exact);
+      if (master_kind == Master::kByteRemainder) {
+        narrow_to_bytes(exact);
+        write_bits<uint8_t>(master, row, span.count, exact);
+      } else {
+        cuda::write(master_dtype(), master, row, span.count, exact);
+      }
     } else {
       encode<kOperand>(dtype, values, randoms, stored);
     }

@@ -143,7 +143,9 @@ class Packer {
       memcpy(words + kWordsOf<Group>, &h.on_device, sizeof(OnDevice));
     }
     if constexpr (Kind::kRoundingWords != 0) {
-      const GroupRounding rounding = {h.rounding_seed, rounding_step_, h.stochastic_rounding};
+      const GroupRounding rounding = {h.rounding_seed, rounding_step_,
+                                      (h.stochastic_rounding ? GroupRounding::kStored : 0) |
+                                          (h.rounds_masters ? GroupRounding::kMasters : 0)};
       memcpy(words + table_.header.words_per_group - Kind::kRoundingWords, &rounding,
              sizeof(rounding));
     }

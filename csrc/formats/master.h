@@ -1,5 +1,5 @@
-// The exact fp32 value of a 16-bit parameter, kept beside it: 16 bits more, or a copy. Who writes the
-// parameter between two steps is believed, wherever the two no longer fit together.
+// The fp32 value of a 16-bit parameter, kept beside it: 16 bits more, 8 bits more, or a copy. Who
+// writes the parameter between two steps is believed, wherever the two no longer fit together.
 #pragma once
 
 #include "dtype.h"
@@ -7,16 +7,22 @@
 namespace momentum_ext {
 
 enum class Master : uint8_t {
-  kNone,       // the parameter is all there is
-  kRemainder,  // int16: what rounding to bf16 has cut off, see split()
-  kCopy,       // fp32, of an fp16 parameter
+  kNone,           // the parameter is all there is
+  kRemainder,      // int16: what rounding to bf16 has cut off, see split()
+  kCopy,           // fp32, of an fp16 parameter
+  kByteRemainder,  // int8: the upper half of such a remainder
 };
 
-// To nearest, ties away from zero. With ties to even, 65,537 values would share one even upper
-// half, which 16 bits cannot tell apart.
-MOMENTUM_EXT_INLINE void split(float value, BFloat16& param, int16_t& remainder) {
+// The parameter is rounded to nearest, ties away from zero. With ties to even, 65,537 values would
+// share one even upper half, which 16 bits cannot tell apart.
+//
+// Where the upper half of the remainder alone is kept, `addend` rounds to it: 128, half of what is
+// dropped, to nearest, ties away from zero; 8 random bits by chance, with the right mean.
+constexpr uint32_t kHalfOfByte = 128;
+MOMENTUM_EXT_INLINE void split(float value, uint32_t addend, BFloat16& param, int16_t& remainder) {
   uint32_t bits = detail::bits_of(value);
   bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
+  bits += addend;
   param.bits = static_cast<uint16_t>((bits + 0x8000u) >> 16);
   remainder = static_cast<int16_t>(static_cast<uint16_t>(bits));
 }

@@ -207,10 +207,10 @@ def test_more_than_2_to_the_31_elements():
 # ------------------------------------------------------------------------------------------- low-precision state
 
 LOW_SHAPES = [(1,), (8,), (257,), (64, 33), (), (0,), (5000,), (6, 5, 7, 3)]
-MASTERS = [(FP32, False), (FP64, False), *((dtype, master) for dtype in HALVES for master in (False, True))]
+MASTERS = [(FP32, False), (FP64, False), *((dtype, master) for dtype in HALVES for master in (False, True)), (BF16, 24)]
 
 
-@pytest.mark.parametrize("stochastic_rounding", [False, True])
+@pytest.mark.parametrize("stochastic_rounding", [None, False, True])
 @pytest.mark.parametrize("momentum_dtype", [None, FP32, BF16, FP16, INT8, FP8], ids=dtype_name)
 @pytest.mark.parametrize("dtype, master_weights", MASTERS, ids=str)
 def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, stochastic_rounding):
@@ -280,15 +280,20 @@ def test_a_buffer_that_is_converted_before_its_first_step():
 
 @pytest.mark.parametrize(
     "dtype, options",
-    [(BF16, {}), (FP32, {"momentum_dtype": FP16}), (BF16, {"momentum_dtype": INT8, "master_weights": True})],
+    [
+        (BF16, {"stochastic_rounding": True}),
+        (FP32, {"stochastic_rounding": True, "momentum_dtype": FP16}),
+        (BF16, {"stochastic_rounding": True, "momentum_dtype": INT8, "master_weights": True}),
+        (BF16, {"master_weights": 24}),
+    ],
     ids=str,
 )
 def test_low_precision_rounding_is_not_captured(dtype, options):
-    twins = twins_of(LOW_SHAPES, dtype, FusedMomentum, **FULL, stochastic_rounding=True, **options)
+    twins = twins_of(LOW_SHAPES, dtype, FusedMomentum, **FULL, **options)
     twins.step()
     twins.new_grads()
     before = [cpu(p).clone() for p, _ in twins.params]
-    says = r"param_groups\[0\]\['params'\]\[0\]: stochastic_rounding.*captured"
+    says = r"param_groups\[0\]\['params'\]\[0\]: (stochastic_rounding|master_weights=24 rounds by chance).*captured"
     with pytest.raises(RuntimeError, match=says), capturing():
         twins.mine.step()
     assert_all_same([cpu(p) for p, _ in twins.params], before)

@@ -116,6 +116,7 @@ MODES = [
     {"max_grad_norm": 1e6, "decoupled_weight_decay": True},
     {"dtype": torch.bfloat16, "stochastic_rounding": True, "ema_decay": 0.9},
     {"momentum_dtype": "float16", "stochastic_rounding": True, "rounding_seed": 3},
+    {"dtype": torch.bfloat16, "master_weights": 24},
 ]
 
 

@@ -129,6 +129,9 @@ struct Tensors {
     if (mix.master == Master::kRemainder) {
       master = Array(2, numel, offset);
       for (int64_t i = 0; i < numel; ++i) master.at<int16_t>(i) = static_cast<int16_t>(generator());
+    } else if (mix.master == Master::kByteRemainder) {
+      master = Array(1, numel, offset);
+      for (int64_t i = 0; i < numel; ++i) master.at<int8_t>(i) = static_cast<int8_t>(generator());
     } else if (mix.master == Master::kCopy) {
       master = filled(Dtype::kFloat32, numel, offset);
       // Some have been written by someone else; where the parameter is strided, most.
@@ -266,6 +269,7 @@ std::vector<Hyperparams<Sgd>> all_groups() {
         h.f64 = {kind == 1 ? 0.25 : -1.0, number, 0.9, 0.7, 1.0, 1.0, 0.1};
         round_to_float(h);
         h.stochastic_rounding = at_random;
+        h.rounds_masters = at_random || kind == 1;
         h.rounding_seed = 0x123456789abcdef0ull + all.size();
         all.push_back(h);
       }
@@ -283,6 +287,7 @@ std::vector<Mix> all_mixes() {
   for (const Param& param : {Param{Dtype::kFloat32, Master::kNone},
                              {Dtype::kBFloat16, Master::kNone},
                              {Dtype::kBFloat16, Master::kRemainder},
+                             {Dtype::kBFloat16, Master::kByteRemainder},
                              {Dtype::kFloat16, Master::kNone},
                              {Dtype::kFloat16, Master::kCopy},
                              {Dtype::kFloat64, Master::kNone}}) {

@@ -29,8 +29,8 @@ class Options:
     formulation: str = "torch"
     decoupled_weight_decay: bool = False
     momentum_dtype: torch.dtype | None = None
-    master_weights: bool = False
-    stochastic_rounding: bool = False
+    master_weights: bool | int = False
+    stochastic_rounding: bool | None = None
     rounding_seed: int = 0
     grad_scale: float | None = None
     step: int = 0
@@ -145,10 +145,29 @@ def split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(nan, np.uint16(0x7FC0), high), np.where(nan, np.int16(0), remainder)
 
 
+def split_24(values: np.ndarray, random: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The same of fp32 rounded to its upper 24 bits: to nearest, ties away from zero, or by 8 random bits."""
+    x = np.where(np.isnan(values), U32(0x7FC00000), bits(values))
+    upper = (x + (U32(0x80) if random is None else random.astype(U32) & U32(0xFF))) >> U32(8)
+    return ((upper + U32(0x80)) >> U32(8)).astype(np.uint16), upper.astype(np.uint8).view(np.int8)
+
+
 def join(high: np.ndarray, remainder: np.ndarray | None) -> np.ndarray:
-    """The fp32 that `split` has taken apart."""
+    """The fp32 that `split` or `split_24` has taken apart."""
     x = high.astype(U32) << U32(16)
-    return from_bits(x if remainder is None else x + remainder.astype(np.int32).view(U32))
+    if remainder is None:
+        return from_bits(x)
+    return from_bits(x + (remainder.astype(np.int32) * (256 if remainder.dtype == np.int8 else 1)).view(U32))
+
+
+def remainder_of(state: dict[str, Tensor], options: Options) -> Tensor | None:
+    """In the format that the options want: of 16 bits, the upper 8, to nearest, beside the same parameter."""
+    found = state.get("param_remainder")
+    wanted = torch.int8 if options.master_weights == 24 else torch.int16
+    if found is None or found.dtype is wanted:
+        return found
+    values = found.to(torch.int32)
+    return (values * 256 if wanted is torch.int16 else ((values + 128) >> 8).clamp(-128, 127)).to(wanted)
 
 
 def believed(param: np.ndarray, master: np.ndarray | None) -> np.ndarray:
@@ -311,7 +330,7 @@ def truth_of(param: Tensor, state: dict[str, Tensor], options: Options, order: l
     """The fp32 values that are trained."""
     held = flat(param, order)
     if options.master_weights and param.dtype is torch.bfloat16:
-        remainder = state.get("param_remainder")
+        remainder = remainder_of(state, options)
         return join(held, None if remainder is None else flat(remainder, order))
     if options.master_weights and param.dtype is torch.float16:
         master = state.get("master_param")
@@ -356,10 +375,12 @@ def oracle_convert(
         return state
     if param.dtype in wanted and wanted[param.dtype] not in state:
         like = torch.empty_like(param, memory_format=torch.preserve_format)
-        master = (
-            torch.zeros_like(like, dtype=torch.int16) if param.dtype is torch.bfloat16 else like.float().copy_(param)
-        )
+        remainder = torch.int8 if options.master_weights == 24 else torch.int16
+        is_split = param.dtype is torch.bfloat16
+        master = torch.zeros_like(like, dtype=remainder) if is_split else like.float().copy_(param)
         state[wanted[param.dtype]] = master
+    if "param_remainder" in state:
+        state["param_remainder"] = remainder_of(state, options)
     converts = formulation not in (None, options.formulation)
     if buffer.dtype is dtype and not converts:
         return state
@@ -409,7 +430,11 @@ def oracle_step(
             random = exchanged(random_16(-(-numel // BLOCK) * BLOCK, options)) if options.stochastic_rounding else None
             out = with_buffer(out, buffer, dtype, param, None if dtype is torch.float32 else random)
         random = None
-        if options.master_weights and param.dtype is torch.bfloat16:
+        if options.master_weights == 24 and param.dtype is torch.bfloat16:
+            by_chance = options.stochastic_rounding is not False
+            held, remainder = split_24(truth, random_16(numel, options) if by_chance else None)
+            out["param_remainder"] = tensor_of(remainder, torch.int8, param, order)
+        elif options.master_weights and param.dtype is torch.bfloat16:
             held, remainder = split(truth)
             out["param_remainder"] = tensor_of(remainder, torch.int16, param, order)
         elif options.master_weights and param.dtype is torch.float16:

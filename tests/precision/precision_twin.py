@@ -36,6 +36,10 @@ MODES = [
         (FP32, *HALVES), MOMENTUM_DTYPES, (False, True), (False, True)
     )
 ]
+MODES += [
+    {"dtype": BF16, "momentum_dtype": momentum, "master_weights": 24, "stochastic_rounding": stochastic}
+    for momentum, stochastic in itertools.product(MOMENTUM_DTYPES, (None, False, True))
+]
 # One of each kind of parameter and of buffer, for tests that multiply the modes with something else.
 FEW = [
     {"dtype": FP32, "momentum_dtype": BF16, "stochastic_rounding": True},
@@ -44,6 +48,8 @@ FEW = [
     {"dtype": BF16, "momentum_dtype": FP32},
     {"dtype": BF16, "momentum_dtype": BF16, "master_weights": True},
     {"dtype": BF16, "momentum_dtype": INT8, "master_weights": True, "stochastic_rounding": True},
+    {"dtype": BF16, "momentum_dtype": INT8, "master_weights": 24},
+    {"dtype": BF16, "momentum_dtype": BF16, "master_weights": 24, "stochastic_rounding": True},
     {"dtype": FP16, "momentum_dtype": FP16, "stochastic_rounding": True},
     {"dtype": FP16, "momentum_dtype": FP8, "master_weights": True},
     {"dtype": FP16, "momentum_dtype": FP8, "stochastic_rounding": True},
@@ -52,7 +58,10 @@ FEW = [
 
 def mode_name(mode: dict[str, Any]) -> str:
     parts = [dtype_name(mode["dtype"]), dtype_name(mode["momentum_dtype"])]
-    parts += [short for key, short in (("master_weights", "master"), ("stochastic_rounding", "sr")) if mode.get(key)]
+    parts += {24: ["master24"], True: ["master"]}.get(mode.get("master_weights"), [])
+    parts += ["sr"] if mode.get("stochastic_rounding") else []
+    if mode.get("master_weights") == 24 and mode.get("stochastic_rounding") is False:
+        parts += ["nearest"]
     return "-".join(parts)
 
 

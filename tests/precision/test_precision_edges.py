@@ -123,6 +123,22 @@ def test_an_option_is_taken_back_after_a_copy(copied):
     assert optimizer.state[params_of(optimizer)[0]]["momentum_buffer"].dtype is FP32
 
 
-def test_switches_are_bools():
-    with pytest.raises(TypeError, match="Invalid master_weights: 'no'; expected a bool"):
-        optimizer_of(random_param(3), master_weights="no")
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        ("master_weights", "no", "a bool, 24 or 32"),
+        ("master_weights", 16, "a bool, 24 or 32"),
+        ("master_weights", 24.0, "a bool, 24 or 32"),
+        ("stochastic_rounding", 1, "a bool or None"),
+    ],
+)
+def test_switches(option, value, expected):
+    with pytest.raises(TypeError, match=f"Invalid {option}: {value!r}; expected {expected}"):
+        optimizer_of(random_param(3), **{option: value})
+
+
+def test_an_edit_to_a_switch_that_there_is_not():
+    optimizer = optimizer_of(random_param(3, dtype=BF16), steps=1)
+    optimizer.param_groups[0]["master_weights"] = 16
+    with refused(optimizer, ValueError, r"param_groups\[0\]\['master_weights'\]: expected a bool, 24 or 32, got 16"):
+        optimizer.step()

@@ -83,7 +83,8 @@ def test_wrong_gradients_are_found_before_anything_is_written(mode):
     opt, params = training(dtype=mode["dtype"], **options_of_mode(mode))
     params[1].grad_dtype = None
     params[1].grad = torch.randn(9).to(torch.complex64)
-    says = "stochastic_rounding" if mode.get("stochastic_rounding") else "result type ComplexFloat"
+    is_random = mode.get("stochastic_rounding") or mode.get("master_weights") == 24
+    says = "stochastic_rounding" if is_random else "result type ComplexFloat"
     with refused(opt, ERRORS, says):
         opt.step()
 
