@@ -34,6 +34,19 @@ def test_benchmark_of_the_modes(programs, tmp_path):
     assert torch.get_num_threads() == 1
 
 
+def test_stalls(programs, monkeypatch, capsys):
+    """Rounded by chance, 24 bits lose nothing at rates where bf16 alone loses nearly all."""
+    import precision_stalls
+
+    monkeypatch.setattr(precision_stalls, "STEPS", 100)
+    monkeypatch.setattr(precision_stalls, "N", 20_000)
+    precision_stalls.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + len(precision_stalls.MODES)
+    missing = {line[:46].rstrip(): float(line.split()[-4]) for line in lines[1:]}  # at 1e-6
+    assert abs(missing["master_weights=24"]) < 0.1 and missing["bf16 alone"] > 50
+
+
 def test_blocks_have_at_most_a_tenth_more_error_than_flashoptims(programs, capsys):
     import precision_blocks
 
