@@ -48,7 +48,9 @@ def main() -> None:
     print(f"{'% of the way: missing, distance':<46}" + "".join(f"{f'lr {lr:.0e}':>18}" for lr in RATES))
     for name, options in MODES.items():
         cells = [losses(lr, options) for lr in RATES]
-        print(f"{name:<46}" + "".join(f"{round(missing, 2) + 0.0:>10.2f}{distance:>8.2f}" for missing, distance in cells))
+        print(
+            f"{name:<46}" + "".join(f"{round(missing, 2) + 0.0:>10.2f}{distance:>8.2f}" for missing, distance in cells)
+        )
 
 
 if __name__ == "__main__":

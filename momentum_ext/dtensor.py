@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,41 +44,57 @@ def is_cut(tensor: Any, block: int) -> bool:
 
 
 def place_in_whole(param: Any, name: str) -> tuple[int, int, int]:
-    """Where the elements of a parameter's shard are in the whole tensor, in the order in which they lie in memory.
+    """Where the elements of a parameter's shard are in the whole tensor.
 
     Returns (first, run, stride): element i of the shard is element ``first + i // run * stride + i % run`` of the
     whole, ``first + i`` where run is 0.
 
     Raises:
-        RuntimeError: for a shard that is no rows of one length, one distance apart.
+        RuntimeError: for a sharding whose shards are no runs of one length, one distance apart; on all ranks alike.
     """
     shard, whole = param._local_tensor, param.shape
-    sizes, offsets = shard.shape, param.__create_chunk_list__()[0].offsets
+    if why := _no_runs(param):
+        raise RuntimeError(
+            f"{name}: stochastic_rounding needs {why}, got {tuple(shard.shape)} of {tuple(whole)}{where_is(param)}; "
+            "shard it otherwise, or put it into a group without"
+        )
     if shard.numel() == 0:
         return 0, 0, 0
-    order = sorted(range(shard.dim()), key=param.stride, reverse=True)  # from the outermost to the innermost
-    strides = [shard.stride(d) for d in order if sizes[d] != 1]
-    if strides != sorted(strides, reverse=True):  # distribute_tensor() lays shards out anew
-        order = sorted(range(shard.dim()), key=shard.stride, reverse=True)
+    offsets = param.__create_chunk_list__()[0].offsets
     first, stride = 0, 1
-    rows: list[list[int]] = []  # [how many, how far apart], from the elements of a row outwards
-    for d in reversed(order):
-        first += offsets[d] * stride
-        if rows and rows[-1][0] * rows[-1][1] == stride:
-            rows[-1][0] *= sizes[d]
-        elif sizes[d] != 1:
-            rows.append([sizes[d], stride])
-        stride *= whole[d]
-    if rows and rows[0][1] != 1:
-        rows.insert(0, [1, 1])
-    if len(rows) <= 1:
+    levels: list[list[int]] = []  # [how many, how far apart], from the elements of a run outwards
+    for size, offset, whole_size in zip(reversed(shard.shape), reversed(offsets), reversed(whole), strict=True):
+        first += offset * stride
+        if levels and levels[-1][0] * levels[-1][1] == stride:
+            levels[-1][0] *= size
+        elif size != 1:
+            levels.append([size, stride])
+        stride *= whole_size
+    if levels and levels[0][1] != 1:
+        levels.insert(0, [1, 1])
+    if len(levels) < 2:
         return first, 0, 0
-    if len(rows) > 2 or max(rows[0][0], rows[1][1]) >= 1 << 32:
-        raise RuntimeError(
-            f"{name}: stochastic_rounding needs shards that are rows of the whole tensor, one distance apart, got "
-            f"{tuple(sizes)} of {tuple(whole)}{where_is(param)}; shard fewer dimensions, or put it into a group without"
-        )
-    return first, rows[0][0], rows[1][1]
+    (run, _), (_, distance) = levels
+    return first, run, distance
+
+
+def _no_runs(param: Any) -> str:
+    """What shards of this sharding are not; empty where all of them are runs, one distance apart."""
+    whole, sizes = param.shape, param.device_mesh.shape
+    rows = zip(whole, param.stride(), make_contiguous_strides_for(whole), strict=True)
+    if any(size > 1 and stride != row for size, stride, row in rows):
+        return "a whole tensor whose rows lie one after the other"
+    dims = [getattr(placement, "dim", None) for placement in param.placements]
+    for m, (dim, placement) in enumerate(zip(dims, param.placements, strict=True)):
+        later = math.prod(size for each, size in zip(dims[m + 1 :], sizes[m + 1 :], strict=True) if each == dim)
+        if dim is not None and getattr(placement, "split_factor", later) != later:
+            return "shards that are in one piece"
+    cut = sorted({dim for dim, size in zip(dims, sizes, strict=True) if dim is not None and min(size, whole[dim]) > 1})
+    if cut and cut[-1] > 0 and math.prod(whole[cut[-1] :]) >= 1 << 32:
+        return "rows of fewer than 2^32 elements"
+    if len(cut) > 1 and math.prod(whole[: cut[-2]]) > 1:
+        return "shards that are runs of the whole tensor, one distance apart"
+    return ""
 
 
 def awaited(grad: Any) -> Tensor:

@@ -18,7 +18,9 @@ NO_MESH, ANOTHER_RANK = -1, -2
 class Ranks:
     """Adds up what ranks have found of a norm: one all-reduce for each mesh of the parameters, replicas counted once.
 
-    Which collectives run depends on the parameters alone, never on gradients, so that no rank waits for ever.
+    With a process group, one more over that: of each mesh once, however many of its ranks are in the group, and of
+    every rank's plain tensors. Which of these run depends on the parameters alone, never on gradients, so that no rank
+    waits for ever.
     """
 
     def __init__(self, params: list[Any], process_group: Any) -> None:
@@ -29,7 +31,7 @@ class Ranks:
         self.num_meshes = len(meshes)
         self.mesh_of = [NO_MESH] * len(params)
         self._process_group = process_group
-        self._specs = [getattr(param, "_spec", None) for param in params]  # as long as they live, no other is there
+        self._specs = [getattr(param, "_spec", None) for param in params]  # kept: GradNorm compares their addresses
         self._meshes = []
         for number, (mesh, indices) in enumerate(meshes.items()):
             placements = [params[i].placements for i in indices]
@@ -41,7 +43,8 @@ class Ranks:
                 )
                 self.mesh_of[i] = number if is_counted else ANOTHER_RANK
             groups = [] if coordinate is None else _groups(mesh, dims)
-            self._meshes.append((torch.device(mesh.device_type), groups))
+            speaks = process_group is None or _is_first_of(mesh, process_group)
+            self._meshes.append((torch.device(mesh.device_type), groups, speaks))
 
     def reduce(self, sums: list[float], is_max: bool, status: int, dtypes: list[bool]) -> tuple[float, int, list[bool]]:
         """The norm's sums (or largest elements) of each mesh and of plain tensors, over all ranks together.
@@ -51,9 +54,10 @@ class Ranks:
         *of_meshes, total = sums
         flags = [status == 1, status == 2, *dtypes]
         with _disable_current_modes():  # also where this rank's operators are watched, others wait
-            for found, (device, groups) in zip(of_meshes, self._meshes, strict=True):
+            for found, (device, groups, speaks) in zip(of_meshes, self._meshes, strict=True):
                 reduced, flags = _reduce(found, is_max, flags, device, groups)
-                total = _larger(total, reduced) if is_max else total + reduced
+                if speaks:
+                    total = _larger(total, reduced) if is_max else total + reduced
             if self._process_group is not None:
                 device = _device_of(self._process_group)
                 total, flags = _reduce(total, is_max, flags, device, [self._process_group])
@@ -67,6 +71,12 @@ def _groups(mesh: Any, dims: list[int]) -> list[Any]:
     if len(sizes) > 1 and math.prod(sizes.values()) == torch.distributed.get_world_size():
         return [None]
     return [mesh.get_group(d) for d in sizes]
+
+
+def _is_first_of(mesh: Any, process_group: Any) -> bool:
+    """Whether this rank is the first of the mesh in the group: all of them know the mesh's sum."""
+    here = set(torch.distributed.get_process_group_ranks(process_group)) & set(mesh.mesh.flatten().tolist())
+    return torch.distributed.get_rank() == min(here, default=-1)
 
 
 def _device_of(process_group: Any) -> torch.device:

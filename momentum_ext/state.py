@@ -202,14 +202,16 @@ class StatefulOptimizer(Optimizer):
     def fp32_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """The model's state dict with 16-bit parameters in fp32: from their masters where the optimizer keeps them.
 
-        Loads into the same model in fp32. Names and buffers are those of ``model.state_dict()``, without the wrappers
-        of DistributedDataParallel and torch.compile; parameters that are DTensors are DTensors here.
+        Loads into the same model in fp32. Names, buffers and extra state are those of ``model.state_dict()``, without
+        the wrappers of DistributedDataParallel and torch.compile; parameters that are DTensors are DTensors here.
 
         Args:
             model: whose parameters this optimizer steps; those that it does not know are widened.
 
         Raises:
-            RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.
+            ValueError: for a model of which the optimizer knows no parameter.
+            RuntimeError: where the model's state dict does not hold a parameter with a master itself
+                (FullyShardedDataParallel); inside :meth:`ema_weights` and :meth:`iterate_weights`.
         """
         self._held_weights.check()
         return fp32_state_dict(self.param_groups, self.state, model)
@@ -217,7 +219,8 @@ class StatefulOptimizer(Optimizer):
     def load_fp32_state_dict(self, model: nn.Module, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`fp32_state_dict` or an fp32 model has returned: parameters, and their masters with them.
 
-        Momentum and averages stay as they are. Parameters without a master are rounded to nearest.
+        What is not a parameter with a master is loaded by ``model.load_state_dict``, with its hooks. Momentum and
+        averages stay as they are. Parameters without a master are rounded to nearest.
 
         Args:
             model: whose parameters this optimizer steps.
@@ -226,7 +229,8 @@ class StatefulOptimizer(Optimizer):
 
         Raises:
             RuntimeError: for names that are missing or unexpected, and for what does not fit, with all of it; nothing
-                has been written then. Inside :meth:`ema_weights` and :meth:`iterate_weights`.
+                has been written then. Also as :meth:`fp32_state_dict`.
+            ValueError: for a model of which the optimizer knows no parameter.
         """
         self._held_weights.check()
         load_fp32_state_dict(self.param_groups, self.state, model, state_dict)

@@ -166,6 +166,15 @@ class Oracle(torch.optim.SGD):
         """Copies go on averaging; torch's have the groups and the state alone."""
         return {**super().__getstate__(), "ema_decay": self.ema_decay, "averages": self.averages}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, but a buffer keeps its dtype until a step with momentum reads it."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, name in zip(group["params"], saved["params"], strict=True):
+                buffer = state_dict["state"].get(name, {}).get("momentum_buffer")
+                if group["momentum"] == 0 and buffer is not None and buffer.dtype is not param.dtype:
+                    self.state[param]["momentum_buffer"] = buffer.clone()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -30,11 +30,12 @@ MOMENTUM_EXT_INLINE bool is_subclass(const at::Tensor& grad) {
 
 py::object GradNorm::compute(const py::list& param_groups, double norm_type, bool remembers,
                              const py::object& grads, const py::object& process_group) {
-  remembers_ = remembers;
+  remembers_ = false;
   reduce_over(process_group);
   const bool readable = read_params(param_groups);
-  py::object computed =
-      compute(norm_type, [&](bool complex_too) { return readable && collect(complex_too, grads); });
+  py::object computed = compute(norm_type, [&](bool complex_too) {
+    return readable && collect(complex_too, remembers, grads);
+  });
   redistributed_.clear();
   remembers_ = remembers && !computed.is_none();
   if (remembers_) records_.resize(entries_.size());
@@ -219,18 +220,20 @@ bool GradNorm::for_each_grad(const Visit& visit) const {
   for (size_t k = 0; k < params_.size(); ++k) {
     const at::Tensor& grad = listed_grad(k);
     if (!grad.defined()) continue;
-    const bool is_shard = is_subclass(grad) && shard_of(params_[k]).spec != nullptr;
-    const Shard shard = is_shard ? shard_of(object_of(grad)) : Shard{};
-    if (shard.spec != nullptr) {
-      if (!visit(THPVariable_Unpack(shard.local), k)) return false;
-    } else if (is_shard ? !visit(shard_of_grad(grad), k) : !visit(grad, k)) {
-      return false;
+    at::Tensor awaited;
+    const at::Tensor* memory = &grad;
+    if (is_subclass(grad) && shard_of(params_[k]).spec != nullptr) {
+      const Shard shard = shard_of(object_of(grad));
+      if (shard.spec == nullptr) awaited = shard_of_grad(grad);
+      memory = shard.spec != nullptr ? &THPVariable_Unpack(shard.local) : &awaited;
     }
+    if (!visit(*memory, k)) return false;
   }
   return true;
 }
 
-// Whether a gradient lies as its parameter. That takes Python, and the next one often has its spec.
+// Whether a gradient lies as its parameter. That takes Python, and the next step's gradient often has
+// the same spec.
 bool GradNorm::has_placed(const at::Tensor& grad, size_t k) {
   PyObject* const spec = shard_of(object_of(grad)).spec;
   if (spec != nullptr && (spec == shard_of(params_[k]).spec || spec == placed_specs_[k].ptr())) {
@@ -253,7 +256,7 @@ void GradNorm::start_collecting() {
   is_watched_ = operators_are_watched();
 }
 
-bool GradNorm::collect(bool complex_too, const py::object& grads) {
+bool GradNorm::collect(bool complex_too, bool remembers, const py::object& grads) {
   start_collecting();
   return for_each_grad([&](const at::Tensor& found, size_t k) {
     const auto name = [&] {
@@ -273,7 +276,7 @@ bool GradNorm::collect(bool complex_too, const py::object& grads) {
       mesh_of_entry_.push_back(meshes_[k]);
       if (meshes_[k] == kAnotherRank) first_block_.back() = first_block_[first_block_.size() - 2];
     }
-    if (remembers_) records_.put(entries_.size() - 1, gradient(found, k));
+    if (remembers) records_.put(entries_.size() - 1, gradient(found, k));
     return true;
   });
 }

@@ -83,7 +83,7 @@ class GradNorm {
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;
   bool has_placed(const at::Tensor& grad, size_t k);
-  bool collect(bool complex_too, const py::object& grads);
+  bool collect(bool complex_too, bool remembers, const py::object& grads);
   template <typename Name>
   bool add(const at::Tensor& grad, bool complex_too, const Name& name);
   TensorTable table() const;

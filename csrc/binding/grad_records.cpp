@@ -41,11 +41,12 @@ bool is_same_counter(const c10::VariableVersion& a, const c10::VariableVersion& 
   return std::memcmp(&a, &b, sizeof(a)) == 0;
 }
 
-// True for a tensor that begins at the record's place and counts the same writes.
-bool is_at_record(const Record& record, const c10::TensorImpl& grad) {
+// True for a tensor that begins at the record's place, has as many elements and counts the same
+// writes.
+bool begins_at_record(const Record& record, const c10::TensorImpl& grad) {
   return grad.has_storage() && storage_of(record) == grad.unsafe_storage().unsafeGetStorageImpl() &&
          is_same_counter(record.counter, grad.version_counter()) &&
-         record.offset == grad.storage_offset();
+         record.offset == grad.storage_offset() && record.numel == grad.numel();
 }
 
 uint32_t current(const c10::VariableVersion& counter) {
@@ -98,8 +99,8 @@ void GradRecords::add(const Gradient& gradient, int64_t coefficient, Record reco
 }
 
 void GradRecords::put(size_t n, const Gradient& grad) {
-  if (n < records_.size() && is_at_record(records_[n], grad.memory) &&
-      records_[n].numel == grad.memory.numel()) {  // new references cost more
+  if (n < records_.size() && begins_at_record(records_[n], grad.memory) &&
+      is_at(records_[n], place_of(grad.memory))) {  // the same memory: new references cost more
     note_versions(records_[n], grad);
     records_[n].coefficient = 0;
     return;
@@ -136,7 +137,7 @@ void GradRecords::add_others(GradRecords others, int64_t shift) {
 
 // Looks at as few cache lines as it can: each step asks for each gradient.
 bool GradRecords::is_same(size_t n, const Gradient& grad) const {
-  return n < records_.size() && is_at_record(records_[n], grad.memory) &&
+  return n < records_.size() && begins_at_record(records_[n], grad.memory) &&
          current(records_[n].counter) == records_[n].version &&
          (!is_wrapped(grad) || !was_written(records_[n], grad));
 }

@@ -401,3 +401,31 @@ def test_unscaled_gradients_are_the_steps_own(change):
         with pytest.raises(RuntimeError, match=r"params'\]\[2\].*unscale_\(\).*zero_grad"):
             act()
         before.assert_unchanged()
+
+
+@pytest.mark.parametrize("first, then", [(slice(None, None, 2), slice(0, 4)), (slice(0, 4), slice(None, None, 2))])
+def test_another_view_that_begins_at_the_same_place(first, then):
+    """Its record tells its own memory, not that of the view before it."""
+    base = torch.ones(8)
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (4, 3)]
+    opt = FusedMomentum(params, lr=1.0)
+    for view in (first, then):
+        params[0].grad, params[1].grad = base[view], torch.ones(3)
+        opt.clip_grad_norm_(1.0)
+        if view is first:
+            opt.step()
+    with torch.no_grad():
+        for param in params:
+            param.zero_()
+    params[1].grad = torch.ones(3)  # other memory: not clipped
+    opt.step()
+    torch.testing.assert_close(params[0].detach(), torch.full((4,), -1 / 7**0.5))
+    assert torch.equal(params[1], -torch.ones(3))
+    params[0].grad, params[1].grad = base[then], torch.ones(3)
+    opt.clip_grad_norm_(1.0)
+    params[1].grad = base[5:8]  # a part of what the view before may have
+    if then == slice(0, 4):
+        opt.step()
+        return
+    with pytest.raises(RuntimeError, match=r"params'\]\[1\]: it was written to after clip_grad_norm_"):
+        opt.step()

@@ -532,11 +532,17 @@ def test_what_one_rank_finds_is_known_to_all(two_ranks, what):
     two_ranks.run(only_one_rank, what)
 
 
-def written(how):
+def written(how, warm_up):
     """After clipping: through the DTensor, which counts for itself, or through its shard."""
     param = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh_of(2), [Shard(0)]))
     opt = FusedMomentum([param], lr=1.0)
     param.grad = distribute_tensor(torch.full((4, 2), 100.0), mesh_of(2), [Shard(0)])
+    for _ in range(warm_up):  # records of the same memory are used again
+        opt.clip_grad_norm_(1e9)
+        opt.step()
+        param.grad.to_local().fill_(100.0)
+    with torch.no_grad():
+        param.to_local().fill_(1.0)
     opt.clip_grad_norm_(1.0)
     if how == "wrapper":
         param.grad.mul_(100)
@@ -562,9 +568,10 @@ def written(how):
     torch.testing.assert_close(full(param.detach()), torch.zeros(4, 2))
 
 
+@pytest.mark.parametrize("warm_up", [0, 2])
 @pytest.mark.parametrize("how", ["wrapper", "shard", "backward", "one rank", "new wrapper"])
-def test_gradients_written_after_clipping(two_ranks, how):
-    two_ranks.run(written, how)
+def test_gradients_written_after_clipping(two_ranks, how, warm_up):
+    two_ranks.run(written, how, warm_up)
 
 
 def beside_plain(value):
@@ -725,6 +732,31 @@ def pipeline(how):
 @pytest.mark.parametrize("how", ["option", "argument", "scaler"])
 def test_norm_over_a_process_group(two_ranks, how):
     two_ranks.run(pipeline, how)
+
+
+def stages(group_of):
+    """Two stages, each sharded over two ranks, beside one tensor that all four share: a group has every mesh once."""
+    rank = torch.distributed.get_rank()
+    whole, mesh = mesh_of(4), mesh_of(2, 2, names=("stage", "shard"))
+    places = [(whole, [Shard(0)], 0), (mesh["shard"], [Shard(0)], 1 + rank // 2)]
+    values = {k: torch.arange(1.0, 8.0) + k for k in range(3)}
+    params = [nn.Parameter(distribute_tensor(values[k], where, place)) for where, place, k in places]
+    group = torch.distributed.group.WORLD if group_of == "all" else mesh["stage"].get_group()
+    opt = FusedMomentum(params, lr=1.0)
+    for param, (where, place, k) in zip(params, places, strict=True):
+        param.grad = distribute_tensor(values[k], where, place)
+    expected = torch.cat(list(values.values()))
+    for norm_type in (2.0, 1.0, math.inf):
+        opt.zero_grad(set_to_none=False)
+        for param, (where, place, k) in zip(params, places, strict=True):
+            param.grad = distribute_tensor(values[k], where, place)
+        norm = opt.clip_grad_norm_(1e9, norm_type=norm_type, process_group=group)
+        torch.testing.assert_close(norm.item(), expected.norm(norm_type).item(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("group_of", ["all", "one rank of each stage"])
+def test_a_group_counts_each_mesh_once(four_ranks, group_of):
+    four_ranks.run(stages, group_of)
 
 
 # ---- what trainers make ---------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ import pytest
 import torch
 from harness import assert_same, refused
 from ranks import mesh_of
-from test_ranks import HYPER, Columns, Twins, full, part_of
+from test_ranks import HYPER, Columns, full, part_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from momentum_ext import FusedMomentum
 from momentum_ext.dtensor import like
@@ -63,34 +64,26 @@ def test_rounding_at_random_in_fsdp2_over_tensor_parallelism(four_ranks):
     four_ranks.run(rounded_in_fsdp_below_tp)
 
 
-def laid_out_by_columns(rank_count):
-    """Shards of a transposed tensor: its own order, not that of its dimensions."""
-    mesh = mesh_of(rank_count)
-    whole = nn.Parameter(torch.arange(77.0).div(3).bfloat16().view(7, 11).t())
-    rows = whole.chunk(rank_count)[mesh.get_rank()]
-    shard = rows.detach().t().contiguous().t()
-    mine = nn.Parameter(DTensor.from_local(shard, mesh, [Shard(0)], shape=whole.shape, stride=whole.stride()))
-    opts = [FusedMomentum([param], **HYPER, stochastic_rounding=True) for param in (whole, mine)]
-    for _ in range(3):
-        whole.grad = torch.randn(11, 7).bfloat16()
-        mine.grad = DTensor.from_local(
-            whole.grad.chunk(rank_count)[mesh.get_rank()], mesh, [Shard(0)], shape=(11, 7), stride=(7, 1)
-        )
-        for opt in opts:
-            opt.step()
-    assert_same(mine.to_local().detach().contiguous(), whole.detach().chunk(rank_count)[mesh.get_rank()].contiguous())
+def refused_on_every_rank(mesh, places, shape, says, transposed=False):
+    """Also on a rank whose own shard would do."""
+    value = torch.randn(shape).bfloat16()
+    value = value.t().contiguous().t() if transposed else value
+    param = nn.Parameter(distribute_tensor(value, mesh_of(*mesh), places))
+    opt = FusedMomentum([param], **HYPER, stochastic_rounding=True)
+    param.grad = torch.ones_like(param)
+    with refused(opt, RuntimeError, rf"params'\]\[0\]: stochastic_rounding needs {says}.*, got .* of \({shape[0]}, "):
+        opt.step()
 
 
-def test_rounding_at_random_goes_by_memory(two_ranks):
-    two_ranks.run(laid_out_by_columns, 2)
-
-
-def rounded_in_three_dimensions():
-    twins = Twins((2, 2), [Shard(1), Shard(2)], plain=0, shapes=((3, 4, 6),), **AT_RANDOM)
-    twins.new_grads()
-    with refused(twins.opt, RuntimeError, r"params'\]\[0\]: stochastic_rounding needs .* \(3, 2, 3\) of \(3, 4, 6\)"):
-        twins.opt.step()
-
-
-def test_rounding_at_random_refuses_what_it_cannot_place(four_ranks):
-    four_ranks.run(rounded_in_three_dimensions)
+@pytest.mark.parametrize(
+    "mesh, places, shape, says, transposed",
+    [
+        ((2, 2), [Shard(1), Shard(2)], (3, 4, 6), "shards that are runs", False),
+        ((2, 2), [Shard(1), Shard(2)], (3, 3, 4), "shards that are runs", False),
+        ((4,), [Shard(0)], (5, 3), "a whole tensor whose rows", True),
+        ((4,), [_StridedShard(0, split_factor=2)], (8, 3), "shards that are in one piece", False),
+    ],
+    ids=["runs", "runs of some ranks", "transposed", "strided"],
+)
+def test_rounding_at_random_refuses_what_it_cannot_place(four_ranks, mesh, places, shape, says, transposed):
+    four_ranks.run(refused_on_every_rank, mesh, places, shape, says, transposed)

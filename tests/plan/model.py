@@ -455,7 +455,7 @@ class Model:
                 wanted.add("rounding_step")
                 assert packed["rounding_step"] == self.rounding_step
                 wanted |= {"rounding_seed"} & set(group)
-            if self.opt.ema_decay is not None or self.ema_count or self.has_averages:
+            if self.opt.ema_decay is not None or self.has_averages:
                 wanted.add("ema_step")
                 assert packed["ema_step"] == self.ema_count
             assert set(packed) == wanted, f"group {g} has {set(packed) ^ wanted} too many or too few"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness import assert_all_same, assert_same, one_process_group, refused
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from values import BF16, FP16, FP32
@@ -170,6 +171,98 @@ def test_dtensors():
             mine.load_fp32_state_dict(other, before)
 
 
+def test_wrappers_inside_the_model():
+    """Activation checkpointing, whose state dict has other names than the parameters."""
+    torch.manual_seed(1)
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(4, 6)), nn.Linear(6, 2)).bfloat16()
+    opt = FusedMomentum(model.parameters(), **HYPER, master_weights=True)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param) / 3
+    opt.step()
+    weights = copy.deepcopy(opt.fp32_state_dict(model))
+    assert list(weights) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert all(not torch.equal(each, each.bfloat16().float()) for each in weights.values())
+    moved = {name: each + 1e-3 for name, each in weights.items()}
+    opt.load_fp32_state_dict(model, moved)
+    assert_same_dicts(opt.fp32_state_dict(model), moved)
+
+
+def test_hooks_that_rename():
+    model = nn.Linear(4, 6).bfloat16()
+
+    def rename(found, new_name):
+        for name in list(found):
+            found[new_name(name)] = found.pop(name)
+
+    model.register_state_dict_post_hook(lambda module, found, *_: rename(found, "x.{}".format))
+    model.register_load_state_dict_pre_hook(lambda module, found, *_: rename(found, lambda name: name[2:]))
+    opt = FusedMomentum(model.parameters(), **HYPER, master_weights=True)
+    weights = {f"x.{name}": torch.randn(each.shape) for name, each in model.named_parameters()}
+    opt.load_fp32_state_dict(model, weights)
+    assert_same_dicts(opt.fp32_state_dict(model), weights)
+    assert_same(model.bias.detach(), weights["x.bias"].bfloat16())
+
+
+def test_a_state_dict_without_the_parameters_themselves():
+    """Whoever copies there would have a master of other values than the parameter's."""
+    model = nn.Linear(4, 6).bfloat16()
+    weights = {name: torch.ones(each.shape) for name, each in model.named_parameters()}
+    model.register_state_dict_post_hook(
+        lambda module, found, *_: found.update({name: each.clone() for name, each in found.items()})
+    )
+    opt = FusedMomentum(model.parameters(), **HYPER, master_weights=True)
+    with refused(opt, RuntimeError, "does not hold its parameter weight itself"):
+        opt.load_fp32_state_dict(model, weights)
+    with pytest.raises(RuntimeError, match=r"fp32_state_dict\(\): the model's state_dict"):
+        opt.fp32_state_dict(model)
+
+
+class Counting(nn.Linear):
+    count = torch.zeros(2)
+
+    def get_extra_state(self):
+        return self.count
+
+    def set_extra_state(self, count):
+        self.count = count
+
+
+def test_extra_state():
+    model = Counting(4, 6).bfloat16()
+    opt = FusedMomentum(model.parameters(), **HYPER, master_weights=True)
+    model.count = torch.ones(2)
+    weights = copy.deepcopy(opt.fp32_state_dict(model))
+    model.count = torch.zeros(2)
+    opt.load_fp32_state_dict(model, weights)
+    assert_same(model.count, torch.ones(2))
+
+
+def test_tied_weights_stay_tied():
+    model, opt = make(BF16)
+    found = opt.fp32_state_dict(model)
+    assert found["one.weight"] is found["other.weight"]
+
+
+def test_no_master_stays_from_before():
+    """Loaded without the option, and then with it: the old remainder would be added to the new weights."""
+    model, opt = make(BF16)
+    step(model, opt, 0)
+    opt.param_groups[0]["master_weights"] = False
+    opt.load_fp32_state_dict(model, {name: torch.ones_like(each) for name, each in Model().state_dict().items()})
+    opt.param_groups[0]["master_weights"] = True
+    assert_same(opt.fp32_state_dict(model)["one.bias"], torch.ones(5))
+
+
+def test_another_model():
+    model, opt = make(BF16)
+    with pytest.raises(ValueError, match="model: none of its parameters is this optimizer's"):
+        opt.fp32_state_dict(copy.deepcopy(model))
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got NoneType"):
+        opt.fp32_state_dict(None)
+    with refused(opt, TypeError, "state_dict: expected a dict, got list"):
+        opt.load_fp32_state_dict(model, [])
+
+
 @pytest.mark.parametrize(
     "edit, message",
     [
@@ -177,6 +270,9 @@ def test_dtensors():
         (lambda weights: weights.update(extra=torch.ones(1)), "unexpected: extra"),
         (lambda weights: weights.update({"conv.bias": torch.ones(5)}), r"conv.bias: expected shape \(4,\), got \(5,\)"),
         (lambda weights: weights.update({"columns": 3.0}), "columns: expected a tensor, got float"),
+        (lambda weights: weights.update({"frozen": torch.ones(2).to_sparse()}), "frozen: expected a dense tensor"),
+        (lambda weights: weights.update({"exact": torch.ones(3, device="meta")}), "exact: .* on meta"),
+        (lambda weights: weights.update({"conv.bias": torch.ones(4) * 1j}), "conv.bias: .*complex64"),
     ],
 )
 def test_what_does_not_fit_is_refused(edit, message):

@@ -122,7 +122,7 @@ def test_types_are_shipped():
 def test_version_and_requirements():
     assert importlib.metadata.version("momentum_ext") == momentum_ext.__version__
     requirements = importlib.metadata.requires("momentum_ext")
-    assert [r for r in requirements if "extra" not in r] == ["torch>=2.11"]
+    assert [r for r in requirements if "extra" not in r] == ["torch>=2.10"]
     assert importlib.metadata.metadata("momentum_ext")["License"] == "MIT"
 
 

@@ -12,7 +12,8 @@ from values import BF16, FP16, FP64, dtype_name
 
 from momentum_ext import FusedMomentum
 
-NEW_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+NEW_TORCH = VERSION >= (2, 13)
 graphs_zero_grad = pytest.mark.skipif(not NEW_TORCH, reason="zero_grad() in a graph needs torch 2.13")
 # The backward pass in the graph too: torch's own switch, off by default. Torch that lacks it breaks the graph there.
 TRACES_BACKWARD = hasattr(torch._dynamo.config, "trace_autograd_ops")
@@ -131,7 +132,7 @@ def test_compiled_training_step(name):
         backward(twins.theirs, twins.eager, i)
         twins.eager.step()
     twins.check()
-    assert counter.frame_count == 2
+    assert counter.frame_count == (2 if VERSION >= (2, 11) else 3)  # torch 2.10 traces the second step's gradients anew
     assert losses[-1] < losses[0] or opt.param_groups[0]["maximize"]
 
 
