@@ -25,10 +25,7 @@ import setuptools
 ROOT = Path(__file__).resolve().parent
 COMMAND = "pip install --no-build-isolation ."
 MIN_SETUPTOOLS = 65  # what Python 3.11 brings; also in pyproject.toml
-MIN_TORCH = (
-    2,
-    10,
-)  # the oldest that passes the tests: before, gradients have no dtype of their own; also in pyproject.toml
+MIN_TORCH = (2, 10)  # before, gradients have no dtype of their own; also in pyproject.toml
 
 
 def stop(reason: str) -> NoReturn:
