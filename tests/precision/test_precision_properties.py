@@ -27,8 +27,8 @@ CHOICES = {
 PRECISION = st.fixed_dictionaries(
     {
         "momentum_dtype": st.sampled_from(MOMENTUM_DTYPES),
-        "master_weights": st.booleans(),
-        "stochastic_rounding": st.booleans(),
+        "master_weights": st.sampled_from([False, True, 24]),
+        "stochastic_rounding": st.sampled_from([None, False, True]),
         "rounding_seed": st.sampled_from([0, 1, (1 << 63) - 1]),
     }
 )
@@ -47,9 +47,15 @@ class Training(RuleBasedStateMachine):
         params = [
             in_layout(torch.randn(shape, generator=generator).to(dtype), layout) for shape, layout, dtype in tensors
         ]
-        self.precision = precision
-        self.twin = Twin(params, seed=seed, momentum=0.9, **precision)
+        self.has_fp16 = any(param.dtype is FP16 for param in params)
+        self.precision = self.possible(precision)
+        self.twin = Twin(params, seed=seed, momentum=0.9, **self.precision)
         self.twin.step()
+
+    def possible(self, precision):
+        """fp16 parameters have no masters of 24 bits."""
+        refused = self.has_fp16 and precision["master_weights"] == 24
+        return {**precision, "master_weights": True} if refused else precision
 
     @rule(dtype=DTYPE, layout=st.sampled_from(LAYOUTS), missing=st.integers(0, 15), factor=FACTOR)
     def step(self, dtype, layout, missing, factor):
@@ -79,8 +85,8 @@ class Training(RuleBasedStateMachine):
 
     @rule(precision=PRECISION)
     def edit_precision(self, precision):
-        self.precision = precision
-        self.twin.edit(**precision)
+        self.precision = self.possible(precision)
+        self.twin.edit(**self.precision)
 
     @rule(way=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
     def copied(self, way):
@@ -93,7 +99,8 @@ class Training(RuleBasedStateMachine):
             twin.check_state_dict(state)
             options = {"formulation": twin.opt.param_groups[0].get("formulation", "torch"), **self.precision}
             twin.load(state, FusedMomentum(clone_params(twin.params), lr=99.0, **options))
-            twin.taken *= self.precision["stochastic_rounding"]  # a checkpoint has the count where it is used
+            stochastic, master = self.precision["stochastic_rounding"], self.precision["master_weights"]
+            twin.taken *= master == 24 if stochastic is None else stochastic  # saved where it is used
         else:
             twin.move_to(COPIES[way](twin.opt))
 
