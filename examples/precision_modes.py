@@ -34,12 +34,14 @@ class Mode:
         """Of parameter, gradient and state, for each element."""
         options = self.options or {}
         momentum: torch.dtype = options.get("momentum_dtype") or self.param
-        master = (2 if self.param is BF16 else 4) * bool(options.get("master_weights"))
+        kept = {24: 1, True: 2 if self.param is BF16 else 4}
+        master = kept.get(options.get("master_weights", False), 0)
         return 2 * self.param.itemsize + momentum.itemsize + master + (2 / 32 if momentum.itemsize == 1 else 0)
 
 
 SR: dict[str, Any] = {"stochastic_rounding": True}
 MASTER: dict[str, Any] = {"master_weights": True}
+MASTER_24: dict[str, Any] = {"master_weights": 24}
 
 MODES: tuple[Mode, ...] = (
     Mode("fp32, torch", FP32, None),
@@ -60,12 +62,14 @@ MODES: tuple[Mode, ...] = (
     Mode("bf16 split", BF16, {"momentum_dtype": BF16, **MASTER}),
     Mode("bf16 split, bf16 momentum SR", BF16, {"momentum_dtype": BF16, **MASTER, **SR}),
     Mode("bf16 split, int8 momentum SR", BF16, {"momentum_dtype": INT8, **MASTER, **SR}),
+    Mode("bf16 24 bits, fp32 momentum", BF16, {"momentum_dtype": FP32, **MASTER_24}),
+    Mode("bf16 24 bits, int8 momentum", BF16, {"momentum_dtype": INT8, **MASTER_24}),
     Mode("fp16, torch", FP16, None),
     Mode("fp16", FP16),
     Mode("fp16 SR", FP16, SR),
     Mode("fp16 master", FP16, {"momentum_dtype": FP16, **MASTER}),
 )
-"""SR: stochastic rounding. split, master: master_weights. Where no momentum is named, it has the parameters' dtype."""
+"""SR: stochastic rounding. split, 24 bits, master: master_weights. Momentum without a name: the parameters' dtype."""
 
 
 def truth(optimizer: torch.optim.SGD, param: Tensor) -> Tensor:
@@ -76,6 +80,7 @@ def truth(optimizer: torch.optim.SGD, param: Tensor) -> Tensor:
         return master
     if "param_remainder" in state:
         upper = param.detach().view(torch.int16).int() << 16
-        joined: Tensor = upper + state["param_remainder"].int()
+        remainder = state["param_remainder"]
+        joined: Tensor = upper + remainder.int() * (256 if remainder.dtype is INT8 else 1)
         return joined.view(FP32)
     return param.detach().float()
