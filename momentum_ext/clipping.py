@@ -285,7 +285,8 @@ class GradFactor:
         if len(self._coefficients) > 1:  # on a device there are places for one and the one before
             for each in self._coefficients:
                 each.factor = each.factor.clone() if isinstance(each.factor, Tensor) else each.factor
-        self._known = None if grads is not None else self._known  # that of the gradients as they are
+        if grads is not None or not self._is_same:  # unscale_() has found it for others
+            self._known = None
         self.traced = None
         self.is_active = True
 

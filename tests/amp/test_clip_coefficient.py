@@ -429,3 +429,16 @@ def test_another_view_that_begins_at_the_same_place(first, then):
         return
     with pytest.raises(RuntimeError, match=r"params'\]\[1\]: it was written to after clip_grad_norm_"):
         opt.step()
+
+
+def test_a_norm_of_no_gradients_after_unscale():
+    """What unscale_() has found was of gradients that are gone."""
+    param = torch.nn.Parameter(torch.zeros(3))
+    opt = FusedMomentum([param], lr=1.0)
+    scaler = momentum_ext.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.ones(()))
+    param.grad = torch.ones(3)
+    scaler.unscale_(opt)
+    param.grad = None
+    for _ in range(3):
+        assert opt.clip_grad_norm_(1.0) == 0
