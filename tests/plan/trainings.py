@@ -389,6 +389,8 @@ class ExactTraining(RuleBasedStateMachine):
             return param.detach().clone()
         is_classical = self.model.formulation_of(weight) == "classical"
         distance = group["momentum"] * (1.0 if is_classical else float(group["lr"]))
+        if distance == 0:  # nothing moves, also where the buffer is infinite
+            return param.detach().clone()
         wide = torch.promote_types(param.dtype, FP32)
         return param.detach().to(wide).add(weight.buffer.to(wide), alpha=distance)
 
