@@ -73,14 +73,8 @@ MODES: tuple[Mode, ...] = (
 
 
 def truth(optimizer: torch.optim.SGD, param: Tensor) -> Tensor:
-    """The values that are trained: fp32 where there is a master, else the parameter itself, widened."""
-    state = optimizer.state[param]
-    if "master_param" in state:
-        master: Tensor = state["master_param"]
-        return master
-    if "param_remainder" in state:
-        upper = param.detach().view(torch.int16).int() << 16
-        remainder = state["param_remainder"]
-        joined: Tensor = upper + remainder.int() * (256 if remainder.dtype is INT8 else 1)
-        return joined.view(FP32)
-    return param.detach().float()
+    """The values that are trained: in fp32, from the master where there is one."""
+    if not isinstance(optimizer, FusedMomentum):
+        return param.detach().float()
+    found: Tensor = optimizer.fp32_state_dict(torch.nn.ParameterList([param]))["0"]
+    return found

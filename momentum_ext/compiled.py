@@ -22,15 +22,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from momentum_ext import operators  # noqa: F401  # registers them
 from momentum_ext.averaging import UpdateCount
 from momentum_ext.keys import AVERAGE, BUFFER, BUFFER_FORMULATION, MASTER, REMAINDER, SCALE
+from momentum_ext.precision import uses_low_precision
 
 if TYPE_CHECKING:
     from momentum_ext.fused import FusedOptimizer
 
 __all__ = ["Traced", "clip_grad_norm_", "step", "zero_grad"]
 
-# What a group has when it wants more than the operator knows, and what such a group is not compiled for; and what the
-# state of its parameters has then.
-_EAGER_OPTIONS = ("momentum_dtype", "master_weights", "stochastic_rounding")
+# What the state of parameters has whose group wants, or wanted, more than the operator knows.
 _EAGER_STATE = (SCALE, REMAINDER, MASTER)
 
 
@@ -252,7 +251,7 @@ def _why_not(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str,
         return "clipped"
     if optimizer.ema_decay is not None and optimizer._traced.ema_count.is_on_device:
         return "count"
-    if any(group.get(option) for group in groups for option in _EAGER_OPTIONS) or _has_other_state(optimizer):
+    if any(map(uses_low_precision, groups)) or _has_other_state(optimizer):
         return "options"
     if any(group.get("formulation", "torch") != group.get(BUFFER_FORMULATION, "torch") for group in groups):
         return "formulation"

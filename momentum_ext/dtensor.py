@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import make_contiguous_strides_for
 
-__all__ = ["awaited", "is_cut", "like", "local", "mismatch", "place_in_whole", "redistributed", "where_is"]
+__all__ = ["awaited", "described", "is_cut", "like", "local", "mismatch", "place_in_whole", "redistributed", "where_is"]
 
 
 def local(tensor: Any) -> Any:
@@ -82,8 +82,10 @@ def _no_runs(param: Any) -> str:
     """What shards of this sharding are not; empty where all of them are runs, one distance apart."""
     whole, sizes = param.shape, param.device_mesh.shape
     rows = zip(whole, param.stride(), make_contiguous_strides_for(whole), strict=True)
-    if any(size > 1 and stride != row for size, stride, row in rows):
-        return "a whole tensor whose rows lie one after the other"
+    shard = param._local_tensor
+    strides = [shard.stride(d) for d in range(shard.dim()) if shard.shape[d] > 1]
+    if any(size > 1 and stride != row for size, stride, row in rows) or strides != sorted(strides, reverse=True):
+        return "a whole tensor whose rows lie one after the other, and shards alike"
     dims = [getattr(placement, "dim", None) for placement in param.placements]
     for m, (dim, placement) in enumerate(zip(dims, param.placements, strict=True)):
         later = math.prod(size for each, size in zip(dims[m + 1 :], sizes[m + 1 :], strict=True) if each == dim)
@@ -117,14 +119,15 @@ def where_is(param: Any) -> str:
     return f" on rank {rank} of {list(param.placements)} on {param.device_mesh}"
 
 
+def described(tensor: Any) -> str:
+    """Kind and shape of a tensor, and of a DTensor where it is, for errors."""
+    if not hasattr(tensor, "_spec"):
+        return f"a plain {type(tensor).__name__} of shape {tuple(tensor.shape)}"
+    return f"a DTensor of shape {tuple(tensor.shape)}{where_is(tensor)}"
+
+
 def mismatch(param: Any, other: Any) -> str:
     """What is wrong with a gradient or state that does not lie as its parameter does, and the remedy."""
-
-    def described(tensor: Any) -> str:
-        if not hasattr(tensor, "_spec"):
-            return f"a plain {type(tensor).__name__} of shape {tuple(tensor.shape)}"
-        return f"a DTensor of shape {tuple(tensor.shape)}{where_is(tensor)}"
-
     return (
         f"it is {described(other)}, and its parameter {described(param)}; distribute it as its parameter "
         "(torch.distributed.tensor.distribute_tensor), or set it to None or delete it"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from momentum_ext.dtensor import like, local
+from momentum_ext.dtensor import described, like, local
 from momentum_ext.keys import MASTER, REMAINDER
 from momentum_ext.precision import HALVES, exact_param, split_param
 
@@ -19,7 +19,7 @@ def fp32_state_dict(param_groups: list[dict[str, Any]], state: dict[Any, Any], m
     """See :meth:`FusedMomentum.fp32_state_dict`."""
     model = _unwrapped(model)
     masters = _master_weights(param_groups, model)
-    params = _params_by_name(masters, model, "fp32_state_dict()")
+    params = _params_by_name(model.state_dict(keep_vars=True), masters, model, "fp32_state_dict()")
     found = model.state_dict()
     widened: dict[Any, Tensor] = {}  # a tied weight stays one
     for name, param in params.items():
@@ -37,8 +37,9 @@ def load_fp32_state_dict(
     """See :meth:`FusedMomentum.load_fp32_state_dict`."""
     model = _unwrapped(model)
     masters = _master_weights(param_groups, model)
-    params = _params_by_name(masters, model, "load_fp32_state_dict()")
-    _check(model.state_dict(), state_dict)
+    targets = model.state_dict(keep_vars=True)
+    params = _params_by_name(targets, masters, model, "load_fp32_state_dict()")
+    _check(targets, state_dict)
     rounded, new_masters = dict(state_dict), []
     for name, param in params.items():
         if param.dtype in HALVES and masters.get(param):
@@ -54,15 +55,15 @@ def load_fp32_state_dict(
 
 def _unwrapped(model: Any) -> nn.Module:
     """What DistributedDataParallel and torch.compile have put a wrapper around."""
-    inner = model
-    while inner is not None:
-        model = inner
-        is_compiled = type(model).__module__.startswith("torch._dynamo")
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        inner = model._orig_mod if is_compiled else inner
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__module__.startswith("torch._dynamo"):
+            model = model._orig_mod
+        elif isinstance(model, nn.Module):
+            return model
+        else:
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _master_weights(param_groups: list[dict[str, Any]], model: nn.Module) -> dict[Any, bool | int]:
@@ -73,10 +74,12 @@ def _master_weights(param_groups: list[dict[str, Any]], model: nn.Module) -> dic
     return wanted
 
 
-def _params_by_name(masters: dict[Any, bool | int], model: nn.Module, caller: str) -> dict[str, Any]:
+def _params_by_name(
+    targets: dict[str, Any], masters: dict[Any, bool | int], model: nn.Module, caller: str
+) -> dict[str, Any]:
     """The parameters that the model's state dict holds, by its names, whatever wrappers and hooks make of these."""
     params = set(model.parameters())
-    found = {name: each for name, each in model.state_dict(keep_vars=True).items() if each in params}
+    found = {name: each for name, each in targets.items() if isinstance(each, Tensor) and each in params}
     held = set(found.values())
     for name, param in model.named_parameters():
         if masters.get(param) and param.dtype in HALVES and param not in held:
@@ -124,7 +127,7 @@ def _misfit(target: Tensor, value: Any) -> str:
         return f"expected shape {tuple(target.shape)}, got {tuple(value.shape)}; load the weights of this model"
     if _placement(value) != _placement(target):
         remedy = "distribute_tensor()" if _placement(target) else "full_tensor()"
-        return f"expected {_described(target)}, got {_described(value)}; see {remedy} of torch.distributed.tensor"
+        return f"expected {described(target)}, got {described(value)}; see {remedy} of torch.distributed.tensor"
     if value.layout != torch.strided or value.is_meta or value.is_complex() != target.is_complex():
         found = f"{value.dtype}, {value.layout} on {value.device}"
         return f"expected a dense tensor that {target.dtype} can hold, got {found}; convert it"
@@ -133,9 +136,3 @@ def _misfit(target: Tensor, value: Any) -> str:
 
 def _placement(tensor: Any) -> Any:
     return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "_spec") else None
-
-
-def _described(tensor: Any) -> str:
-    if not hasattr(tensor, "_spec"):
-        return "a plain tensor"
-    return f"a DTensor of {list(tensor.placements)} on {tensor.device_mesh}"

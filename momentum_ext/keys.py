@@ -10,7 +10,6 @@ __all__ = [
     "LOOKAHEAD",
     "MASTER",
     "OPTIONS",
-    "PRECISION_OPTIONS",
     "REMAINDER",
     "ROUNDING_STEP",
     "SCALE",
@@ -25,8 +24,14 @@ AVERAGE = "ema"
 LOOKAHEAD = "lookahead"  # in checkpoints of 0.1.0 alone, saved after eval()
 
 # Options of a group, with their defaults. A group that uses none of them has no such key.
-PRECISION_OPTIONS = {"momentum_dtype": None, "master_weights": False, "stochastic_rounding": None, "rounding_seed": 0}
-OPTIONS = {"formulation": "torch", "decoupled_weight_decay": False, **PRECISION_OPTIONS}
+OPTIONS = {
+    "formulation": "torch",
+    "decoupled_weight_decay": False,
+    "momentum_dtype": None,
+    "master_weights": False,
+    "stochastic_rounding": None,
+    "rounding_seed": 0,
+}
 
 # What a group says of its tensors' state, each beside the option that it belongs to.
 BUFFER_FORMULATION = "buffer_formulation"  # that the momentum buffers are in

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
-from momentum_ext.keys import BUFFER, MASTER, PRECISION_OPTIONS, REMAINDER, SCALE
+from momentum_ext.keys import BUFFER, MASTER, REMAINDER, SCALE
 
 __all__ = [
     "EIGHT_BITS",
@@ -27,6 +27,7 @@ __all__ = [
     "needs_low_precision_step",
     "rounds_at_random",
     "split_param",
+    "uses_low_precision",
 ]
 
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
@@ -71,13 +72,16 @@ def check_options(group: dict[str, Any]) -> None:
         group["master_weights"] = True
     if not isinstance(group.get("stochastic_rounding"), bool | None):
         raise TypeError(f"Invalid stochastic_rounding: {group['stochastic_rounding']!r}; expected a bool or None")
-    if group.get("stochastic_rounding") is False and masters != 24:
-        group["stochastic_rounding"] = None  # it says the same there
     dtype = momentum_dtype_of(group)
     if dtype is not None:
         group["momentum_dtype"] = str(dtype).removeprefix("torch.")
     if not isinstance(group.get("rounding_seed", 0), int):
         raise TypeError(f"Invalid rounding_seed: {group['rounding_seed']!r}; expected an int")
+
+
+def uses_low_precision(group: dict[str, Any]) -> bool:
+    """Whether the group asks for anything that torch.optim.SGD does not store; a seed or a False does not."""
+    return any(group.get(name) for name in ("momentum_dtype", "master_weights", "stochastic_rounding"))
 
 
 def rounds_at_random(group: dict[str, Any]) -> bool:
@@ -94,11 +98,7 @@ def needs_low_precision_step(group: dict[str, Any], state: dict[str, Any]) -> bo
     buffer = state.get(BUFFER)
     is_8_bit = isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS
     has_master = REMAINDER in state or MASTER in state
-    return (
-        is_8_bit
-        or has_master
-        or any(group.get(name, default) != default for name, default in PRECISION_OPTIONS.items())
-    )
+    return is_8_bit or has_master or uses_low_precision(group)
 
 
 def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiable: bool, name: str) -> None:

@@ -224,7 +224,7 @@ bool GradNorm::for_each_grad(const Visit& visit) const {
     const at::Tensor* memory = &grad;
     if (is_subclass(grad) && shard_of(params_[k]).spec != nullptr) {
       const Shard shard = shard_of(object_of(grad));
-      if (shard.spec == nullptr) awaited = shard_of_grad(grad);
+      if (shard.spec == nullptr) awaited = awaited_shard(grad);
       memory = shard.spec != nullptr ? &THPVariable_Unpack(shard.local) : &awaited;
     }
     if (!visit(*memory, k)) return false;

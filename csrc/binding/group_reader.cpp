@@ -142,9 +142,9 @@ Storage read_storage(HyperparamReader& reader) {
     }
   }
   storage.master_bits = read_master_bits(reader);
-  reader.optional_flag("stochastic_rounding", storage.stochastic_rounding);
   PyObject* const stochastic = reader.object("stochastic_rounding");
   const bool is_default = stochastic == nullptr || stochastic == Py_None;
+  storage.stochastic_rounding = !is_default && as_bool(stochastic);
   storage.rounds_masters = storage.master_bits == 24 && (is_default || storage.stochastic_rounding);
   storage.rounding_seed = read_rounding_seed(reader);
   return storage;

@@ -91,11 +91,10 @@ void refuse_random_capture(const Plan& plan, const std::vector<DeviceShare>& sha
       const Slot& slot = plan.slots[i];
       const Storage& storage = plan.reader(slot).storage();
       if (!rounds_at_random(entry, plan.num_states(slot), storage)) continue;
+      const char* const why = storage.stochastic_rounding ? "stochastic_rounding"
+                                                          : "master_weights=24 rounds by chance";
       throw std::runtime_error(
-          slot.name() +
-          (storage.stochastic_rounding ? ": stochastic_rounding"
-                                       : ": master_weights=24 rounds by "
-                                         "chance") +
+          slot.name() + ": " + why +
           ", and step() is being captured into a CUDA graph, whose replays would each use the same "
           "random numbers; keep step() out of the graph, or set stochastic_rounding=False");
     }

@@ -95,11 +95,9 @@ at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
   return THPVariable_Unpack(placed.ptr());
 }
 
-at::Tensor shard_of_grad(const at::Tensor& grad) {
+at::Tensor awaited_shard(const at::Tensor& grad) {
   PyObject* const found = object_of(grad);
   if (found == nullptr || !is_dtensor(found)) return grad;
-  const Shard shard = shard_of(found);
-  if (shard.spec != nullptr) return THPVariable_Unpack(shard.local);
   const py::object local = python("awaited")(py::handle(found));
   return THPVariable_Unpack(local.ptr());
 }

@@ -84,9 +84,9 @@ const at::Tensor& resolve_state(PyObject* param, const at::Tensor& state,
 at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
                         const std::function<std::string()>& name);
 
-// The local shard of a gradient, whatever its placements, once it is there: a collective may still
-// run. The gradient itself where it is no DTensor.
-at::Tensor shard_of_grad(const at::Tensor& grad);
+// The local shard of a gradient that shard_of() does not know: once it is there, since a collective
+// may still run. The gradient itself where it is no DTensor.
+at::Tensor awaited_shard(const at::Tensor& grad);
 
 // A tensor like what the parameter resolves to, as the object that the optimizer's state holds: a
 // DTensor of the parameter's mesh and placements for a DTensor. Scales of 8-bit state are bytes, and

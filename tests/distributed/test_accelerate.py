@@ -30,20 +30,21 @@ def train(make, folder, saves):
     accelerate.state.PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = kind
     model = model_of()
     model, optimizer = accelerator.prepare(model, make(model.parameters()))
-    for k in range(6):
+
+    def step(k):
         optimizer.zero_grad()
         accelerator.backward(model(batch(k)).square().mean())
         accelerator.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
+
+    for k in range(6):
+        step(k)
         if saves and k == 2:
             accelerator.save_state(folder)
         if saves and k == 4:
             accelerator.load_state(folder)
-            for j in (3, 4):
-                optimizer.zero_grad()
-                accelerator.backward(model(batch(j)).square().mean())
-                accelerator.clip_grad_norm_(model.parameters(), 0.1)
-                optimizer.step()
+            step(3)
+            step(4)
     assert all(hasattr(param, "placements") for param in optimizer.param_groups[0]["params"])
     return [param.detach().full_tensor() for param in model.parameters()]
 

@@ -24,7 +24,7 @@ OWN_DEFAULTS = {
     "decoupled_weight_decay": False,
     "momentum_dtype": None,
     "master_weights": False,
-    "stochastic_rounding": False,
+    "stochastic_rounding": None,
 }
 
 
@@ -451,7 +451,7 @@ class Model:
             assert packed.get("buffer_formulation", "torch") == written
             if written != "torch" or "formulation" in wanted:  # "torch" need not be said
                 wanted |= {"buffer_formulation"} & set(packed)
-            if "stochastic_rounding" in wanted:
+            if group.get("stochastic_rounding"):
                 wanted.add("rounding_step")
                 assert packed["rounding_step"] == self.rounding_step
                 wanted |= {"rounding_seed"} & set(group)

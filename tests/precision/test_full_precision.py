@@ -167,7 +167,7 @@ def test_dtensors():
         mine = FusedMomentum(other.parameters(), **HYPER, master_weights=True)
         mine.load_fp32_state_dict(other, found)
         assert_same_dicts({name: each.full_tensor() for name, each in mine.fp32_state_dict(other).items()}, before)
-        with refused(mine, RuntimeError, "weight: expected a DTensor of .*Shard.*, got a plain tensor"):
+        with refused(mine, RuntimeError, "weight: expected a DTensor of .*Shard.*, got a plain Tensor"):
             mine.load_fp32_state_dict(other, before)
 
 

@@ -101,8 +101,16 @@ def test_groups_say_what_is_used():
 
     assert keys(master_weights=24) == {"master_weights", "rounding_step"}
     assert keys(master_weights=24, stochastic_rounding=False) == {"master_weights", "stochastic_rounding"}
-    assert keys(master_weights=32, stochastic_rounding=False) == {"master_weights"}
-    assert keys(stochastic_rounding=False) == set()
+    assert keys(master_weights=32) == {"master_weights"}
+    assert keys(stochastic_rounding=None) == set()
+
+
+def test_a_false_is_kept_for_later():
+    """It says how masters of 24 bits are rounded once the option is edited, whatever it meant before."""
+    twin = Twin([torch.randn(600).to(BF16)], momentum=0.9, stochastic_rounding=False)
+    twin.step()
+    twin.edit(master_weights=24)
+    twin.step(2)
 
 
 def test_fp16_is_refused():
