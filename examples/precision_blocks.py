@@ -47,7 +47,7 @@ def companded(levels: Tensor, block: int, scale_dtype: torch.dtype) -> Callable[
 
 
 def ours(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda values: _C.dequantize(*_C.quantize(values, dtype, values))
+    return lambda values: _C.dequantize(*_C.quantize(values, dtype, values), values.shape)
 
 
 def main() -> None:

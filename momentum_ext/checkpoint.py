@@ -22,7 +22,7 @@ from momentum_ext.keys import (
     ROUNDING_STEP,
     SCALE,
 )
-from momentum_ext.precision import EIGHT_BITS, SCALE_BLOCK, check_options, rounds_at_random
+from momentum_ext.precision import IN_BLOCKS, PACKED, SCALE_BLOCK, check_options, is_in_blocks, rounds_at_random
 
 __all__ = ["as_torch_state_dict", "changed", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
 
@@ -33,7 +33,7 @@ _OWN_STATE = (BUFFER, SCALE, REMAINDER, MASTER, AVERAGE, LOOKAHEAD)
 _LEAVES_AS = {torch.int16: torch.bfloat16, torch.float8_e4m3fn: torch.uint8}
 _COMES_BACK_AS = {(REMAINDER, torch.bfloat16): torch.int16, (BUFFER, torch.uint8): torch.float8_e4m3fn}
 
-# Of a buffer of 8 bits, in the dict that it leaves as: what flattens a checkpoint makes keys of their own of them, so
+# Of a buffer in blocks, in the dict that it leaves as: what flattens a checkpoint makes keys of their own of them, so
 # that codes are never taken for values.
 _CODES, _SCALE = "codes", "scale"
 
@@ -65,18 +65,18 @@ def changed(state: Any, changes: list[Any], names: dict[int, Any]) -> Any:
 
 
 def with_changes(
-    state_dict: dict[str, Any], changes: list[Any], names: dict[int, Any], compact: bool
+    state_dict: dict[str, Any], changes: list[Any], params: dict[Any, Tensor], compact: bool
 ) -> dict[str, Any]:
     """A state dict with what the next step would start from, in forms and dtypes that can travel.
 
-    `changes` are (parameter, key, tensor or None), `names` the state dict's keys of the parameters, by id. `compact`:
-    buffers of 8 bits leave as codes where any sharding between blocks can be made of them.
+    `changes` are (parameter, key, tensor or None), `params` the parameters by the state dict's keys. `compact`: buffers
+    in blocks leave as codes where any sharding between blocks can be made of them.
     """
-    state = changed(state_dict["state"], changes, names)
+    state = changed(state_dict["state"], changes, {id(param): name for name, param in params.items()})
     for name, entry in state.items():
         buffer = entry.get(BUFFER) if isinstance(entry, dict) else None
-        if isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS and SCALE in entry:
-            entry = state[name] = _travelling(entry, compact)
+        if SCALE in entry and name in params and is_in_blocks(buffer, params[name]):
+            entry = state[name] = _travelling(params[name], entry, compact)
         views = {
             key: _view(entry[key], _LEAVES_AS[entry[key].dtype])
             for key in (_OWN_STATE if isinstance(entry, dict) else ())
@@ -87,23 +87,22 @@ def with_changes(
     return {**state_dict, "state": state}
 
 
-def _travelling(entry: dict[str, Any], compact: bool) -> dict[str, Any]:
-    """State whose buffer of 8 bits has become codes and scales that shard alike, or its values in fp32."""
+def _travelling(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str, Any]:
+    """State whose buffer in blocks has become codes and scales that shard alike, or its values in fp32."""
     rest = {key: value for key, value in entry.items() if key not in (BUFFER, SCALE)}
-    codes, scale = entry[BUFFER], entry[SCALE]
+    codes, scale = local(entry[BUFFER]), local(entry[SCALE])
+    is_plain = local(param) is param
     # Of a DTensor, strides are the whole tensor's: all ranks find the same.
-    if not compact or codes.dim() < 2 or not codes.is_contiguous() or is_cut(codes, SCALE_BLOCK):
-        return {**rest, BUFFER: _values(codes, scale)}
-    if local(codes) is not codes:
-        scale = like(codes, scale, (*codes.shape[:-1], codes.shape[-1] // SCALE_BLOCK, 2))
-    return {**rest, BUFFER: {_CODES: _view(codes, _LEAVES_AS.get(codes.dtype, codes.dtype)), _SCALE: scale}}
-
-
-def _values(codes: Tensor, scale: Tensor) -> Tensor:
-    """What a buffer of 8 bits stands for, in fp32."""
-    shard = local(codes)
-    values = _C.dequantize(shard, local(scale))
-    return values if shard is codes else like(codes, values)
+    in_rows = param.dim() > 1 and param.is_contiguous() and codes.is_contiguous() and not is_cut(param, SCALE_BLOCK)
+    if not compact or not in_rows:
+        values = _C.dequantize(codes, scale, local(param).shape)
+        return {**rest, BUFFER: values if is_plain else like(param, values)}
+    codes = codes.view(_LEAVES_AS.get(codes.dtype, codes.dtype))
+    if not is_plain:
+        rows, columns = param.shape[:-1], param.shape[-1]
+        codes = like(param, codes, (*rows, columns // 2 if codes.dtype == PACKED else columns))
+        scale = like(param, scale, (*rows, columns // SCALE_BLOCK, 2))
+    return {**rest, BUFFER: {_CODES: codes, _SCALE: scale}}
 
 
 def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,10 +155,13 @@ def unpack(state: dict[Any, Any]) -> None:
             del entry[SCALE]
         for name, value in entry.items():
             if isinstance(value, _Kept):
+                tensor = value.tensor
                 is_own = name != BUFFER or SCALE in entry  # a uint8 parameter's buffer is uint8, too
-                value.tensor = local(value.tensor) if name == SCALE else value.tensor
-                dtype = _COMES_BACK_AS.get((name, value.tensor.dtype)) if is_own else None
-                tensor = value.tensor if dtype is None else _view(value.tensor, dtype)
+                dtype = _COMES_BACK_AS.get((name, tensor.dtype)) if is_own else None
+                if name == SCALE or (dtype == torch.float8_e4m3fn and tensor.shape != param.shape):
+                    tensor = local(tensor)  # of a local shard: scales, and codes that are packed
+                elif dtype is not None:
+                    tensor = _view(tensor, dtype)
                 entry[name] = tensor.to(param.device) if isinstance(param, Tensor) else tensor
 
 
@@ -170,14 +172,16 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
             entry = state.get(param, {})
             name = f"state of param_groups[{g}]['params'][{i}]"
             buffer, scale = entry.get(BUFFER), entry.get(SCALE)
-            has_8_bits = isinstance(buffer, Tensor) and param.is_floating_point() and buffer.dtype.itemsize == 1
-            if has_8_bits and not isinstance(scale, Tensor):
+            in_blocks = param.is_floating_point() and is_in_blocks(buffer, param)
+            if in_blocks and not isinstance(scale, Tensor):
                 raise ValueError(
                     f'{name}: its "{BUFFER}" is {buffer.dtype} and there is no "{SCALE}" beside it; delete the buffer '
                     "to start from no momentum, or load a whole checkpoint"
                 )
             for key in (BUFFER, REMAINDER, MASTER, AVERAGE):
                 tensor = entry.get(key)
+                if key == BUFFER and in_blocks and tensor.dtype == PACKED and _C.is_packed_of(tensor, local(param).shape):
+                    continue
                 if isinstance(tensor, Tensor) and tensor.shape != param.shape:
                     raise ValueError(
                         f'{name}: its "{key}" has shape {tuple(tensor.shape)} and the parameter {tuple(param.shape)}; '
@@ -192,6 +196,17 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
 
 
 # ---- for torch.optim.SGD --------------------------------------------------------------------------------------------
+
+
+def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
+    """What codes that have left beside their scales stand for, in fp32."""
+    columns = scale.shape[-2] * SCALE_BLOCK
+    shard = local(codes)
+    sizes = (*shard.shape[:-1], local(scale).shape[-2] * SCALE_BLOCK)
+    if codes.dtype == PACKED and codes.shape[-1] == columns:
+        shard = shard.view(torch.float8_e4m3fn)
+    values = _C.dequantize(shard, local(scale), sizes)
+    return values if local(codes) is codes else like(codes, values, (*codes.shape[:-1], columns))
 
 
 def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -220,8 +235,7 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(buffer, Tensor):
             continue
         if scale is not None:
-            stored = buffer if buffer.dtype == torch.int8 else _view(buffer, torch.float8_e4m3fn)
-            buffer = _values(stored, scale)
+            buffer = _decoded(buffer, scale)
         group = group_of.get(index, {})
         written = group.get(BUFFER_FORMULATION, "torch")
         if written == "ema" and group["momentum"] == 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 from momentum_ext import _C
 from momentum_ext.dtensor import local
 from momentum_ext.keys import BUFFER, LOOKAHEAD, SCALE
-from momentum_ext.precision import EIGHT_BITS
+from momentum_ext.precision import is_in_blocks
 
 __all__ = ["iterates", "restore_lookahead"]
 
@@ -43,7 +43,7 @@ def iterates(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> It
                 for key in (BUFFER, SCALE):
                     if key in entry:
                         _C.check_memory(entry[key], f"{key} of {name}")
-                shard, buffer = local(param), local(_as_float(entry[BUFFER], entry))  # of a DTensor
+                shard, buffer = local(param), local(_as_float(param, entry))  # of a DTensor
                 moves[param] = (shard, buffer, torch.empty_like(shard).detach(), distance)
     done: list[list[_Move]] = []
     try:
@@ -88,14 +88,17 @@ def restore_lookahead(param_groups: list[dict[str, Any]], state: dict[Tensor, An
             entry = state.get(param, {})
             lookahead, buffer = entry.pop(LOOKAHEAD, None), entry.get(BUFFER)
             if lookahead is not None and buffer is not None and distance:
-                moves.append((param, _as_float(buffer, entry), lookahead, distance))
+                moves.append((param, _as_float(param, entry), lookahead, distance))
     for batch in reversed(_batches(moves)):
         _move(batch, back=True)
 
 
-def _as_float(buffer: Tensor, state: dict[str, Any]) -> Tensor:
-    """A momentum buffer that the kernel can read."""
-    return _C.dequantize(buffer, state[SCALE]) if buffer.dtype in EIGHT_BITS else buffer
+def _as_float(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """The parameter's momentum buffer, as the kernel can read it; one in blocks as values of the local shard."""
+    buffer: Tensor = state[BUFFER]
+    if not is_in_blocks(buffer, param):
+        return buffer
+    return _C.dequantize(local(buffer), local(state[SCALE]), local(param).shape)
 
 
 def _distance(group: dict[str, Any]) -> float:

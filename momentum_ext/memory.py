@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from momentum_ext.keys import AVERAGE, BUFFER, MASTER, REMAINDER, SCALE
-from momentum_ext.precision import EIGHT_BITS, SCALE_BLOCK, dtype_of_buffer
+from momentum_ext.precision import IN_BLOCKS, PACKED, SCALE_BLOCK, dtype_of_buffer
 
 __all__ = ["MemorySummary", "summarize"]
 
@@ -65,8 +65,8 @@ def _sizes_of(param: Tensor, group: dict[str, Any], state: dict[str, Any], has_a
     sizes["grads"] = param.grad.numel() * param.grad.element_size() if param.grad is not None else size
     if group["momentum"] != 0:
         dtype = dtype_of_buffer(group, param)
-        sizes[BUFFER] = numel * dtype.itemsize
-        if dtype in EIGHT_BITS:
+        sizes[BUFFER] = (numel + 1) // 2 if dtype == PACKED else numel * dtype.itemsize
+        if dtype in IN_BLOCKS:
             sizes[SCALE] = 2 * -(-numel // SCALE_BLOCK)
     if group.get("master_weights", False):
         if param.dtype == torch.bfloat16:

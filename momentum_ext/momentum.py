@@ -22,7 +22,12 @@ from momentum_ext.formulation import check_torch_step, torch_step
 from momentum_ext.fused import FusedOptimizer
 from momentum_ext.keys import BUFFER, OPTIONS
 from momentum_ext.lookahead import iterates
-from momentum_ext.precision import EIGHT_BITS, check_low_precision_step, low_precision_step, needs_low_precision_step
+from momentum_ext.precision import (
+    check_low_precision_step,
+    is_in_blocks,
+    low_precision_step,
+    needs_low_precision_step,
+)
 
 __all__ = ["FusedMomentum"]
 
@@ -109,20 +114,22 @@ class FusedMomentum(FusedOptimizer, SGD):
             lerp follows the step (default: None).
         ema_warmup: start with a smaller decay, ``(1 + n) / (10 + n)`` after n steps; for parameters on one CUDA device
             it counts them, so that a captured graph warms up too (default: False).
-        momentum_dtype: dtype of the momentum buffers: float32, bfloat16, float16, int8 or float8_e4m3fn, as a
+        momentum_dtype: dtype of the momentum buffers: float32, bfloat16, float16, int8, float8_e4m3fn or int4, as a
             torch.dtype or its name (which groups and checkpoints hold); None is torch's, the parameter's own, and
-            float32 beside a master. Those of 8 bits have one scale of two bytes for each 32 elements
-            (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022 (default: None).
+            float32 beside a master. Those of 8 and 4 bits have one scale of two bytes for each 32 elements
+            (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022. int4 is stored
+            as uint8, two elements in a byte; as int8 where a parameter is transposed and the dimension that is
+            innermost in its memory is odd (default: None).
         master_weights: keep the exact fp32 value of 16-bit parameters: for bf16 as 16 more bits
             (``"param_remainder"``), for fp16 as a copy (``"master_param"``). 24 keeps 8 more bits of bf16 parameters:
             a value of 24 bits (default: False; True is 32).
-        stochastic_rounding: round what is stored in 16 or 8 bits up or down at random, with probabilities that make
+        stochastic_rounding: round what is stored in 16 bits or fewer up or down at random, with probabilities that make
             the mean right; parameters with a master are rounded to nearest from it. None rounds only masters of 24 bits
             so, which would stall otherwise; False rounds nothing so (default: None).
         rounding_seed: of these random numbers, which depend on nothing else but the step, the parameter's place in
             ``param_groups`` and the element's in the parameter. Data-parallel replicas need the same. A step left
             out because of found_inf on a CUDA device counts too (default: 0).
-        compact_state_dict: ``state_dict()`` has momentum of 8 bits in 8 bits, where its blocks are parts of rows that
+        compact_state_dict: ``state_dict()`` has momentum of 8 and 4 bits in so many bits, where its blocks are parts of rows that
             no sharding cuts. False: its fp32 values, from which any sharding can be made (default: True).
 
     Raises:
@@ -246,7 +253,7 @@ class FusedMomentum(FusedOptimizer, SGD):
                 param = group["params"][i]
                 grad = grads.get(param, param.grad)
                 grad = grad if grad_factor == 1.0 else grad * grad_factor
-                if needs_low_precision_step(group, self.state.get(param, {})):
+                if needs_low_precision_step(group, param, self.state.get(param, {})):
                     low_precision_step(group, param, grad, self.state[param], torch_step)
                     continue
                 has_momentum = group["momentum"] != 0
@@ -265,10 +272,10 @@ class FusedMomentum(FusedOptimizer, SGD):
                     _warn_of_missing_kernels()
                 entry = self.state.get(param, {})
                 buffer = entry.get(BUFFER)
-                if needs_low_precision_step(group, self.state.get(param, {})):
+                if needs_low_precision_step(group, param, self.state.get(param, {})):
                     name = f"param_groups[{g}]['params'][{i}]"
                     check_low_precision_step(group, param, self.defaults["differentiable"], name)
-                    if isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS:
+                    if is_in_blocks(buffer, param):
                         buffer = param.detach()  # torch gets a value of its parameter's kind
                 check_torch_step(group, param, param.grad, buffer)
 

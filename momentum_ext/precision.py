@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from momentum_ext import _C
+from momentum_ext.dtensor import local
 from momentum_ext.keys import BUFFER, MASTER, REMAINDER, SCALE
 
 __all__ = [
-    "EIGHT_BITS",
+    "IN_BLOCKS",
+    "PACKED",
     "SCALE_BLOCK",
     "check_low_precision_step",
     "check_options",
     "dtype_of_buffer",
     "exact_param",
+    "is_in_blocks",
     "low_precision_step",
     "momentum_dtype_of",
     "needs_low_precision_step",
@@ -30,10 +33,11 @@ __all__ = [
     "uses_low_precision",
 ]
 
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, torch.int4)
 _DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in MOMENTUM_DTYPES}
-EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
-SCALE_BLOCK = 32  # elements of an 8-bit buffer that share a scale, of two bytes
+PACKED = torch.uint8  # int4, two in a byte
+IN_BLOCKS = (torch.int8, torch.float8_e4m3fn, PACKED)
+SCALE_BLOCK = 32  # elements of a buffer in blocks that share a scale, of two bytes
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -53,9 +57,17 @@ def momentum_dtype_of(group: dict[str, Any]) -> torch.dtype | None:
 
 
 def dtype_of_buffer(group: dict[str, Any], param: Tensor) -> torch.dtype:
-    """That of the parameter's momentum buffer: fp32 beside a master, else the parameter's own."""
+    """That of the parameter's momentum buffer: fp32 beside a master, else the parameter's own; PACKED for int4."""
     has_master = group.get("master_weights", False) and param.dtype in HALVES
-    return momentum_dtype_of(group) or (torch.float32 if has_master else param.dtype)
+    dtype = momentum_dtype_of(group) or (torch.float32 if has_master else param.dtype)
+    if dtype == torch.int4:
+        return PACKED if _C.can_pack(local(param.detach())) else torch.int8
+    return dtype
+
+
+def is_in_blocks(buffer: Any, param: Tensor) -> bool:
+    """Whether a buffer has codes of 8 or 4 bits, beside a scale for each block."""
+    return isinstance(buffer, Tensor) and buffer.dtype in IN_BLOCKS and buffer.dtype != param.dtype
 
 
 def check_options(group: dict[str, Any]) -> None:
@@ -93,12 +105,10 @@ def rounds_at_random(group: dict[str, Any]) -> bool:
 # ---- torch's own path -----------------------------------------------------------------------------------------------
 
 
-def needs_low_precision_step(group: dict[str, Any], state: dict[str, Any]) -> bool:
+def needs_low_precision_step(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> bool:
     """True where torch's functional sgd cannot be given the tensors as they are stored."""
-    buffer = state.get(BUFFER)
-    is_8_bit = isinstance(buffer, Tensor) and buffer.dtype in EIGHT_BITS
     has_master = REMAINDER in state or MASTER in state
-    return is_8_bit or has_master or uses_low_precision(group)
+    return is_in_blocks(state.get(BUFFER), param) or has_master or uses_low_precision(group)
 
 
 def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiable: bool, name: str) -> None:
@@ -106,12 +116,12 @@ def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiabl
     if differentiable:
         raise RuntimeError(f"{name}: momentum_dtype, master_weights and stochastic_rounding need differentiable=False")
     dtype = dtype_of_buffer(group, param)
-    if dtype in EIGHT_BITS and type(param.data) is not Tensor:
+    if dtype in IN_BLOCKS and type(param.data) is not Tensor:
         raise RuntimeError(
             f"{name}: momentum_dtype {group['momentum_dtype']!r} needs plain tensors, got {type(param.data).__name__}; "
             "put it into a group with a 16- or 32-bit momentum_dtype"
         )
-    stored_randomly = param.dtype in HALVES or (group.get("stochastic_rounding") and dtype in (*HALVES, *EIGHT_BITS))
+    stored_randomly = param.dtype in HALVES or (group.get("stochastic_rounding") and dtype in (*HALVES, *IN_BLOCKS))
     if rounds_at_random(group) and stored_randomly:
         raise RuntimeError(
             f"{name}: stochastic_rounding, which masters of 24 bits have unless it is False, needs tensors and "
@@ -133,11 +143,12 @@ def low_precision_step(
     value = exact_param(param, state) if has_master else param.float() if is_low else param
     buffer = state.get(BUFFER)
     if isinstance(buffer, Tensor):
-        buffer = _C.dequantize(buffer, state[SCALE]) if buffer.dtype in EIGHT_BITS else buffer.to(value.dtype)
+        in_blocks = is_in_blocks(buffer, param)
+        buffer = _C.dequantize(buffer, state[SCALE], param.shape) if in_blocks else buffer.to(value.dtype)
     buffer = step(group, value, grad.to(value.dtype), buffer)
     if buffer is not None:
         dtype = dtype_of_buffer(group, param)
-        if dtype in EIGHT_BITS:
+        if dtype in IN_BLOCKS:
             if buffer.layout != torch.strided:  # torch starts from a sparse gradient's copy; blocks are dense
                 buffer = buffer.to_dense()
             state[BUFFER], state[SCALE] = _C.quantize(buffer, dtype, param)

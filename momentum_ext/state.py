@@ -104,7 +104,7 @@ class StatefulOptimizer(Optimizer):
 
         What was edited in ``param_groups`` and is to be converted is converted here, in a copy. Tensors leave in dtypes
         that every backend moves: an int16 remainder as bfloat16, fp8 codes as uint8, both with the same bits. Momentum
-        of 8 bits leaves as a dict of ``"codes"`` and ``"scale"`` where rows are whole blocks of 32 and no sharding cuts
+        of 8 or 4 bits leaves as a dict of ``"codes"`` and ``"scale"`` where rows are whole blocks of 32 and no sharding cuts
         one; elsewhere, and with ``compact_state_dict=False``, as its fp32 values, which encode to the same codes again.
 
         Raises:
@@ -121,10 +121,10 @@ class StatefulOptimizer(Optimizer):
 
     def _finish_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         changes, converted = self._plan.pending_changes(self.param_groups, self.state)
-        names: dict[int, Any] = {}
+        params: dict[Any, Any] = {}
         has_averages = any(AVERAGE in entry for entry in self.state.values())
         for g, (group, packed) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
-            names.update(zip(map(id, group["params"]), packed["params"], strict=True))
+            params.update(zip(packed["params"], group["params"], strict=True))
             without_defaults(packed)
             if self.ema_decay is None and not has_averages:
                 packed.pop(AVERAGE_COUNT, None)
@@ -136,7 +136,7 @@ class StatefulOptimizer(Optimizer):
                     packed[BUFFER_FORMULATION] = packed["formulation"]
             elif "formulation" in packed:  # what an older checkpoint does not say is that they are the same
                 packed.setdefault(BUFFER_FORMULATION, "torch")
-        return with_changes(state_dict, changes + self._unstarted(), names, self.compact_state_dict)
+        return with_changes(state_dict, changes + self._unstarted(), params, self.compact_state_dict)
 
     def _moved(self) -> list[tuple[Tensor, str, Tensor | None]]:
         """Buffers of parameters that came from another group, as their group says that they are written."""

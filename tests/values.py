@@ -15,7 +15,7 @@ from torch import Tensor
 from momentum_ext import _C
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-INT8, FP8 = torch.int8, torch.float8_e4m3fn
+INT8, FP8, INT4 = torch.int8, torch.float8_e4m3fn, torch.int4
 EXACT, HALVES, EIGHT_BITS = (FP32, FP64), (BF16, FP16), (INT8, FP8)
 FLOATS = EXACT + HALVES
 DATA_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -124,21 +124,26 @@ Storage read_storage(HyperparamReader& reader) {
   PyObject* const dtype = reader.object("momentum_dtype");
   if (dtype != nullptr && dtype != Py_None) {
     constexpr std::pair<const char*, at::ScalarType> kDtypes[] = {
-        {"float32", at::kFloat}, {"bfloat16", at::kBFloat16},           {"float16", at::kHalf},
-        {"int8", at::kChar},     {"float8_e4m3fn", at::kFloat8_e4m3fn},
+        {"float32", at::kFloat},
+        {"bfloat16", at::kBFloat16},
+        {"float16", at::kHalf},
+        {"int8", at::kChar},
+        {"float8_e4m3fn", at::kFloat8_e4m3fn},
+        {"int4", at::ScalarType::Int4},
     };
     for (const auto& [name, type] : kDtypes) {  // checkpoints have names, an edit may have either
       const bool is_it =
           THPDtype_Check(dtype)
               ? reinterpret_cast<THPDtype*>(dtype)->scalar_type == type
               : PyUnicode_Check(dtype) && PyUnicode_CompareWithASCIIString(dtype, name) == 0;
-      if (is_it) storage.momentum_dtype = type;
+      if (is_it) storage.momentum_dtype = type == at::ScalarType::Int4 ? kPacked : type;
     }
     if (!storage.momentum_dtype.has_value()) {
-      reader.refuse("momentum_dtype",
-                    "expected None or float32, bfloat16, float16, int8 or float8_e4m3fn, as a "
-                    "torch.dtype or its name, got " +
-                        std::string(py::repr(dtype)));
+      reader.refuse(
+          "momentum_dtype",
+          "expected None or float32, bfloat16, float16, int8, float8_e4m3fn or int4, as a "
+          "torch.dtype or its name, got " +
+              std::string(py::repr(dtype)));
     }
   }
   storage.master_bits = read_master_bits(reader);

@@ -34,7 +34,7 @@ std::vector<StridedDim> dims_in_memory_order(const Operands& operands) {
     StridedDim dim{size, {stride_of(operands.param), stride_of(operands.grad)}};
     for (int k = 0; k < operands.num_states; ++k) {
       const at::Tensor& state = operands.states[k];
-      if (!is_8_bit(state.scalar_type())) dim.strides[operand_of_state(k)] = stride_of(state);
+      if (!has_blocks(state.scalar_type())) dim.strides[operand_of_state(k)] = stride_of(state);
     }
     return dim;
   };
@@ -81,7 +81,7 @@ bool is_flat(const std::vector<StridedDim>& dims, const Operands& operands) {
   bool flat = strides[kParam] == 1 && strides[kGrad] == 1;
   for (int k = 0; k < operands.num_states; ++k) {
     flat =
-        flat && (strides[operand_of_state(k)] == 1 || is_8_bit(operands.states[k].scalar_type()));
+        flat && (strides[operand_of_state(k)] == 1 || has_blocks(operands.states[k].scalar_type()));
   }
   return flat;
 }
@@ -136,7 +136,9 @@ std::unique_ptr<OwnedLayout> common_layout(const Operands& operands) {
 
 bool are_contiguous(const Operands& operands) {
   bool all = operands.param.is_contiguous() && operands.grad.is_contiguous();
-  for (int k = 0; k < operands.num_states; ++k) all = all && operands.states[k].is_contiguous();
+  for (int k = 0; k < operands.num_states; ++k) {
+    all = all && operands.states[k].is_contiguous() && operands.states[k].scalar_type() != kPacked;
+  }
   return all;
 }
 

@@ -50,11 +50,11 @@ struct Operands {
 };
 
 // How to walk these tensors, which have the same sizes, together, in the parameter's order in
-// memory; nullptr when they share one dense layout and can be walked as flat arrays. A state of 8
-// bits lies in the order of the walk.
+// memory; nullptr when they share one dense layout and can be walked as flat arrays. A state in
+// blocks lies in the order of the walk.
 std::unique_ptr<OwnedLayout> common_layout(const Operands& operands);
 
-// True when all of them are contiguous.
+// True when all of them are contiguous, and no state is packed.
 bool are_contiguous(const Operands& operands);
 
 // True when the gradient is its own parameter: each element is read before it is written.

@@ -66,8 +66,8 @@ ListStep::ListStep(const py::list& groups, Lists lists, double inv_grad_scale,
       at::Tensor& grad = lists_.grads[i];
       if (grad.is_neg() || grad.is_conj()) operands.grad = grad = grad.resolve_conj().resolve_neg();
       std::unique_ptr<OwnedLayout> layout;
-      const bool is_8_bit_buffer = buffer.has_value() && is_8_bit(buffer->scalar_type());
-      const bool is_ours = !reader.needs_torch() && !is_8_bit_buffer && has_kernel(operands);
+      const bool is_quantized = buffer.has_value() && has_blocks(buffer->scalar_type());
+      const bool is_ours = !reader.needs_torch() && !is_quantized && has_kernel(operands);
       if (is_ours && !are_contiguous(operands)) layout = common_layout(operands);
       if (!is_ours || has_too_many_dims(layout.get(), *kernel_device(operands.param))) {
         fallback_.emplace_back(g, k);

@@ -16,6 +16,7 @@
 #include "prepared_step.h"
 #include "quantization.h"
 #include "state_format.h"
+#include "state_layout.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -170,7 +171,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // As torch.amp.GradScaler.unscale_ rounds it.
   m.def("inverse_scale", [](double scale) { return static_cast<float>(1 / scale); });
   m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
-  m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"));
+  m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"), py::arg("sizes"));
+  m.def("can_pack", &can_pack, py::arg("param"));
+  m.def("is_packed_of", &is_packed_of, py::arg("packed"), py::arg("sizes"));
   m.def(
       "check_memory",
       [](const at::Tensor& tensor, const std::string& name) {

@@ -5,7 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "storage.h"
+#include "state_layout.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -33,7 +33,7 @@ void check_written(const at::Tensor& tensor, Operand operand, const NameOf& name
 
 void check_sizes(const at::Tensor& tensor, const at::Tensor& param, Operand operand,
                  const NameOf& name_of) {
-  if (tensor.sizes() == param.sizes()) return;
+  if (operand == kGrad ? tensor.sizes() == param.sizes() : has_sizes_beside(tensor, param)) return;
   throw std::runtime_error(
       name_of(operand) + ": expected the shape of its parameter, " + to_string(param.sizes()) +
       ", got " + to_string(tensor.sizes()) +
@@ -79,7 +79,7 @@ bool has_kernel(const Operands& operands) {
   if (overlap(param, grad) && !is_own_grad(param, grad)) return false;
   for (int k = 0; k < operands.num_states; ++k) {
     const at::Tensor& state = operands.states[k];
-    const bool is_quantized = is_8_bit(state.scalar_type()) && kernel_device(state) == device;
+    const bool is_quantized = has_blocks(state.scalar_type()) && kernel_device(state) == device;
     if (!is_quantized && !fits(state)) return false;
     if (overlap(state, grad) || overlap(state, param)) return false;
     for (int other = 0; other < k; ++other) {
@@ -90,8 +90,8 @@ bool has_kernel(const Operands& operands) {
 }
 
 Dtype state_dtype(const at::Tensor& state) {
-  return is_8_bit(state.scalar_type()) ? quantized_dtype(state.scalar_type())
-                                       : *kernel_dtype(state.scalar_type());
+  return has_blocks(state.scalar_type()) ? dtype_of_blocks(state.scalar_type())
+                                         : *kernel_dtype(state.scalar_type());
 }
 
 TensorEntry entry_of(const Operands& operands, const OwnedLayout* layout) {

@@ -27,7 +27,7 @@ bool has_kernel(const Operands& operands);
 // What the kernels read of such operands; with a nullptr they share one dense layout.
 TensorEntry entry_of(const Operands& operands, const OwnedLayout* layout);
 
-// The kernels' dtype of a state, which may be stored in 8 bits.
+// The kernels' dtype of a state, which may be stored in blocks.
 Dtype state_dtype(const at::Tensor& state);
 
 // True where the CUDA kernels do not walk so many dimensions.

@@ -4,6 +4,8 @@
 
 #include <stdexcept>
 
+#include "state_layout.h"
+
 namespace momentum_ext::binding {
 namespace {
 
@@ -103,8 +105,8 @@ at::Tensor awaited_shard(const at::Tensor& grad) {
 }
 
 py::object as_state_of(PyObject* param, const at::Tensor& local) {
-  const bool is_scale = local.scalar_type() == at::kByte;
-  if (is_scale || find_shard(param).spec == nullptr) return object(local);
+  const bool lies_like_param = local.scalar_type() != kPacked;  // not scales, not packed codes
+  if (!lies_like_param || find_shard(param).spec == nullptr) return object(local);
   return python("like")(py::handle(param), object(local));
 }
 

@@ -49,7 +49,7 @@ at::Tensor converted(const SlotState& state, const at::Tensor& value, Formulatio
   return wanted == Formulation::kClassical ? exact.mul(lr) : exact.div(lr);
 }
 
-// The scales of a state k of 8 bits.
+// The scales of a state k in blocks.
 at::Tensor find_scale(const SlotState& state, int k, const at::Tensor& buffer) {
   PyObject* const key = state.plan.rule->scale_keys[k];
   const at::Tensor* const scale = state.find(key);
@@ -80,8 +80,8 @@ bool is_read_by_kernels(const at::Tensor& scale) {
 // A state for a first step, where it is not as torch makes it.
 void make_state(const SlotState& state, StartingState& start, int k, const at::Tensor& param,
                 at::ScalarType dtype) {
-  start.states[k] = empty_dense_like(param, dtype);
-  if (!is_8_bit(dtype)) return;
+  start.states[k] = empty_state_like(param, dtype);
+  if (!has_blocks(dtype)) return;
   start.scales[k] = at::empty(scale_sizes(start.states[k]), param.options().dtype(at::kByte));
   start.changes.emplace_back(state.plan.rule->scale_keys[k], start.scales[k]);
 }
@@ -93,27 +93,27 @@ void convert_state(const SlotState& state, StartingState& start, int k, const at
   at::Tensor& scale = start.scales[k];
   PyObject* const scale_key = state.plan.rule->scale_keys[k];
   const Formulation formulation = state.reader().formulation();
-  const bool was_8_bit = is_8_bit(value.scalar_type());
-  if (was_8_bit) scale = find_scale(state, k, value);
+  const bool had_blocks = has_blocks(value.scalar_type());
+  if (had_blocks) scale = find_scale(state, k, value);
   const bool keeps_format =
       value.scalar_type() == dtype &&
-      (!was_8_bit || (is_dense_like(value, param) && is_read_by_kernels(scale)));
+      (!had_blocks || (lies_beside(value, param) && is_read_by_kernels(scale)));
   if (keeps_format && !converts) return;
-  if (was_8_bit && !value.is_non_overlapping_and_dense()) {
+  if (had_blocks && !value.is_non_overlapping_and_dense()) {
     throw std::runtime_error(state.name_of(operand_of_state(k)) +
                              ": its elements do not lie without gaps, so its blocks cannot "
                              "be told; delete it from the optimizer's state to start from no "
                              "momentum");
   }
-  at::Tensor exact = was_8_bit ? dequantize(value, scale) : value;
+  at::Tensor exact = had_blocks ? dequantize(value, scale, param.sizes()) : value;
   if (converts) exact = converted(state, exact, formulation);
   scale = at::Tensor();
-  if (is_8_bit(dtype)) {
+  if (has_blocks(dtype)) {
     std::tie(value, scale) = quantize(exact, dtype, param);
     start.changes.emplace_back(scale_key, scale);
   } else {
-    value = keeps_format ? exact.to(dtype) : empty_dense_like(param, dtype).copy_(exact);
-    if (was_8_bit) start.changes.emplace_back(scale_key, at::Tensor());
+    value = keeps_format ? exact.to(dtype) : empty_state_like(param, dtype).copy_(exact);
+    if (had_blocks) start.changes.emplace_back(scale_key, at::Tensor());
   }
   start.changes.emplace_back(state.plan.rule->state_keys[k], value);
 }
@@ -135,14 +135,14 @@ void start_state(const SlotState& state, StartingState& start, int k, const at::
   }
   check_memory(value, [&] { return state.name_of(operand_of_state(k)); });
   const bool converts = state.plan.wants_conversion(slot) && !slot.is_repeated;
-  const bool is_8_bit_now = is_8_bit(value.scalar_type());
+  const bool is_quantized = is_plain && has_blocks(value.scalar_type());
   const bool is_ours = is_plain && kernel_device(value) == kernel_device(param) &&
-                       value.sizes() == param.sizes() &&
-                       (is_8_bit_now || kernel_dtype(value.scalar_type()).has_value()) &&
+                       has_sizes_beside(value, param) &&
+                       (is_quantized || kernel_dtype(value.scalar_type()).has_value()) &&
                        value.is_complex() == param.is_complex();
   if (is_ours) return convert_state(state, start, k, param, dtype, converts);
   // check_operands() has a word for what is wrong, and torch's path for its format.
-  if (!converts || is_8_bit_now) return;
+  if (!converts || is_quantized) return;
   value = converted(state, value, state.reader().formulation()).to(value.scalar_type());
   start.changes.emplace_back(state.plan.rule->state_keys[k], value);
 }
@@ -174,7 +174,7 @@ void start_master(const SlotState& state, StartingState& start, const at::Tensor
   const at::Tensor* const found = state.find(key);
   if (found == nullptr) {
     check_memory(param, [&] { return slot.name(); });
-    start.master = empty_dense_like(param, dtype);
+    start.master = empty_state_like(param, dtype);
     is_split ? start.master.zero_() : start.master.copy_(param.detach());
     start.changes.emplace_back(key, start.master);
     return;
@@ -194,8 +194,8 @@ void start_master(const SlotState& state, StartingState& start, const at::Tensor
   }
   check_memory(*found, name);
   start.master = converts ? converted_remainder(*found, dtype) : *found;
-  if (is_dense_like(start.master, param) && !converts) return;
-  start.master = empty_dense_like(param, dtype).copy_(start.master);
+  if (lies_beside(start.master, param) && !converts) return;
+  start.master = empty_state_like(param, dtype).copy_(start.master);
   start.changes.emplace_back(key, start.master);
 }
 
@@ -208,10 +208,10 @@ std::vector<std::pair<PyObject*, at::Tensor>> as_stored(const SlotState& state,
   const Formulation formulation = state.reader().buffer_formulation();
   const at::ScalarType dtype = found.scalar_type();
   check_memory(found, [&] { return state.name_of(operand_of_state(0)); });
-  if (!is_8_bit(dtype)) {
+  if (!has_blocks(dtype)) {
     return {{rule.state_keys[0], converted(state, found, formulation).to(dtype)}};
   }
-  const at::Tensor exact = dequantize(found, find_scale(state, 0, found));
+  const at::Tensor exact = dequantize(found, find_scale(state, 0, found), param.sizes());
   const auto [codes, scale] = quantize(converted(state, exact, formulation), dtype, param);
   return {{rule.state_keys[0], codes}, {rule.scale_keys[0], scale}};
 }
@@ -238,7 +238,8 @@ const at::Tensor* SlotState::find(PyObject* key) const {
   const auto* const scale_keys = plan.rule->scale_keys;
   const bool is_scale =
       std::find(scale_keys, scale_keys + kMaxStates, key) != scale_keys + kMaxStates;
-  if (found == nullptr || is_scale) return found;  // scales are plain: of the local shard
+  // What lies otherwise than the parameter is plain: of the local shard.
+  if (found == nullptr || is_scale || is_packed(*found, plan.param(i))) return found;
   return &resolve_state(plan.param_objects[i], *found, [&] { return name_of(key); });
 }
 

@@ -1,6 +1,6 @@
 // What a profiler sees of a step.
 #include "prepared_step.h"
-#include "quantization.h"
+#include "state_layout.h"
 
 namespace momentum_ext::binding {
 
@@ -12,7 +12,7 @@ int64_t bytes_to_move(const Plan& plan, const StepAverages& averages) {
     int64_t per_element = 2 * itemsize(entry.param_dtype) + itemsize(entry.grad_dtype);
     for (int k = 0; k < plan.slots[i].num_states; ++k) {
       // In a tensor's first step there is no state to read.
-      per_element += (entry.is_first_step ? 1 : 2) * itemsize(entry.state_dtype[k]);
+      bytes += (entry.is_first_step ? 1 : 2) * num_bytes(entry.state_dtype[k], entry.numel);
     }
     if (entry.average != nullptr) per_element += 2 * itemsize(entry.param_dtype);
     if (const LowPrecision* const low = entry.low_precision; low != nullptr) {

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "../formats/dtype.h"
+#include "state_layout.h"
 
 namespace momentum_ext::binding {
 
@@ -24,19 +24,14 @@ struct Storage {
 
   // That of the momentum buffer: fp32 beside a master, else the parameter's own.
   at::ScalarType dtype_of_buffer(const at::Tensor& param) const {
-    return momentum_dtype.value_or(has_master(param) ? at::kFloat : param.scalar_type());
+    const auto usual = has_master(param) ? at::kFloat : param.scalar_type();
+    const at::ScalarType dtype = momentum_dtype.value_or(usual);
+    return dtype == kPacked && !can_pack(param) ? at::kChar : dtype;
   }
 
   bool is_random() const { return stochastic_rounding || rounds_masters; }
 
   friend bool operator==(const Storage&, const Storage&) = default;
 };
-
-constexpr bool is_8_bit(at::ScalarType dtype) {
-  return dtype == at::kChar || dtype == at::kFloat8_e4m3fn;
-}
-constexpr Dtype quantized_dtype(at::ScalarType dtype) {
-  return dtype == at::kChar ? Dtype::kInt8 : Dtype::kFloat8E4M3;
-}
 
 }  // namespace momentum_ext::binding

@@ -167,11 +167,27 @@ void store_copy(const opmath_t* tile, int64_t n, Float16* param, float* master) 
   float_to_half(master, n, param);
 }
 
-// ---- states of 8 bits ---------------------------------------------------------------------------
+// ---- states in blocks ---------------------------------------------------------------------------
 // A tile is a number of whole blocks: both begin at multiples of kTile.
 
 constexpr int kBlocks = kTile / kScaleBlock;
 static_assert(kTile % kScaleBlock == 0);
+
+// Codes of 4 bits, two in a byte, each in a byte of its own, and back. They begin at a byte.
+inline void unpack(const uint8_t* bytes, int64_t n, Int4* codes) {
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < (n + 1) / 2; ++i) {
+    codes[2 * i].bits = static_cast<int8_t>(((bytes[i] & 15) ^ 8) - 8);
+    codes[2 * i + 1].bits = static_cast<int8_t>(((bytes[i] >> 4) ^ 8) - 8);
+  }
+}
+inline void pack(Int4* codes, int64_t n, uint8_t* bytes) {
+  codes[n].bits = 0;
+  MOMENTUM_EXT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < (n + 1) / 2; ++i) {
+    bytes[i] = static_cast<uint8_t>((codes[2 * i].bits & 15) | codes[2 * i + 1].bits << 4);
+  }
+}
 
 template <typename scalar_t, typename opmath_t>
 void load_blocks(const scalar_t* codes, const ScaleBits* scales, int64_t n, opmath_t* tile) {
@@ -338,8 +354,9 @@ class OperandTile : TensorTile<W, kAhead> {
     } else if (size_ != 1) {
       load_tile(dtype_, found_, n, tile_);
     } else {
-      visit_8_bit(dtype_, [&](auto type) {
-        load_blocks(as<decltype(type)>(tensor_) + at, scales_ + at / kScaleBlock, n, tile_);
+      with_codes(at, [&](auto* codes) {
+        if constexpr (std::is_same_v<decltype(codes), Int4*>) unpack(packed_codes(at), n, codes);
+        load_blocks(codes, scales_ + at / kScaleBlock, n, tile_);
       });
     }
   }
@@ -364,9 +381,9 @@ class OperandTile : TensorTile<W, kAhead> {
     } else if (master_kind_ == Master::kCopy) {
       store_copy(tile_, n, as<Float16>(found_), static_cast<float*>(master_) + at);
     } else if (size_ == 1) {
-      visit_8_bit(dtype_, [&](auto type) {
-        store_blocks(tile_, is_random_ ? &random : nullptr, n, as<decltype(type)>(tensor_) + at,
-                     scales_ + at / kScaleBlock);
+      with_codes(at, [&](auto* codes) {
+        store_blocks(tile_, is_random_ ? &random : nullptr, n, codes, scales_ + at / kScaleBlock);
+        if constexpr (std::is_same_v<decltype(codes), Int4*>) pack(codes, n, packed_codes(at));
       });
     } else if (is_random_) {
       store_tile_stochastic(dtype_, tile_, random, n, found_);
@@ -374,6 +391,22 @@ class OperandTile : TensorTile<W, kAhead> {
       store_tile(dtype_, tile_, n, found_);
     }
   }
+
+  // Calls use(codes) with the codes from element `at` on, each in a byte.
+  template <typename Use>
+  void with_codes(int64_t at, const Use& use) {
+    char* const tensor = tensor_;  // g++ 12 does not find it in a generic lambda
+    visit_blocks(dtype_, [&](auto type) {
+      using scalar_t = decltype(type);
+      if constexpr (std::is_same_v<scalar_t, Int4>) {
+        Int4 codes[kTile + 1];
+        use(codes);
+      } else {
+        use(as<scalar_t>(tensor) + at);
+      }
+    });
+  }
+  uint8_t* packed_codes(int64_t at) { return as<uint8_t>(tensor_) + at / 2; }
 
   template <typename scalar_t>
   static scalar_t* as(char* memory) {

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Kind::opmath_
     state[k].memory = memory(kState + k);
     state[k].dtype = kind.dtype(kState + k);
     state[k].scales = static_cast<ScaleBits*>(memory(Fields::kScale + k));
-    state[k].has_scale = k < work.num_states && is_8_bit(state[k].dtype);
+    state[k].has_scale = k < work.num_states && has_blocks(state[k].dtype);
     state[k].is_random = k < work.num_states && state[k].rounds_at_random(at_random);
     draws = draws || state[k].is_random;
   }

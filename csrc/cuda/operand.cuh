@@ -166,11 +166,60 @@ __device__ __forceinline__ void encode_master(Master kind,
   }
 }
 
-// ---- states of 8 bits ---------------------------------------------------------------------------
+// ---- states in blocks ---------------------------------------------------------------------------
+
+// A word of eight codes of 4 bits, each in a byte of its own, with its sign, and back.
+template <typename opmath_t>
+__device__ __forceinline__ void widen_nibbles(Stored<opmath_t>& stored) {
+#pragma unroll
+  for (int at = 1; at >= 0; --at) {
+    uint32_t codes = stored.words[0] >> 16 * at & 0xffffu;
+    codes = (codes | codes << 8) & 0x00ff00ffu;
+    codes = (codes | codes << 4) & 0x0f0f0f0fu;
+    stored.words[at] = codes | (codes & 0x08080808u) * 0x1eu;
+  }
+}
+template <typename opmath_t>
+__device__ __forceinline__ void narrow_to_nibbles(Stored<opmath_t>& stored) {
+#pragma unroll
+  for (int at = 0; at < 2; ++at) {
+    uint32_t codes = stored.words[at] & 0x0f0f0f0fu;
+    codes = (codes | codes >> 4) & 0x00ff00ffu;
+    codes = (codes | codes >> 8) & 0xffffu;
+    stored.words[0] = at == 0 ? codes : stored.words[0] | codes << 16;
+  }
+}
+
+// The first `count` codes of the eight, of which the others are zeros.
+template <typename opmath_t>
+__device__ __forceinline__ void read_packed(const void* base, int64_t first, int count,
+                                            Stored<opmath_t>& to) {
+  const auto* const bytes = static_cast<const uint8_t*>(base) + first / 2;
+  if (count == kElemsPerThread && reinterpret_cast<uintptr_t>(bytes) % sizeof(uint32_t) == 0) {
+    to.words[0] = *reinterpret_cast<const uint32_t*>(bytes);
+  } else {
+    to.words[0] = 0;
+#pragma unroll 1
+    for (int k = 0; 2 * k < count; ++k) to.words[0] |= uint32_t{bytes[k]} << 8 * k;
+  }
+}
+template <typename opmath_t>
+__device__ __forceinline__ void write_packed(void* base, int64_t first, int count,
+                                             Stored<opmath_t>& from) {
+  auto* const bytes = static_cast<uint8_t*>(base) + first / 2;
+  narrow_to_nibbles(from);
+  if (count == kElemsPerThread && reinterpret_cast<uintptr_t>(bytes) % sizeof(uint32_t) == 0) {
+    *reinterpret_cast<uint32_t*>(bytes) = from.words[0];
+    return;
+  }
+#pragma unroll 1
+  for (int k = 0; 2 * k < count; ++k) bytes[k] = static_cast<uint8_t>(from.words[0] >> 8 * k);
+}
 
 template <typename scalar_t, typename opmath_t>
-__device__ __forceinline__ void decode_block(const Stored<opmath_t>& stored, float scale,
+__device__ __forceinline__ void decode_block(Stored<opmath_t> stored, float scale,
                                              opmath_t (&values)[kElemsPerThread]) {
+  if constexpr (std::is_same_v<scalar_t, Int4>) widen_nibbles(stored);
 #pragma unroll
   for (int k = 0; k < kElemsPerThread; ++k)
     values[k] = load(element_of<scalar_t>(stored, k)) * scale;
@@ -255,7 +304,11 @@ struct StoredOperand {
   __device__ __forceinline__ void read(const Place& place, const Span& span) {
     const InARow row = {span.first};
     if (has_scale) {
-      read_bits<uint8_t>(memory, row, span.count, stored);
+      if (dtype == Dtype::kInt4) {
+        read_packed(memory, span.first, span.count, stored);
+      } else {
+        read_bits<uint8_t>(memory, row, span.count, stored);
+      }
       scale = scales[span.block];
       return;
     }
@@ -270,7 +323,7 @@ struct StoredOperand {
 
   __device__ __forceinline__ void decode(opmath_t (&values)[kElemsPerThread]) const {
     if (has_scale) {
-      visit_8_bit(dtype, [&](auto type) {
+      visit_blocks(dtype, [&](auto type) {
         decode_block<decltype(type)>(stored, load_scale(scale), values);
       });
     } else if (master_kind != Master::kNone) {
@@ -286,10 +339,14 @@ struct StoredOperand {
     const InARow row = {span.first};
     randoms.are_drawn = is_random;
     if (has_scale) {
-      scale = visit_8_bit(dtype, [&](auto type) {
+      scale = visit_blocks(dtype, [&](auto type) {
         return encode_block<kOperand, decltype(type)>(values, span.count, randoms, stored);
       });
-      write_bits<uint8_t>(memory, row, span.count, stored);
+      if (dtype == Dtype::kInt4) {
+        write_packed(memory, span.first, span.count, stored);
+      } else {
+        write_bits<uint8_t>(memory, row, span.count, stored);
+      }
       if (span.lane % kLanesPerBlock == 0 && span.count != 0) scales[span.block] = scale;
       return;
     }

@@ -1,4 +1,4 @@
-// 8-bit blocks: kScaleBlock elements in a row share a scale of 16 bits (block-wise quantization:
+// Blocks of 8 or 4 bits: kScaleBlock elements in a row share a scale of 16 bits (block-wise quantization:
 // Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022; a companded map in
 // blocks of 32: Ortiz et al., "FlashOptim", 2026).
 //
@@ -12,8 +12,8 @@
 
 namespace momentum_ext {
 
-// Code c stands for c * (kSquare * |c| + kLinear): y * (0.405 + 0.595 * |y|) for y = c / 127, in
-// integers. What is small in its block has the finer steps.
+// Code c stands for c * (kSquare * |c| + kLinear): what is small in its block has the finer steps.
+// y * (0.405 + 0.595 * |y|) for y = c / 127, in integers.
 struct Int8 {
   int8_t bits;
   static constexpr float kSquare = 3;
@@ -22,6 +22,17 @@ struct Int8 {
   static constexpr float kTop = kLargestCode * (kSquare * kLargestCode + kLinear);
   static constexpr float kSmallestScale = 0x1.9cp-117f;  // 2^-100 / kTop, rounded down
   static constexpr float kLargestScale = 0x1.9cp+111f;   // the largest whose kTop-fold is finite
+};
+// y * (0.59 + 0.41 * |y|) for y = c / 7. Elements 2i and 2i + 1 of a tensor have the lower and the
+// upper half of byte i.
+struct Int4 {
+  int8_t bits;
+  static constexpr float kSquare = 1;
+  static constexpr float kLinear = 10;
+  static constexpr int kLargestCode = 7;
+  static constexpr float kTop = kLargestCode * (kSquare * kLargestCode + kLinear);
+  static constexpr float kSmallestScale = 0x1.13p-107f;
+  static constexpr float kLargestScale = 0x1.13p+121f;
 };
 struct Float8E4M3 {
   uint8_t bits;
@@ -90,26 +101,35 @@ MOMENTUM_EXT_INLINE float absolute(float value) {
   return float_from_bits(bits_of(value) & 0x7fffffffu);
 }
 
+template <typename scalar_t>
 MOMENTUM_EXT_INLINE float level(float code) {
-  return code * (Int8::kSquare * absolute(code) + Int8::kLinear);
+  return code * (scalar_t::kSquare * absolute(code) + scalar_t::kLinear);
 }
+
+template <typename scalar_t>
+using IfCompanded = std::enable_if_t<(scalar_t::kLargestCode > 0), int>;
 }  // namespace detail
 
-MOMENTUM_EXT_INLINE float load(Int8 value) {
-  return detail::level(static_cast<float>(static_cast<int32_t>(value.bits)));
+template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
+MOMENTUM_EXT_INLINE float load(scalar_t value) {
+  return detail::level<scalar_t>(static_cast<float>(static_cast<int32_t>(value.bits)));
 }
 
 // encode() gives a value's bits in 32: a loop that narrows afterwards has the widest vectors.
 
-// The nearest code, ties to the smaller magnitude: so many as there are midpoints below. Midpoint c
-// is 3 * c * c + 262 * c + 131. Its inverse, by a root, tells the code to within half of one, and the
-// comparison which it is; so all devices find the same.
-MOMENTUM_EXT_INLINE int32_t encode(Int8, float value) {
+// The nearest code, ties to the smaller magnitude: so many as there are midpoints below. Midpoint c,
+// between codes c and c + 1, is kSquare * c * c + kGap * c + kGap / 2. Its inverse, by a root, tells
+// the code to within half of one, and the comparison which it is; so all devices find the same.
+template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
+MOMENTUM_EXT_INLINE int32_t encode(scalar_t, float value) {
+  constexpr float kSquare = scalar_t::kSquare;
+  constexpr float kGap = scalar_t::kSquare + scalar_t::kLinear;
+  constexpr float kCenter = kGap / (2 * kSquare);
   const float magnitude = detail::absolute(value);
-  const float root = detail::about_sqrt(magnitude * (12.0f / 36) + 67072.0f / 36);
-  const auto low = static_cast<int32_t>(root + (0.5f - 262.0f / 6));
+  const float root = detail::about_sqrt(magnitude * (1 / kSquare) + (kCenter * kCenter - kCenter));
+  const auto low = static_cast<int32_t>(root + (0.5f - kCenter));
   const auto code = static_cast<float>(low);
-  const int32_t nearest = low + (magnitude > code * (3 * code + 262) + 131 ? 1 : 0);
+  const int32_t nearest = low + (magnitude > code * (kSquare * code + kGap) + kGap / 2 ? 1 : 0);
   return value < 0 ? -nearest : nearest;
 }
 
@@ -141,17 +161,19 @@ MOMENTUM_EXT_INLINE int32_t encode(Float8E4M3, float value) {
   return detail::assemble(value, magnitude, normal, subnormal);
 }
 
-MOMENTUM_EXT_INLINE void store(Int8& out, float value) {
+template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
+MOMENTUM_EXT_INLINE void store(scalar_t& out, float value) {
   out.bits = static_cast<int8_t>(encode(out, value));
 }
 MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
   out.bits = static_cast<uint8_t>(encode(out, value));
 }
 
-// Calls visit(scalar_t()) with the type of a dtype of 8 bits.
+// Calls visit(scalar_t()) with the type of a dtype that has blocks.
 MOMENTUM_EXT_CALLS_BACK
 template <typename Visit>
-MOMENTUM_EXT_INLINE decltype(auto) visit_8_bit(Dtype dtype, const Visit& visit) {
+MOMENTUM_EXT_INLINE decltype(auto) visit_blocks(Dtype dtype, const Visit& visit) {
+  if (dtype == Dtype::kInt4) return visit(Int4());
   return dtype == Dtype::kInt8 ? visit(Int8()) : visit(Float8E4M3());
 }
 

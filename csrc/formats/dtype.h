@@ -10,8 +10,8 @@
 
 namespace momentum_ext {
 
-// The 8-bit ones are for states alone, see block8.h.
-enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kFloat8E4M3 };
+// Those of 8 and 4 bits are for states alone, in blocks, see block8.h.
+enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kFloat8E4M3, kInt4 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -20,12 +20,14 @@ struct Float16 {
   uint16_t bits;
 };
 
-MOMENTUM_EXT_INLINE constexpr bool is_8_bit(Dtype dtype) {
-  return dtype == Dtype::kInt8 || dtype == Dtype::kFloat8E4M3;
-}
+MOMENTUM_EXT_INLINE constexpr bool has_blocks(Dtype dtype) { return dtype >= Dtype::kInt8; }
 
+// In bytes; two int4 share one.
 constexpr int64_t itemsize(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : is_8_bit(dtype) ? 1 : 2;
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : has_blocks(dtype) ? 1 : 2;
+}
+constexpr int64_t num_bytes(Dtype dtype, int64_t numel) {
+  return dtype == Dtype::kInt4 ? (numel + 1) / 2 : numel * itemsize(dtype);
 }
 
 template <Dtype dtype>
@@ -117,7 +119,7 @@ MOMENTUM_EXT_INLINE void store(Float16& out, float value) {
 }
 
 // Calls visit(scalar_t()) with the type of a dtype of 16 bits or more that is computed in opmath_t or
-// in less. The only place that asks a dtype which type it is, but for visit_8_bit() in block8.h.
+// in less. The only place that asks a dtype which type it is, but for visit_blocks() in block8.h.
 MOMENTUM_EXT_CALLS_BACK
 template <typename opmath_t, typename Visit>
 MOMENTUM_EXT_INLINE decltype(auto) visit_dtype(Dtype dtype, const Visit& visit) {

@@ -30,15 +30,20 @@ MOMENTUM_EXT_INLINE void store_stochastic(Float16& out, float value, uint32_t ra
 }
 
 // By the place between two levels.
-MOMENTUM_EXT_INLINE int32_t encode_stochastic(Int8, float value, uint32_t random) {
+template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
+MOMENTUM_EXT_INLINE int32_t encode_stochastic(scalar_t, float value, uint32_t random) {
+  constexpr float kSquare = scalar_t::kSquare;
+  constexpr float kCenter = scalar_t::kLinear / (2 * kSquare);
   const float fraction = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * 0x1p-16f;
   const float magnitude = detail::absolute(value);
-  const float root = detail::about_sqrt(magnitude * (12.0f / 36) + 67081.0f / 36);
-  const auto high = static_cast<int32_t>(root + (0.5f - 259.0f / 6));
-  const int32_t floor = high - (detail::level(static_cast<float>(high)) > magnitude ? 1 : 0);
+  const float root = detail::about_sqrt(magnitude * (1 / kSquare) + kCenter * kCenter);
+  const auto high = static_cast<int32_t>(root + (0.5f - kCenter));
+  const float level_of_high = detail::level<scalar_t>(static_cast<float>(high));
+  const int32_t floor = high - (level_of_high > magnitude ? 1 : 0);
   const auto code = static_cast<float>(floor);
-  const float gap = 6 * code + 262;
-  const int32_t rounded = floor + (magnitude - detail::level(code) > fraction * gap ? 1 : 0);
+  const float gap = 2 * kSquare * code + (kSquare + scalar_t::kLinear);
+  const float above = magnitude - detail::level<scalar_t>(code);
+  const int32_t rounded = floor + (above > fraction * gap ? 1 : 0);
   return value < 0 ? -rounded : rounded;
 }
 MOMENTUM_EXT_INLINE int32_t encode_stochastic(Float8E4M3, float value, uint32_t random) {
@@ -49,7 +54,8 @@ MOMENTUM_EXT_INLINE int32_t encode_stochastic(Float8E4M3, float value, uint32_t 
   const auto subnormal = static_cast<uint32_t>(static_cast<int32_t>(absolute * 0x1p9f + fraction));
   return detail::assemble(value, magnitude, normal, subnormal);
 }
-MOMENTUM_EXT_INLINE void store_stochastic(Int8& out, float value, uint32_t random) {
+template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
+MOMENTUM_EXT_INLINE void store_stochastic(scalar_t& out, float value, uint32_t random) {
   out.bits = static_cast<int8_t>(encode_stochastic(out, value, random));
 }
 MOMENTUM_EXT_INLINE void store_stochastic(Float8E4M3& out, float value, uint32_t random) {

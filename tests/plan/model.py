@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from harness import assert_same, params_of
-from precision_oracle import as_live, buffer_values, order_of, parts_of_value, tensor_of
+from precision_oracle import Options, as_live, buffer_values, dtype_of_buffer, order_of, parts_of_value, tensor_of
 from torch import Tensor
-from values import BF16, EIGHT_BITS, FP16, FP32, FP64, HALVES
+from values import BF16, FP8, FP16, FP32, FP64, HALVES, INT8
 
 from momentum_ext import FusedMomentum, reference
 
+PACKED = torch.uint8  # int4
+IN_BLOCKS = (INT8, FP8, PACKED)
 TORCH_KEYS = set(torch.optim.SGD([torch.zeros(1)]).state_dict()["param_groups"][0])
 OWN_DEFAULTS = {
     "formulation": "torch",
@@ -43,13 +45,12 @@ def dtype_of(name: Any) -> torch.dtype | None:
     return getattr(torch, name) if isinstance(name, str) else name
 
 
-def decoded(entry: dict[str, Any]) -> Tensor | None:
+def decoded(entry: dict[str, Any], param: Tensor) -> Tensor | None:
     """A momentum buffer's values."""
     buffer = entry.get("momentum_buffer")
-    if buffer is None or buffer.dtype not in EIGHT_BITS:
+    if buffer is None or "momentum_scale" not in entry:
         return buffer if buffer is None else buffer.detach().clone()
-    order = order_of(buffer)
-    return tensor_of(buffer_values(entry, order), FP32, buffer, order)
+    return tensor_of(buffer_values(entry, param), FP32, param, order_of(param))
 
 
 def exact(param: Tensor, entry: dict[str, Any]) -> Tensor:
@@ -82,9 +83,10 @@ def assert_near(
     assert torch.equal(found.isfinite() | (wanted.abs() > 3e4), ~odd | (wanted.abs() > 3e4)), f"{what}: not finite"
     values = torch.cat([each.double().reshape(-1).abs() for each in (wanted, before) if each is not None])
     largest = float(values.nan_to_num(0.0, 0.0).max()) if values.numel() else 0.0
-    if dtype in EIGHT_BITS:
+    if dtype in IN_BLOCKS:
         stored = wanted.abs() if before is None else wanted.abs() + before.double().abs()
-        apart = largest * 1018 / 81280 if dtype is torch.int8 else stored / 8  # neighbours, and two scales
+        gap = {INT8: 1018 / 81280, PACKED: 23 / 119}.get(dtype)
+        apart = largest * gap if gap else stored / 8  # neighbours, and two scales
         bound = apart + largest * (2.0**-8 + tolerance)
     else:
         bound = wanted.abs() * (ROUNDING[dtype] + tolerance) + largest * tolerance + (1e-7 if dtype is FP16 else 1e-37)
@@ -126,7 +128,7 @@ class Weight:
     def follow(self, entry: dict[str, Any]) -> None:
         """Go on from what the optimizer has."""
         self.value = exact(self.param, entry)
-        self.buffer = decoded(entry)
+        self.buffer = decoded(entry, self.param)
         self.average = None if "ema" not in entry else entry["ema"].detach().clone()
         self.formats = {key: tensor.dtype for key, tensor in entry.items()}
 
@@ -162,8 +164,8 @@ class Model:
             if self.was_moved(weight):
                 entry = copied.state[param]
                 wanted = self.converted(group, weight, copies=True)
-                assert_near(decoded(entry), wanted, weight.formats["momentum_buffer"], 2e-6, "copied buffer")
-                weight.buffer = decoded(entry)
+                assert_near(decoded(entry, param), wanted, weight.formats["momentum_buffer"], 2e-6, "copied buffer")
+                weight.buffer = decoded(entry, param)
             weight.formulation = self.stored_as(weight)[1]
         self.coefficients, self.grad_norm = [], None
 
@@ -294,9 +296,11 @@ class Model:
             key: dtype for key, dtype in weight.formats.items() if key in ("momentum_buffer", "momentum_scale", "ema")
         }
         if group["momentum"] != 0:
-            dtype = dtype_of(group.get("momentum_dtype")) or (FP32 if has_master else param.dtype)
+            options = Options(momentum_dtype=dtype_of(group.get("momentum_dtype")), master_weights=has_master)
+            dtype = dtype_of_buffer(param, options)
+            dtype = PACKED if dtype is torch.int4 else dtype
             out.pop("momentum_scale", None)
-            out |= {"momentum_buffer": dtype, **({"momentum_scale": torch.uint8} if dtype in EIGHT_BITS else {})}
+            out |= {"momentum_buffer": dtype, **({"momentum_scale": torch.uint8} if dtype in IN_BLOCKS else {})}
         if has_master:
             out |= {"param_remainder": torch.int16} if param.dtype is BF16 else {"master_param": FP32}
         return out
@@ -388,7 +392,7 @@ class Model:
         is_bits = is_plain and factor in (None, 1.0)
         tolerance = 0.0 if is_bits else 1e-12 if is_plain and {p.dtype for p in self.params} == {FP64} else 2e-6
         if not is_plain and buffer is not None and formats["momentum_buffer"] not in (FP32, FP64):
-            tolerance = 0.07 if formats["momentum_buffer"] in EIGHT_BITS else 0.01  # what was stored moves on
+            tolerance = {INT8: 0.07, FP8: 0.07, PACKED: 0.25}.get(formats["momentum_buffer"], 0.01)  # it moves on
         has_master = "param_remainder" in entry or "master_param" in entry
         found = exact(param, entry) if has_master else param
         is_8_bit = "momentum_scale" in formats or "momentum_scale" in weight.formats
@@ -397,7 +401,7 @@ class Model:
         assert_near(found, value, found.dtype, tolerance, "parameter", weight.value)
         if buffer is not None:
             tolerance = tolerance if is_plain else 0.01
-            assert_near(decoded(entry), buffer, formats["momentum_buffer"], tolerance, "buffer", weight.buffer)
+            assert_near(decoded(entry, weight.param), buffer, formats["momentum_buffer"], tolerance, "buffer", weight.buffer)
         if "ema" in entry:
             assert_near(entry["ema"], self._averaged(weight), param.dtype, 0.0, "average")
 
@@ -426,7 +430,7 @@ class Model:
             assert_same(exact(param, entry), weight.value, "parameter")
             assert {key: tensor.dtype for key, tensor in entry.items()} == weight.formats
             for found, wanted, what in (
-                (decoded(entry), weight.buffer, "buffer"),
+                (decoded(entry, param), weight.buffer, "buffer"),
                 (entry.get("ema"), weight.average, "ema"),
             ):
                 assert (found is None) == (wanted is None), what
@@ -480,12 +484,12 @@ class Model:
                 wanted["momentum_buffer"] = FP32
         travelling = {each.dtype for value in entry.values() for each in parts_of_value(value)}
         assert not travelling & {torch.int16, torch.float8_e4m3fn}
-        entry = as_live(entry)
+        entry = as_live(entry, weight.param)
         assert {k: t.dtype for k, t in entry.items()} == wanted
         if buffer is None:
             return
         is_plain = dtype is weight.formats["momentum_buffer"] and dtype in (FP32, FP64)
-        found = decoded(entry)
+        found = decoded(entry, weight.param)
         assert_near(found, buffer, dtype, 0.0 if is_plain else 2e-6, "saved buffer")
 
     def load(self, state_dict: dict[str, Any]) -> None:

@@ -179,13 +179,16 @@ def believed(param: np.ndarray, master: np.ndarray | None) -> np.ndarray:
     return np.where(matches, master, wide)
 
 
-# ----------------------------------------------------------------------------------------------------------- 8 bits
+# ----------------------------------------------------------------------------------------------------------- blocks
 
 
-LEVELS = np.arange(128, dtype=np.int64) * (3 * np.arange(128, dtype=np.int64) + 259)
-"""What int8 codes stand for, in units of the block's scale."""
-TOP = {torch.int8: F32(LEVELS[127]), torch.float8_e4m3fn: F32(448)}
-EIGHT_BIT = tuple(TOP)
+LEVELS = {
+    torch.int8: np.array([c * (3 * c + 259) for c in range(128)]),
+    torch.int4: np.array([c * (c + 10) for c in range(8)]),
+}
+"""What codes stand for, in units of the block's scale."""
+TOP = {torch.int8: F32(81280), torch.float8_e4m3fn: F32(448), torch.int4: F32(119)}
+IN_BLOCKS = tuple(TOP)
 SMALLEST = {dtype: F32(2.0**-100) / top for dtype, top in TOP.items()}
 """The scale of a block of 2^-100; what is below is stored as zeros."""
 
@@ -196,7 +199,7 @@ def cut(x: np.ndarray, add: np.ndarray | int = 0) -> np.ndarray:
 
 
 def quantize(values: np.ndarray, dtype: torch.dtype, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of 32 with a scale each: (int8, or the bits of e4m3fn, and the scales as bytes, [blocks, 2]).
+    """Blocks of 32 with a scale each: (int8, also for int4, or the bits of e4m3fn, and the scales as bytes, [blocks, 2]).
 
     `random` has 16 bits for each element of all blocks, whole ones.
     """
@@ -227,8 +230,9 @@ def quantize(values: np.ndarray, dtype: torch.dtype, random: np.ndarray | None =
         units = (np.minimum(magnitude, knee[:, None]) + above) * np.nextafter(inverse, F32(np.inf))[:, None]
         units = np.minimum(units, top)
     units = np.where(dead[:, None], F32(0), units)
-    if dtype is torch.int8:
-        magnitudes = nearest_code(units) if random is None else random_code(units, random)
+    if dtype in LEVELS:
+        levels = LEVELS[dtype]
+        magnitudes = nearest_code(units, levels) if random is None else random_code(units, random, levels)
         codes = np.where(np.signbit(blocks), -magnitudes, magnitudes).astype(np.int8)
     else:
         codes = e4m3fn(np.copysign(units, blocks), random)
@@ -238,18 +242,18 @@ def quantize(values: np.ndarray, dtype: torch.dtype, random: np.ndarray | None =
     return codes.reshape(-1)[: len(values)].copy(), as_bytes
 
 
-def nearest_code(units: np.ndarray) -> np.ndarray:
+def nearest_code(units: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Ties to the smaller magnitude."""
-    distances = (LEVELS[1:] + LEVELS[:-1]) // 2  # all sums are even
-    return np.searchsorted(distances.astype(F32), units, side="left")
+    midpoints = (levels[1:] + levels[:-1]) / 2  # exact in fp32
+    return np.searchsorted(midpoints.astype(F32), units, side="left")
 
 
-def random_code(units: np.ndarray, random: np.ndarray) -> np.ndarray:
+def random_code(units: np.ndarray, random: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Up with the probability of the place between two levels."""
-    code = np.searchsorted(LEVELS.astype(F32), units, side="right") - 1
-    gap = (6 * code + 262).astype(F32)
+    code = np.searchsorted(levels.astype(F32), units, side="right") - 1
+    gap = np.append(np.diff(levels), 1)[code].astype(F32)
     chance = (random.astype(F32) + F32(0.5)) * F32(2**-16)
-    return code + (units - LEVELS[code].astype(F32) > chance * gap)
+    return code + (units - levels[code].astype(F32) > chance * gap)
 
 
 def e4m3fn(values: np.ndarray, random: np.ndarray | None) -> np.ndarray:
@@ -269,8 +273,8 @@ def e4m3fn(values: np.ndarray, random: np.ndarray | None) -> np.ndarray:
 
 
 def dequantize(q: np.ndarray, scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    if dtype is torch.int8:
-        wide = np.sign(q).astype(F32) * LEVELS[np.abs(q.astype(np.int64))].astype(F32)
+    if dtype in LEVELS:
+        wide = np.sign(q).astype(F32) * LEVELS[dtype][np.abs(q.astype(np.int64))].astype(F32)
     else:
         magnitude = q.astype(U32) & U32(0x7F)
         wide = np.where(magnitude < 8, magnitude.astype(F32) / F32(512), from_bits((magnitude << U32(20)) + 0x3C000000))
@@ -284,9 +288,34 @@ def scales_of(as_bytes: np.ndarray) -> np.ndarray:
 
 def scales_like(scale: np.ndarray, codes: Tensor) -> Tensor:
     """With the shape that they have beside these codes."""
-    along_rows = codes.dim() > 1 and codes.shape[-1] % BLOCK == 0 and codes.is_contiguous()
-    shape = (*codes.shape[:-1], codes.shape[-1] // BLOCK, 2) if along_rows else (len(scale), 2)
+    size = BLOCK // 2 if codes.dtype is torch.uint8 else BLOCK  # of a block's codes in memory
+    along_rows = codes.dim() > 1 and codes.shape[-1] % size == 0 and codes.is_contiguous()
+    shape = (*codes.shape[:-1], codes.shape[-1] // size, 2) if along_rows else (len(scale), 2)
     return torch.from_numpy(scale).reshape(shape)
+
+
+def innermost(like: Tensor, order: list[int]) -> int | None:
+    """The dimension of more than one element that is innermost in memory, where it has an even number of them."""
+    dims = [dim for dim in order if like.shape[dim] != 1]
+    return dims[-1] if dims and like.shape[dims[-1]] % 2 == 0 else None
+
+
+def packed(codes: np.ndarray, like: Tensor, order: list[int]) -> Tensor:
+    """int4: the first of two in the lower half of a byte."""
+    pairs = np.append(codes, np.zeros(len(codes) % 2, np.int8)).reshape(-1, 2).astype(np.uint8) & 15
+    flat = torch.from_numpy(pairs[:, 0] | pairs[:, 1] << 4)
+    halved = innermost(like, order)
+    if halved is None:
+        return flat
+    sizes = [like.shape[dim] // (2 if dim == halved else 1) for dim in order]
+    return flat.reshape(sizes).permute([order.index(dim) for dim in range(like.dim())])
+
+
+def unpacked(buffer: Tensor, like: Tensor, order: list[int]) -> np.ndarray:
+    in_order = buffer.permute(order) if innermost(like, order) is not None else buffer
+    flat = in_order.contiguous().reshape(-1).clone().numpy()
+    codes = np.stack([flat & 15, flat >> 4], 1).reshape(-1)[: like.numel()].astype(np.int8)
+    return np.where(codes > 7, codes - 16, codes).astype(np.int8)
 
 
 # ------------------------------------------------------------------------------------------------------- one tensor
@@ -316,14 +345,16 @@ def tensor_of(values: np.ndarray, dtype: torch.dtype, like: Tensor, order: list[
     return out.copy_(typed.permute([order.index(dim) for dim in range(like.dim())]))
 
 
-def buffer_values(state: dict[str, Tensor], order: list[int]) -> np.ndarray | None:
-    buffer = state.get("momentum_buffer")
+def buffer_values(state: dict[str, Tensor], param: Tensor) -> np.ndarray | None:
+    """In the order of the parameter's memory."""
+    buffer, order = state.get("momentum_buffer"), order_of(param)
     if buffer is None:
         return None
+    scale = state["momentum_scale"].clone().numpy() if "momentum_scale" in state else None
+    if buffer.dtype is torch.uint8:
+        return dequantize(unpacked(buffer, param, order), scale, torch.int4)
     values = flat(buffer, order)
-    if buffer.dtype in EIGHT_BIT:
-        return dequantize(values, state["momentum_scale"].clone().numpy(), buffer.dtype)
-    return widen(values, buffer.dtype)
+    return widen(values, buffer.dtype) if scale is None else dequantize(values, scale, buffer.dtype)
 
 
 def truth_of(param: Tensor, state: dict[str, Tensor], options: Options, order: list[int]) -> np.ndarray:
@@ -344,20 +375,21 @@ def with_buffer(
     """The state with these values as its momentum buffer."""
     order = order_of(like)
     out = {key: value for key, value in state.items() if key not in ("momentum_buffer", "momentum_scale")}
-    if dtype in EIGHT_BIT:
-        values, scale = quantize(values, dtype, random)
-    else:
+    if dtype not in IN_BLOCKS:
         values = narrow(values, dtype, None if random is None else random[: len(values)])
-    out["momentum_buffer"] = tensor_of(values, dtype, like, order)
-    if dtype in EIGHT_BIT:
-        out["momentum_scale"] = scales_like(scale, out["momentum_buffer"])
-    return out
+        return {**out, "momentum_buffer": tensor_of(values, dtype, like, order)}
+    codes, scale = quantize(values, dtype, random)
+    buffer = packed(codes, like, order) if dtype is torch.int4 else tensor_of(codes, dtype, like, order)
+    return {**out, "momentum_buffer": buffer, "momentum_scale": scales_like(scale, buffer)}
 
 
 def dtype_of_buffer(param: Tensor, options: Options) -> torch.dtype:
-    """fp32 beside a master, else the parameter's own, unless the options say another."""
+    """fp32 beside a master, else the parameter's own, unless the options say another; int8 for int4 that has no pairs."""
     has_master = options.master_weights and param.dtype in (torch.bfloat16, torch.float16)
-    return options.momentum_dtype or (torch.float32 if has_master else param.dtype)
+    dtype = options.momentum_dtype or (torch.float32 if has_master else param.dtype)
+    order = [dim for dim in order_of(param) if param.shape[dim] != 1]
+    has_pairs = order == sorted(order) or innermost(param, order) is not None
+    return torch.int8 if dtype is torch.int4 and not has_pairs else dtype
 
 
 def oracle_convert(
@@ -382,10 +414,10 @@ def oracle_convert(
     if "param_remainder" in state:
         state["param_remainder"] = remainder_of(state, options)
     converts = formulation not in (None, options.formulation)
-    if buffer.dtype is dtype and not converts:
+    if buffer.dtype is (torch.uint8 if dtype is torch.int4 else dtype) and not converts:
         return state
     lr = F32(options.lr)
-    values = buffer_values(state, order_of(param))
+    values = buffer_values(state, param)
     if converts:
         values = values / lr if options.formulation == "torch" else values * lr
     return with_buffer(state, values, dtype, param)
@@ -421,7 +453,7 @@ def oracle_step(
         truth, buffer = step_values(
             truth_of(param, state, options, order),
             widen(flat(grad, order), grad.dtype),
-            None if options.momentum == 0 else buffer_values(state, order),
+            None if options.momentum == 0 else buffer_values(state, param),
             options,
         )
         out = dict(state)
@@ -460,20 +492,21 @@ def parts_of_value(value: Tensor | dict[str, Tensor]) -> list[Tensor]:
     return list(value.values()) if isinstance(value, dict) else [value]
 
 
-def as_live(entry: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_live(entry: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
     """A state dict's tensors by the keys and in the dtypes that a parameter's state has."""
-    stored = {("param_remainder", torch.bfloat16): torch.int16, ("momentum_buffer", torch.uint8): torch.float8_e4m3fn}
+    stored = {("param_remainder", torch.bfloat16): torch.int16}
     if isinstance(entry.get("momentum_buffer"), dict):
         saved = entry["momentum_buffer"]
         entry = {**entry, "momentum_buffer": saved["codes"], "momentum_scale": saved["scale"]}
+        if saved["codes"].shape == param.shape:
+            stored["momentum_buffer", torch.uint8] = torch.float8_e4m3fn
     return {key: value.view(stored.get((key, value.dtype), value.dtype)) for key, value in entry.items()}
 
 
-def as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a state: buffers of 8 bits whose blocks are no parts of rows are their values."""
+def as_saved(state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a state: buffers in blocks that are no parts of rows are their values."""
     buffer, scale = state.get("momentum_buffer"), state.get("momentum_scale")
     if scale is None or (buffer.dim() > 1 and scale.dim() == buffer.dim() + 1):
         return state
-    order = order_of(buffer)
-    values = tensor_of(buffer_values(state, order), torch.float32, buffer, order)
+    values = tensor_of(buffer_values(state, param), torch.float32, param, order_of(param))
     return {**{key: value for key, value in state.items() if key != "momentum_scale"}, "momentum_buffer": values}

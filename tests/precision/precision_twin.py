@@ -10,11 +10,11 @@ import torch
 from harness import assert_same, params_of
 from precision_oracle import Options, as_live, as_saved, options_of, oracle_convert, oracle_step, parts_of_value
 from torch import Tensor
-from values import BF16, FP8, FP16, FP32, HALVES, INT8, clone_exact, dtype_name, through_pickle
+from values import BF16, FP8, FP16, FP32, HALVES, INT4, INT8, clone_exact, dtype_name, through_pickle
 
 from momentum_ext import _C, FusedMomentum
 
-MOMENTUM_DTYPES = (None, FP32, BF16, FP16, INT8, FP8)
+MOMENTUM_DTYPES = (None, FP32, BF16, FP16, INT8, FP8, INT4)
 STATE = ("momentum_buffer", "momentum_scale", "param_remainder", "master_param")
 
 # Around every edge: Philox's 8 elements, vectors, blocks of 32, tiles of 256, chunks.
@@ -44,11 +44,13 @@ MODES += [
 FEW = [
     {"dtype": FP32, "momentum_dtype": BF16, "stochastic_rounding": True},
     {"dtype": FP32, "momentum_dtype": INT8},
+    {"dtype": FP32, "momentum_dtype": INT4, "stochastic_rounding": True},
     {"dtype": BF16, "momentum_dtype": None, "stochastic_rounding": True},
     {"dtype": BF16, "momentum_dtype": FP32},
     {"dtype": BF16, "momentum_dtype": BF16, "master_weights": True},
     {"dtype": BF16, "momentum_dtype": INT8, "master_weights": True, "stochastic_rounding": True},
     {"dtype": BF16, "momentum_dtype": INT8, "master_weights": 24},
+    {"dtype": BF16, "momentum_dtype": INT4, "master_weights": 24},
     {"dtype": BF16, "momentum_dtype": BF16, "master_weights": 24, "stochastic_rounding": True},
     {"dtype": FP16, "momentum_dtype": FP16, "stochastic_rounding": True},
     {"dtype": FP16, "momentum_dtype": FP8, "master_weights": True},
@@ -157,7 +159,7 @@ class Twin:
     def load(self, state_dict: dict[str, Any], opt: FusedMomentum | None = None) -> None:
         """Its own state dict comes back, to this optimizer or to `opt`, which has the same options."""
         for entry, state in zip(self.entries, self.converted(), strict=True):
-            entry.state = as_saved(state)
+            entry.state = as_saved(state, entry.param)
         self._note_formulations()
         opt = opt or self.opt
         opt.load_state_dict(state_dict)
@@ -183,7 +185,8 @@ class Twin:
         for index, wanted in enumerate(self.converted()):
             entry = found.get(index, {})
             assert not {each.dtype for value in entry.values() for each in parts_of_value(value)} & {torch.int16, FP8}
-            assert_state(as_live(entry), as_saved(wanted), f"state_dict()'s {index}")
+            param = self.entries[index].param
+            assert_state(as_live(entry, param), as_saved(wanted, param), f"state_dict()'s {index}")
 
 
 def assert_state(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from harness import Snapshot, assert_same, for_loop, refused
-from precision_oracle import Options, buffer_values, oracle_convert, order_of
+from precision_oracle import Options, buffer_values, oracle_convert
 from precision_twin import FEW, give_grads, mode_name, optimizer_of, options_of_mode, plain_pickle_takes_fp8, twin_of
 from values import BF16, COPIES, FP8, FP16, FP32, INT8, clone_params, dtype_name, through_file
 
@@ -113,7 +113,7 @@ def test_from_torchs_sgd_and_back(mode, formulation):
         assert set(state["state"][index]) == {"momentum_buffer"}
         options = Options(momentum_dtype=mode["momentum_dtype"], master_weights=mode.get("master_weights", False))
         converted = oracle_convert(mine.state[param], param, options, formulation)
-        wide = torch.from_numpy(buffer_values(converted, order_of(param)))
+        wide = torch.from_numpy(buffer_values(converted, param))
         exported = state["state"][index]["momentum_buffer"]
         assert exported.dtype not in (INT8, FP8)
         assert_same(exported.float(), wide, "exported buffer")

@@ -84,7 +84,7 @@ def test_what_a_plain_optimizer_loads(dtype, stored):
 
 def test_a_scale_of_another_size_is_refused():
     with pytest.raises(ValueError, match="expected two bytes for each 32 elements of its 300, got Float of 1"):
-        _C.dequantize(torch.zeros(300, dtype=INT8), torch.ones(1))
+        _C.dequantize(torch.zeros(300, dtype=INT8), torch.ones(1), (300,))
 
 
 def test_a_compiled_step_after_the_options_were_taken_back():

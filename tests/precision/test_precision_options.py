@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from harness import assert_same
-from precision_oracle import buffer_values, order_of
+from precision_oracle import buffer_values
 from precision_twin import MOMENTUM_DTYPES, Twin, give_grads, optimizer_of
-from values import BF16, EIGHT_BITS, FP8, FP16, FP32, HALF_DTYPES, INT8, dtype_name
+from values import BF16, FP8, FP16, FP32, HALF_DTYPES, INT4, INT8, dtype_name
 
 from momentum_ext import FusedMomentum
 
@@ -53,7 +53,7 @@ def test_all_at_once(dtype):
         twin.step(2)
 
 
-@pytest.mark.parametrize("momentum_dtype", [FP32, BF16, FP16, INT8, FP8], ids=dtype_name)
+@pytest.mark.parametrize("momentum_dtype", [FP32, BF16, FP16, INT8, FP8, INT4], ids=dtype_name)
 def test_conversion_changes_the_buffer_by_one_rounding(momentum_dtype):
     """What is there after a conversion is the old buffer in the new dtype: seen in a checkpoint, before any step."""
     param = torch.nn.Parameter(torch.randn(1000))
@@ -63,10 +63,11 @@ def test_conversion_changes_the_buffer_by_one_rounding(momentum_dtype):
     param.grad = torch.zeros(1000)
     opt.param_groups[0].update(lr=0.0, momentum=1.0)
     opt.step()
-    found = torch.from_numpy(buffer_values(opt.state[param], order_of(param)))
-    coarsest = {FP32: 0.0, BF16: 2**-8, FP16: 2**-11, INT8: 509 / 81280 + 2**-9, FP8: 2**-4 + 2**-9}[momentum_dtype]
+    found = torch.from_numpy(buffer_values(opt.state[param], param))
+    of_largest = {INT8: 509 / 81280 + 2**-9, INT4: 11.5 / 119 + 2**-9}
+    coarsest = {FP32: 0.0, BF16: 2**-8, FP16: 2**-11, FP8: 2**-4 + 2**-9, **of_largest}[momentum_dtype]
     largest = kept.abs().max().item()
-    assert ((found - kept).abs() <= coarsest * (largest if momentum_dtype is INT8 else kept.abs() + 2e-3)).all()
+    assert ((found - kept).abs() <= coarsest * (largest if momentum_dtype in of_largest else kept.abs() + 2e-3)).all()
 
 
 @DTYPES
@@ -100,7 +101,9 @@ def test_the_state_has_what_the_options_need_and_nothing_else(dtype):
         give_grads(opt)
         opt.step()
         wanted = {"momentum_buffer": (momentum_dtype or (FP32 if master else dtype), (300,))}
-        if momentum_dtype in EIGHT_BITS:
+        if momentum_dtype is INT4:
+            wanted["momentum_buffer"] = (torch.uint8, (150,))
+        if momentum_dtype in (INT8, FP8, INT4):
             wanted["momentum_scale"] = (torch.uint8, (10, 2))
         if master and dtype is not FP32:
             wanted |= {"param_remainder": (torch.int16, (300,))} if dtype is BF16 else {"master_param": (FP32, (300,))}

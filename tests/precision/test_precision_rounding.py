@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from harness import assert_all_same
-from values import BF16, EIGHT_BITS, FP32, HALF_DTYPES, INT8, all_values, dtype_name
+from values import BF16, EIGHT_BITS, FP32, HALF_DTYPES, INT4, INT8, all_values, dtype_name
 
 from momentum_ext import _C, FusedMomentum
 
@@ -50,9 +50,9 @@ def test_momentum_is_rounded_without_bias(dtype, value):
     assert_unbiased(opt.state[param]["momentum_buffer"], value, *neighbours(value, dtype))
 
 
-@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=dtype_name)
+@pytest.mark.parametrize("dtype", [*EIGHT_BITS, INT4], ids=dtype_name)
 @pytest.mark.parametrize("value", [0.3017, -0.00101, 0.9, -0.9985, 1.0])
-def test_8_bit_momentum_is_rounded_without_bias(dtype, value):
+def test_momentum_in_blocks_is_rounded_without_bias(dtype, value):
     """Scales are rounded, too; the largest values of their blocks, and what is close to them, stay right on average."""
     param = torch.nn.Parameter(torch.zeros(COUNT))
     param.grad = torch.full((COUNT,), value)
@@ -61,7 +61,8 @@ def test_8_bit_momentum_is_rounded_without_bias(dtype, value):
     opt.step()
     state = opt.state[param]
     assert len(state["momentum_scale"].unique(dim=0)) == 2
-    found = _C.dequantize(state["momentum_buffer"], state["momentum_scale"]).double().view(-1, 32)[:, 1:].flatten()
+    values = _C.dequantize(state["momentum_buffer"], state["momentum_scale"], param.shape)
+    found = values.double().view(-1, 32)[:, 1:].flatten()
     assert found.std() > 0
     wanted = torch.tensor(value).double().item()
     # Values of a block share a scale: so many means as there are blocks, at least.

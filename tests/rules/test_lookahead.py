@@ -120,7 +120,7 @@ def step(opt, times=1):
 def buffer_of(opt, param):
     entry = opt.state[param]
     buffer = entry["momentum_buffer"]
-    return _C.dequantize(buffer, entry["momentum_scale"]) if "momentum_scale" in entry else buffer
+    return _C.dequantize(buffer, entry["momentum_scale"], param.shape) if "momentum_scale" in entry else buffer
 
 
 def iterate_of(lookahead, buffer, by):
