@@ -97,11 +97,11 @@ def _travelling(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str
     if not compact or not in_rows:
         values = _C.dequantize(codes, scale, local(param).shape)
         return {**rest, BUFFER: values if is_plain else like(param, values)}
+    in_a_row = param.shape[-1] // 2 if codes.dtype == PACKED else param.shape[-1]
     codes = codes.view(_LEAVES_AS.get(codes.dtype, codes.dtype))
     if not is_plain:
-        rows, columns = param.shape[:-1], param.shape[-1]
-        codes = like(param, codes, (*rows, columns // 2 if codes.dtype == PACKED else columns))
-        scale = like(param, scale, (*rows, columns // SCALE_BLOCK, 2))
+        codes = like(param, codes, (*param.shape[:-1], in_a_row))
+        scale = like(param, scale, (*param.shape[:-1], param.shape[-1] // SCALE_BLOCK, 2))
     return {**rest, BUFFER: {_CODES: codes, _SCALE: scale}}
 
 

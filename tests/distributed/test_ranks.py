@@ -44,12 +44,15 @@ def assert_shard(mine, whole, what="tensor"):
     assert_same(mine.detach(), whole.detach(), what)
 
 
-def placed_state(entry):
-    """With the scales, which are of the local shard, as a DTensor like the codes."""
-    if not isinstance(entry.get("momentum_buffer"), DTensor) or "momentum_scale" not in entry:
+def placed_state(param, entry):
+    """With what is plain, of the local shard, as DTensors: scales, and codes of 4 bits."""
+    if not isinstance(param, DTensor) or "momentum_scale" not in entry:
         return entry
-    codes, scale = entry["momentum_buffer"], entry["momentum_scale"]
-    return {**entry, "momentum_scale": like(codes, scale, (*codes.shape[:-1], codes.shape[-1] // 32, 2))}
+    rows, columns = param.shape[:-1], param.shape[-1]
+    plain = {"momentum_scale": like(param, entry["momentum_scale"], (*rows, columns // 32, 2))}
+    if not isinstance(entry["momentum_buffer"], DTensor):
+        plain["momentum_buffer"] = like(param, entry["momentum_buffer"], (*rows, columns // 2))
+    return {**entry, **plain}
 
 
 class Twins:
@@ -88,7 +91,7 @@ class Twins:
     def check(self):
         for mine, theirs in zip(self.mine, self.whole, strict=True):
             assert_shard(mine, theirs)
-            found, wanted = placed_state(self.opt.state.get(mine, {})), self.theirs.state.get(theirs, {})
+            found, wanted = placed_state(mine, self.opt.state.get(mine, {})), self.theirs.state.get(theirs, {})
             assert set(found) == set(wanted)
             for key, value in wanted.items():
                 assert type(found[key]) is type(mine.data), key
@@ -138,9 +141,10 @@ def test_four_ranks_have_the_bits_of_the_for_loop(four_ranks, mesh, places):
 
 # Rows of whole blocks, which no sharding below cuts: the columns of two ranks are 64 of 128, or 32 of 64.
 ROWS = ((8, 128), (5, 128), (1, 64), (0, 128), (4, 3, 128))
-EIGHT_BITS = [
+IN_BLOCKS = [
     {"momentum_dtype": "int8"},
     {"momentum_dtype": "float8_e4m3fn", "dtype": torch.bfloat16},
+    {"momentum_dtype": "int4", "dtype": torch.bfloat16, "master_weights": True},
     {"momentum_dtype": "int8", "dtype": torch.bfloat16, "master_weights": True, "ema_decay": 0.9},
     {"momentum_dtype": "int8", "formulation": "classical", "max_grad_norm": 1e6},
     {"momentum_dtype": "int8", "dtype": torch.bfloat16, "stochastic_rounding": True},
@@ -156,7 +160,7 @@ class Columns(Twins):
         return distribute_tensor(tensor.clone(), self.mesh, places)
 
 
-def trained_in_8_bits(mesh, places, options):
+def trained_in_blocks(mesh, places, options):
     twins = Columns(mesh, places, plain=1, shapes=(*ROWS, (3, 64)), **options)
     twins.step(2, missing=(1, 3))
     twins.step(2)
@@ -165,15 +169,15 @@ def trained_in_8_bits(mesh, places, options):
 
 
 @pytest.mark.parametrize("places", [[Shard(0)], [Replicate()], ["columns"]], ids=str)
-@pytest.mark.parametrize("options", EIGHT_BITS, ids=str)
-def test_blocks_of_8_bits_on_two_ranks(two_ranks, options, places):
-    two_ranks.run(trained_in_8_bits, (2,), places, options)
+@pytest.mark.parametrize("options", IN_BLOCKS, ids=str)
+def test_blocks_on_two_ranks(two_ranks, options, places):
+    two_ranks.run(trained_in_blocks, (2,), places, options)
 
 
 @pytest.mark.parametrize("places", [[Replicate(), "columns"], [Shard(0), "columns"], [Shard(0), Shard(0)]], ids=str)
-@pytest.mark.parametrize("options", EIGHT_BITS[:3], ids=str)
-def test_blocks_of_8_bits_on_four_ranks(four_ranks, options, places):
-    four_ranks.run(trained_in_8_bits, (2, 2), places, options)
+@pytest.mark.parametrize("options", IN_BLOCKS[:4], ids=str)
+def test_blocks_on_four_ranks(four_ranks, options, places):
+    four_ranks.run(trained_in_blocks, (2, 2), places, options)
 
 
 def trained_locally(options):
@@ -213,7 +217,7 @@ def test_all_ranks_save_one_form(four_ranks):
     assert four_ranks.run(saved_forms) == [[False, False]] * 4
 
 
-@pytest.mark.parametrize("options", EIGHT_BITS[:3], ids=str)
+@pytest.mark.parametrize("options", IN_BLOCKS[:4], ids=str)
 def test_shards_whose_blocks_are_their_own(two_ranks, options):
     two_ranks.run(trained_locally, options)
 

@@ -30,6 +30,7 @@ MODES = {
     "master": {"dtype": torch.float16, "master_weights": True},
     "bf16 momentum": {"momentum_dtype": "bfloat16", "formulation": "classical"},
     "int8 momentum": {"momentum_dtype": "int8", "shapes": ROWS},
+    "int4 momentum": {"momentum_dtype": "int4", "shapes": ROWS},
     "fp8 beside a split": {
         "momentum_dtype": "float8_e4m3fn",
         "dtype": torch.bfloat16,
@@ -37,6 +38,7 @@ MODES = {
         "shapes": ROWS,
     },
     "int8 values": {"momentum_dtype": "int8", "shapes": ROWS, "compact_state_dict": False},
+    "int4 values": {"momentum_dtype": "int4", "shapes": ROWS, "compact_state_dict": False},
 }
 PLAIN = (None, None)  # no mesh: plain tensors
 ONE_RANK = ((1,), [Shard(0)])
@@ -75,7 +77,7 @@ class Training:
         wanted = Training(PLAIN, **MODES[mode]).steps(0, 13)
         for mine, theirs in zip(self.model.parameters(), wanted.model.parameters(), strict=True):
             assert_shard(mine, theirs)
-            found, expected = placed_state(self.opt.state[mine]), wanted.opt.state[theirs]
+            found, expected = placed_state(mine, self.opt.state[mine]), wanted.opt.state[theirs]
             assert set(found) == set(expected)
             for key, value in expected.items():
                 assert type(found[key]) is type(mine.data), key

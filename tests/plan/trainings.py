@@ -35,7 +35,7 @@ CHOICES = {
 COUNTS = ("ema_step", "rounding_step")
 LOW_CHOICES = {
     **CHOICES,
-    "momentum_dtype": [None, None, "float32", "bfloat16", torch.float16, "int8", torch.float8_e4m3fn],
+    "momentum_dtype": [None, None, "float32", "bfloat16", torch.float16, "int8", torch.float8_e4m3fn, "int4"],
 }
 ATTRIBUTES = {"max_grad_norm": [None, None, 0.5, 100.0], "ema_decay": [None, 0.5, 0.75], "ema_warmup": [False, True]}
 INDEX = st.integers(0, 99)  # taken modulo whatever there is

@@ -34,6 +34,7 @@ OPTIONS = {
     "ema-warmup": ({"ema_decay": 0.9, "ema_warmup": True}, FP32, ["ema_step"]),
     "bf16-momentum": ({"momentum_dtype": BF16}, FP32, ["momentum_dtype"]),
     "int8-momentum": ({"momentum_dtype": torch.int8}, FP32, ["momentum_dtype"]),
+    "int4-momentum": ({"momentum_dtype": "int4"}, FP32, ["momentum_dtype"]),
     "fp8-momentum": ({"momentum_dtype": "float8_e4m3fn"}, FP32, ["momentum_dtype"]),
     "bf16-master": ({"master_weights": True}, BF16, ["master_weights"]),
     "fp16-master": ({"master_weights": True}, FP16, ["master_weights"]),
