@@ -57,6 +57,7 @@ def main() -> None:
         "FlashOptim: 32, fp16 scale     8.5  ": companded(y / (2 - y.abs()), 32, torch.float16),
         "int8                           8.5  ": ours(torch.int8),
         "float8_e4m3fn                  8.5  ": ours(torch.float8_e4m3fn),
+        "int4                           4.5  ": ours(torch.uint8),
     }
     made = momenta()
     print(f"{'format                   bits/element':<36}  {'  '.join(f'{name:>14}' for name in made)}")

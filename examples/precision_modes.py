@@ -12,7 +12,7 @@ from torch import Tensor
 from momentum_ext import FusedMomentum
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-INT8, FP8 = torch.int8, torch.float8_e4m3fn
+INT8, FP8, INT4 = torch.int8, torch.float8_e4m3fn, torch.int4
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Mode:
     @property
     def bytes(self) -> float:
         """Of parameter, gradient and state, for each element."""
-        options = self.options or {}
-        momentum: torch.dtype = options.get("momentum_dtype") or self.param
-        kept = {24: 1, True: 2 if self.param is BF16 else 4}
-        master = kept.get(options.get("master_weights", False), 0)
-        return 2 * self.param.itemsize + momentum.itemsize + master + (2 / 32 if momentum.itemsize == 1 else 0)
+        if self.options is None:
+            return 3 * self.param.itemsize
+        count = 1024
+        optimizer = FusedMomentum([torch.nn.Parameter(torch.zeros(count, dtype=self.param))], momentum=0.9, **self.options)
+        return optimizer.memory_summary().total / count
 
 
 SR: dict[str, Any] = {"stochastic_rounding": True}
@@ -53,6 +53,7 @@ MODES: tuple[Mode, ...] = (
     Mode("fp32, int8 momentum SR", FP32, {"momentum_dtype": INT8, **SR}),
     Mode("fp32, fp8 momentum", FP32, {"momentum_dtype": FP8}),
     Mode("fp32, fp8 momentum SR", FP32, {"momentum_dtype": FP8, **SR}),
+    Mode("fp32, int4 momentum SR", FP32, {"momentum_dtype": INT4, **SR}),
     Mode("bf16, torch", BF16, None),
     Mode("bf16", BF16),
     Mode("bf16, fp32 momentum", BF16, {"momentum_dtype": FP32}),
@@ -64,6 +65,7 @@ MODES: tuple[Mode, ...] = (
     Mode("bf16 split, int8 momentum SR", BF16, {"momentum_dtype": INT8, **MASTER, **SR}),
     Mode("bf16 24 bits, fp32 momentum", BF16, {"momentum_dtype": FP32, **MASTER_24}),
     Mode("bf16 24 bits, int8 momentum", BF16, {"momentum_dtype": INT8, **MASTER_24}),
+    Mode("bf16 24 bits, int4 momentum SR", BF16, {"momentum_dtype": INT4, **MASTER_24, **SR}),
     Mode("fp16, torch", FP16, None),
     Mode("fp16", FP16),
     Mode("fp16 SR", FP16, SR),

@@ -27,7 +27,7 @@ import digits
 import digits_training
 import precision_picture
 import torch
-from precision_modes import BF16, FP8, FP16, FP32, INT8, MASTER, SR, Mode
+from precision_modes import BF16, FP8, FP16, FP32, INT4, INT8, MASTER, MASTER_24, SR, Mode
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -50,10 +50,13 @@ MODES: tuple[Mode, ...] = (
     Mode("int8 momentum", FP32, {"momentum_dtype": INT8}),
     Mode("int8 momentum SR", FP32, {"momentum_dtype": INT8, **SR}),
     Mode("fp8 momentum", FP32, {"momentum_dtype": FP8}),
+    Mode("int4 momentum SR", FP32, {"momentum_dtype": INT4, **SR}),
     Mode("bf16, nothing else", BF16),
     Mode("bf16 SR", BF16, SR),
     Mode("bf16 split", BF16, MASTER),
     Mode("bf16 split, int8 momentum SR", BF16, {"momentum_dtype": INT8, **MASTER, **SR}),
+    Mode("bf16 24 bits, int8 momentum", BF16, {"momentum_dtype": INT8, **MASTER_24}),
+    Mode("bf16 24 bits, int4 momentum SR", BF16, {"momentum_dtype": INT4, **MASTER_24, **SR}),
     Mode("fp16 master", FP16, MASTER),
 )
 

@@ -37,7 +37,21 @@ from harness import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from values import BF16, EXACT_DTYPES, FLOAT_DTYPES, FP8, FP16, FP32, FP64, HALVES, INT8, dtype_name, in_layout, nonzero
+from values import (
+    BF16,
+    EXACT_DTYPES,
+    FLOAT_DTYPES,
+    FP8,
+    FP16,
+    FP32,
+    FP64,
+    HALVES,
+    INT4,
+    INT8,
+    dtype_name,
+    in_layout,
+    nonzero,
+)
 
 import momentum_ext
 from momentum_ext import FusedMomentum
@@ -211,7 +225,7 @@ MASTERS = [(FP32, False), (FP64, False), *((dtype, master) for dtype in HALVES f
 
 
 @pytest.mark.parametrize("stochastic_rounding", [None, False, True])
-@pytest.mark.parametrize("momentum_dtype", [None, FP32, BF16, FP16, INT8, FP8], ids=dtype_name)
+@pytest.mark.parametrize("momentum_dtype", [None, FP32, BF16, FP16, INT8, FP8, INT4], ids=dtype_name)
 @pytest.mark.parametrize("dtype, master_weights", MASTERS, ids=str)
 def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, stochastic_rounding):
     """Gradients of other dtypes, and some that are not there, in between."""
@@ -229,7 +243,7 @@ def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, 
         twins.check()
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, INT8, FP8], ids=dtype_name)
+@pytest.mark.parametrize("momentum_dtype", [None, INT8, FP8, INT4], ids=dtype_name)
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
 def test_low_precision_state_after_overflows(dtype, momentum_dtype):
     """State that a first step made before it overflowed is that of a step that is still to come."""
@@ -253,7 +267,7 @@ def test_low_precision_state_after_overflows(dtype, momentum_dtype):
         assert_all_same(found.values(), wanted.values())
 
 
-@pytest.mark.parametrize("momentum_dtype", [BF16, INT8], ids=dtype_name)
+@pytest.mark.parametrize("momentum_dtype", [BF16, INT8, INT4], ids=dtype_name)
 @pytest.mark.parametrize("dtype", [FP32, *HALVES], ids=dtype_name)
 def test_low_precision_layouts_and_averages(dtype, momentum_dtype):
     values = [torch.randn(4, 6, 5, 7).to(memory_format=torch.channels_last), in_layout(torch.randn(30, 40), "column")]

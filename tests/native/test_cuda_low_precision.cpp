@@ -78,7 +78,7 @@ bool same(const Array& array, Dtype dtype) {
     const char* const one = array.data() + i * array.itemsize;
     const char* const other = array.twin.data() + i * array.itemsize;
     if (std::memcmp(one, other, static_cast<size_t>(array.itemsize)) == 0) continue;
-    if (is_8_bit(dtype) || !is_nan(dtype, one) || !is_nan(dtype, other)) return false;
+    if (has_blocks(dtype) || !is_nan(dtype, one) || !is_nan(dtype, other)) return false;
   }
   return true;
 }
@@ -93,7 +93,19 @@ void put(Array& array, Dtype dtype, int64_t i, double value) {
   }
 }
 
+// Two codes in a byte; behind an odd number of them there is a zero.
+Array filled_with_int4(int64_t size, int64_t offset) {
+  Array array(1, num_bytes(Dtype::kInt4, size), offset);
+  const auto code = [] { return static_cast<int>(generator() % 15) - 7; };
+  for (int64_t i = 0; i < array.size(); ++i) {
+    const int second = 2 * i + 1 < size ? code() : 0;
+    array.at<uint8_t>(i) = static_cast<uint8_t>((code() & 15) | (second & 15) << 4);
+  }
+  return array;
+}
+
 Array filled(Dtype dtype, int64_t size, int64_t offset) {
+  if (dtype == Dtype::kInt4) return filled_with_int4(size, offset);
   Array array(itemsize(dtype), size, offset);
   for (int64_t i = 0; i < size; ++i) put(array, dtype, i, normal());
   return array;
@@ -141,7 +153,7 @@ struct Tensors {
     }
   }
   void make_scale() {
-    if (!is_8_bit(mix.buffer)) return;
+    if (!has_blocks(mix.buffer)) return;
     scale = Array(sizeof(ScaleBits), (numel + kScaleBlock - 1) / kScaleBlock, 0);
     for (int64_t i = 0; i < scale.size(); ++i) {
       const auto value = static_cast<float>(std::exp(normal()) / 50);
@@ -293,7 +305,7 @@ std::vector<Mix> all_mixes() {
                              {Dtype::kFloat64, Master::kNone}}) {
     for (const Dtype grad : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat64}) {
       for (const Dtype buffer : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8,
-                                 Dtype::kFloat8E4M3, Dtype::kFloat64}) {
+                                 Dtype::kFloat8E4M3, Dtype::kInt4, Dtype::kFloat64}) {
         all.push_back({param.dtype, param.master, grad, buffer});
       }
     }

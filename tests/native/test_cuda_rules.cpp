@@ -65,7 +65,7 @@ struct Mix {
   }
   bool is_plain() const {
     bool plain = master == Master::kNone;
-    for (const Dtype each : state) plain = plain && !is_8_bit(each);
+    for (const Dtype each : state) plain = plain && !has_blocks(each);
     return plain;
   }
 };
@@ -125,7 +125,7 @@ void fill(Tensor& tensor, int operand, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
     char* const to = memory.data() + i * itemsize(dtype);
     const double value = operand < kState ? normal() : normal() * normal() / 8;
-    if (is_8_bit(dtype)) {
+    if (has_blocks(dtype)) {
       *to = static_cast<char>(generator() % 100);
     } else {
       put(dtype, to, operand > kState ? std::fabs(value) : value);
@@ -167,7 +167,7 @@ Tensor strided(const Mix& mix, int64_t rows, int64_t columns, uint32_t group, bo
   Tensor made = flat(mix, rows * columns, group, first);
   made.dims = {{rows, {}}, {columns, {}}};
   for (int o = 0; o < kOperands; ++o) {
-    const bool transposed = o % 2 == 1 && !is_8_bit(mix.dtype(o));
+    const bool transposed = o % 2 == 1 && !has_blocks(mix.dtype(o));
     made.dims[0].strides[o] = transposed ? 1 : columns;
     made.dims[1].strides[o] = transposed ? rows : 1;
     for (int64_t i = 0; i < made.numel; ++i) {
