@@ -34,7 +34,7 @@ QUICK_EPOCHS = 3
 
 def build(
     name: str,
-    make_optimizer: Callable[..., torch.optim.SGD],
+    make_optimizer: Callable[..., torch.optim.Optimizer],
     digits: Digits,
     epochs: int,
     seed: int,

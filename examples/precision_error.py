@@ -46,7 +46,7 @@ class Trial:
 
     mode: Mode
     param: Tensor
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     of_truth: float = float("nan")
     of_param: float = float("nan")
     drift: float = float("nan")

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from precision_flash import FlashFormats
 from torch import Tensor
 
 from momentum_ext import FusedMomentum
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-INT8, FP8, INT4 = torch.int8, torch.float8_e4m3fn, torch.int4
+INT8, FP8, INT4 = torch.int8, torch.float8_e4m3fn, "int4"
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class Mode:
     param: torch.dtype
     options: Mapping[str, Any] | None = field(default_factory=dict)
 
-    def optimizer(self, params: Any, **hyper: Any) -> torch.optim.SGD:
+    def optimizer(self, params: Any, **hyper: Any) -> torch.optim.Optimizer:
         """An optimizer in this mode."""
+        if self is FLASH:
+            return FlashFormats(params, **hyper)
         if self.options is None:
             return torch.optim.SGD(params, **hyper, foreach=False)
         return FusedMomentum(params, **hyper, **self.options)
@@ -32,11 +35,13 @@ class Mode:
     @property
     def bytes(self) -> float:
         """Of parameter, gradient and state, for each element."""
+        if self is FLASH:
+            return 2 + 2 + 1 + 1 + 2 / 32
         if self.options is None:
             return 3 * self.param.itemsize
-        count = 1024
-        optimizer = FusedMomentum([torch.nn.Parameter(torch.zeros(count, dtype=self.param))], momentum=0.9, **self.options)
-        return optimizer.memory_summary().total / count
+        param = torch.nn.Parameter(torch.zeros(1024, dtype=self.param))
+        optimizer = FusedMomentum([param], momentum=0.9, **self.options)
+        return optimizer.memory_summary().total / param.numel()
 
 
 SR: dict[str, Any] = {"stochastic_rounding": True}
@@ -71,11 +76,14 @@ MODES: tuple[Mode, ...] = (
     Mode("fp16 SR", FP16, SR),
     Mode("fp16 master", FP16, {"momentum_dtype": FP16, **MASTER}),
 )
+FLASH = Mode("FlashOptim's formats", BF16)
 """SR: stochastic rounding. split, 24 bits, master: master_weights. Momentum without a name: the parameters' dtype."""
 
 
-def truth(optimizer: torch.optim.SGD, param: Tensor) -> Tensor:
+def truth(optimizer: torch.optim.Optimizer, param: Tensor) -> Tensor:
     """The values that are trained: in fp32, from the master where there is one."""
+    if isinstance(optimizer, FlashFormats):
+        return optimizer.exact(param)
     if not isinstance(optimizer, FusedMomentum):
         return param.detach().float()
     found: Tensor = optimizer.fp32_state_dict(torch.nn.ParameterList([param]))["0"]

@@ -11,46 +11,46 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-from momentum_ext import FusedMomentum
+from precision_modes import BF16, FLASH, FP32, MASTER, MASTER_24, SR, Mode, truth
 
 N, STEPS = 200_000, 400
 RATES = (1e-5, 1e-6, 1e-7)
-MODES: dict[str, dict[str, Any]] = {
-    "master_weights=True": {"master_weights": True},
-    "master_weights=24": {"master_weights": 24},
-    "master_weights=24, stochastic_rounding=False": {"master_weights": 24, "stochastic_rounding": False},
-    "stochastic_rounding=True": {"stochastic_rounding": True},
-    "bf16 alone": {},
-}
+WIDE: dict[str, Any] = {"momentum_dtype": FP32}
+MODES = (
+    Mode("master_weights=True", BF16, {**WIDE, **MASTER}),
+    Mode("master_weights=24", BF16, {**WIDE, **MASTER_24}),
+    Mode("master_weights=24, stochastic_rounding=False", BF16, {**WIDE, **MASTER_24, "stochastic_rounding": False}),
+    Mode("stochastic_rounding=True", BF16, {**WIDE, **SR}),
+    Mode("bf16 alone", BF16, WIDE),
+    FLASH,
+)
 
 
-def losses(lr: float, options: dict[str, Any]) -> tuple[float, float]:
+def losses(lr: float, mode: Mode) -> tuple[float, float]:
     """(missing, distance), in per cent of the way."""
     generator = torch.Generator().manual_seed(0)
-    param = torch.nn.Parameter(torch.randn(N, generator=generator).mul(0.02).bfloat16())
+    param = torch.nn.Parameter(torch.randn(N, generator=generator).mul(0.02).bfloat16().to(mode.param))
     exact = torch.nn.Parameter(param.detach().double())
     start = exact.detach().clone()
-    optimizer = FusedMomentum([param], lr=lr, momentum=0.9, momentum_dtype=torch.float32, **options)
-    truth = torch.optim.SGD([exact], lr=lr, momentum=0.9, foreach=False)
+    optimizer = mode.optimizer([param], lr=lr, momentum=0.9)
+    exactly = torch.optim.SGD([exact], lr=lr, momentum=0.9, foreach=False)
     direction = torch.randn(N, generator=generator) * 0.3
     for _ in range(STEPS):
-        param.grad = (direction + torch.randn(N, generator=generator)).bfloat16()
+        param.grad = (direction + torch.randn(N, generator=generator)).bfloat16().to(mode.param)
         exact.grad = param.grad.double()
         optimizer.step()
-        truth.step()
-    found = optimizer.fp32_state_dict(torch.nn.ParameterList([param]))["0"].double()
+        exactly.step()
+    found = truth(optimizer, param).double()
     way, rest = exact.detach() - start, exact.detach() - found
     return 100 * (rest @ way / (way @ way)).item(), 100 * (rest.norm() / way.norm()).item()
 
 
 def main() -> None:
     print(f"{'% of the way: missing, distance':<46}" + "".join(f"{f'lr {lr:.0e}':>18}" for lr in RATES))
-    for name, options in MODES.items():
-        cells = [losses(lr, options) for lr in RATES]
-        print(
-            f"{name:<46}" + "".join(f"{round(missing, 2) + 0.0:>10.2f}{distance:>8.2f}" for missing, distance in cells)
-        )
+    for mode in MODES:
+        cells = [losses(lr, mode) for lr in RATES]
+        figures = [f"{round(missing, 2) + 0.0:>10.2f}{distance:>8.2f}" for missing, distance in cells]
+        print(f"{mode.name:<46}" + "".join(figures))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The compiled module: csrc/binding/module.cpp."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -178,10 +179,16 @@ def clip_by_norm(norm: float, dtype: torch.dtype, max_norm: float) -> tuple[Tens
     """The norm as torch.nn.utils.clip_grad_norm_ returns it, and the coefficient that clips, with torch's roundings."""
 
 def quantize(value: Tensor, dtype: torch.dtype, param: Tensor) -> tuple[Tensor, Tensor]:
-    """`value` in int8 or float8_e4m3fn, laid out as `param` without gaps, and the fp32 scales of its blocks of 256."""
+    """`value` in int8, float8_e4m3fn or uint8 (int4), laid out as `param` without gaps, and the bytes of its scales."""
 
-def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
-    """The values in fp32, in the same layout."""
+def dequantize(quantized: Tensor, scale: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The values in fp32, of the parameter's sizes, in the same layout."""
+
+def can_pack(param: Tensor) -> bool:
+    """Whether momentum of 4 bits can be stored beside this parameter; else it is stored in 8."""
+
+def is_packed_of(packed: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether codes of 4 bits, two in a byte, are those of a tensor of these sizes."""
 
 def inverse_scale(scale: float) -> float:
     """1 / scale, rounded to fp32 as GradScaler.unscale_ rounds it."""

@@ -22,7 +22,7 @@ from momentum_ext.keys import (
     ROUNDING_STEP,
     SCALE,
 )
-from momentum_ext.precision import IN_BLOCKS, PACKED, SCALE_BLOCK, check_options, is_in_blocks, rounds_at_random
+from momentum_ext.precision import PACKED, SCALE_BLOCK, check_options, is_in_blocks, rounds_at_random
 
 __all__ = ["as_torch_state_dict", "changed", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
 
@@ -180,7 +180,12 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
                 )
             for key in (BUFFER, REMAINDER, MASTER, AVERAGE):
                 tensor = entry.get(key)
-                if key == BUFFER and in_blocks and tensor.dtype == PACKED and _C.is_packed_of(tensor, local(param).shape):
+                if (
+                    key == BUFFER
+                    and in_blocks
+                    and tensor.dtype == PACKED
+                    and _C.is_packed_of(tensor, local(param).shape)
+                ):
                     continue
                 if isinstance(tensor, Tensor) and tensor.shape != param.shape:
                     raise ValueError(

@@ -33,7 +33,8 @@ __all__ = [
     "uses_low_precision",
 ]
 
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, torch.int4)
+INT4 = torch.int4  # type: ignore[attr-defined]  # missing in torch's stubs
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, INT4)
 _DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in MOMENTUM_DTYPES}
 PACKED = torch.uint8  # int4, two in a byte
 IN_BLOCKS = (torch.int8, torch.float8_e4m3fn, PACKED)
@@ -60,7 +61,7 @@ def dtype_of_buffer(group: dict[str, Any], param: Tensor) -> torch.dtype:
     """That of the parameter's momentum buffer: fp32 beside a master, else the parameter's own; PACKED for int4."""
     has_master = group.get("master_weights", False) and param.dtype in HALVES
     dtype = momentum_dtype_of(group) or (torch.float32 if has_master else param.dtype)
-    if dtype == torch.int4:
+    if dtype == INT4:
         return PACKED if _C.can_pack(local(param.detach())) else torch.int8
     return dtype
 

@@ -401,7 +401,9 @@ class Model:
         assert_near(found, value, found.dtype, tolerance, "parameter", weight.value)
         if buffer is not None:
             tolerance = tolerance if is_plain else 0.01
-            assert_near(decoded(entry, weight.param), buffer, formats["momentum_buffer"], tolerance, "buffer", weight.buffer)
+            assert_near(
+                decoded(entry, weight.param), buffer, formats["momentum_buffer"], tolerance, "buffer", weight.buffer
+            )
         if "ema" in entry:
             assert_near(entry["ema"], self._averaged(weight), param.dtype, 0.0, "average")
 

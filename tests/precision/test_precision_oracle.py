@@ -10,7 +10,6 @@ from values import BF16, FP8, HALF_DTYPES, INT4, INT8
 
 from momentum_ext import _C
 
-
 IN_BLOCKS = pytest.mark.parametrize("dtype", [INT8, FP8, INT4], ids=str)
 
 
