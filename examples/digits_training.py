@@ -13,7 +13,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
@@ -101,7 +100,7 @@ class Run:
 
     name: str
     model: nn.Module
-    optimizer: SGD
+    optimizer: torch.optim.Optimizer
     schedule: OneCycleLR
     losses: list[float] = field(default_factory=list)
     """Cross-entropy of each step's batch; a double holds the fp32 value exactly."""

@@ -180,14 +180,10 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
                 )
             for key in (BUFFER, REMAINDER, MASTER, AVERAGE):
                 tensor = entry.get(key)
-                if (
-                    key == BUFFER
-                    and in_blocks
-                    and tensor.dtype == PACKED
-                    and _C.is_packed_of(tensor, local(param).shape)
-                ):
+                if not isinstance(tensor, Tensor) or tensor.shape == param.shape:
                     continue
-                if isinstance(tensor, Tensor) and tensor.shape != param.shape:
+                is_packed = key == BUFFER and in_blocks and tensor.dtype == PACKED
+                if not is_packed or not _C.is_packed_of(tensor, local(param).shape):
                     raise ValueError(
                         f'{name}: its "{key}" has shape {tuple(tensor.shape)} and the parameter {tuple(param.shape)}; '
                         "load the checkpoint of this model"

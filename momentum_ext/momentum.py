@@ -129,8 +129,8 @@ class FusedMomentum(FusedOptimizer, SGD):
         rounding_seed: of these random numbers, which depend on nothing else but the step, the parameter's place in
             ``param_groups`` and the element's in the parameter. Data-parallel replicas need the same. A step left
             out because of found_inf on a CUDA device counts too (default: 0).
-        compact_state_dict: ``state_dict()`` has momentum of 8 and 4 bits in so many bits, where its blocks are parts of rows that
-            no sharding cuts. False: its fp32 values, from which any sharding can be made (default: True).
+        compact_state_dict: ``state_dict()`` has momentum of 8 and 4 bits in so many bits, where its blocks are parts of
+            rows that no sharding cuts. False: its fp32 values, from which any sharding can be made (default: True).
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch.optim.SGD raises them, and from :meth:`step` for a tensor that

@@ -104,8 +104,9 @@ class StatefulOptimizer(Optimizer):
 
         What was edited in ``param_groups`` and is to be converted is converted here, in a copy. Tensors leave in dtypes
         that every backend moves: an int16 remainder as bfloat16, fp8 codes as uint8, both with the same bits. Momentum
-        of 8 or 4 bits leaves as a dict of ``"codes"`` and ``"scale"`` where rows are whole blocks of 32 and no sharding cuts
-        one; elsewhere, and with ``compact_state_dict=False``, as its fp32 values, which encode to the same codes again.
+        of 8 or 4 bits leaves as a dict of ``"codes"`` and ``"scale"`` where rows are whole blocks of 32 and no sharding
+        cuts one; elsewhere, and with ``compact_state_dict=False``, as its fp32 values, which encode to the same codes
+        again.
 
         Raises:
             RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.

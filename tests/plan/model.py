@@ -401,9 +401,8 @@ class Model:
         assert_near(found, value, found.dtype, tolerance, "parameter", weight.value)
         if buffer is not None:
             tolerance = tolerance if is_plain else 0.01
-            assert_near(
-                decoded(entry, weight.param), buffer, formats["momentum_buffer"], tolerance, "buffer", weight.buffer
-            )
+            found, dtype = decoded(entry, weight.param), formats["momentum_buffer"]
+            assert_near(found, buffer, dtype, tolerance, "buffer", weight.buffer)
         if "ema" in entry:
             assert_near(entry["ema"], self._averaged(weight), param.dtype, 0.0, "average")
 

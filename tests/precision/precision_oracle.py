@@ -199,7 +199,7 @@ def cut(x: np.ndarray, add: np.ndarray | int = 0) -> np.ndarray:
 
 
 def quantize(values: np.ndarray, dtype: torch.dtype, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of 32 with a scale each: (int8, also for int4, or the bits of e4m3fn, and the scales as bytes, [blocks, 2]).
+    """Blocks of 32 with a scale each: (int8 or the bits of e4m3fn, and the scales as bytes, [blocks, 2]).
 
     `random` has 16 bits for each element of all blocks, whole ones.
     """
@@ -384,7 +384,7 @@ def with_buffer(
 
 
 def dtype_of_buffer(param: Tensor, options: Options) -> torch.dtype:
-    """fp32 beside a master, else the parameter's own, unless the options say another; int8 for int4 that has no pairs."""
+    """fp32 beside a master, else the parameter's own, unless the options say another; int8 for int4 without pairs."""
     has_master = options.master_weights and param.dtype in (torch.bfloat16, torch.float16)
     dtype = options.momentum_dtype or (torch.float32 if has_master else param.dtype)
     order = [dim for dim in order_of(param) if param.shape[dim] != 1]
