@@ -159,6 +159,17 @@ def torch_sgd(**path: Any) -> Callable[[Model, Settings], Step]:
     return build
 
 
+def flash_sgd(model: Model, settings: Settings) -> Step:
+    """FlashOptim's SGD, with momentum of 8 bits and parameters of 24. Raises NotRun."""
+    if settings.device != "cuda":
+        raise NotRun("not run: it has no 8-bit momentum on the CPU")
+    try:
+        from flashoptim import FlashSGD  # type: ignore[import-not-found]  # where one has it
+    except ImportError as error:
+        raise NotRun("not run: pip install flashoptim") from error
+    return warm(FlashSGD(model.groups, **settings.sgd, master_weight_bits=24).step)
+
+
 def compiled(model: Model, settings: Settings) -> Step:
     """torch.compile around torch.optim.SGD's step, as torch's documentation shows it. Raises NotRun."""
     tensors = len(model.params)

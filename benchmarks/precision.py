@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import workloads
-from contenders import Model, Settings, fault_of_fused, reason_of, torch_sgd, warm
+from contenders import Model, Settings, fault_of_fused, flash_sgd, reason_of, torch_sgd, warm
 from memory_limit import MemoryLimit, MemoryLimitUnavailable, Traffic, copies, copies_held, make_arena
 from report import ModeRow, PrecisionReport
 from timing import Clock, Samples, Step, interleave, median_ratio
@@ -33,22 +33,23 @@ class Mode:
     label: str
     param: torch.dtype
     grad: torch.dtype
-    momentum: torch.dtype
+    momentum: float
+    """Bytes of a buffer's element."""
     options: Mapping[str, Any] | None = None
     build: Callable[[Model, Settings], Step] | None = None
+    remainder: int = 0
+    """Bytes of a master's, beside the parameter."""
 
     @property
     def state_bytes(self) -> float:
         """Bytes of state beside the parameter, for each element."""
-        scale = 2 / BLOCK if self.momentum.itemsize == 1 else 0.0
-        remainder = 2 if (self.options or {}).get("master_weights") else 0
-        return self.momentum.itemsize + scale + remainder
+        return self.momentum + (2 / BLOCK if self.momentum <= 1 else 0.0) + self.remainder
 
     @property
     def traffic(self) -> Traffic:
-        """The arrays that a step goes over, scales left out."""
-        remainder = (2,) if (self.options or {}).get("master_weights") else ()
-        return Traffic((self.param.itemsize, self.momentum.itemsize, *remainder), (self.grad.itemsize,))
+        """The arrays of whole bytes that a step goes over, scales left out."""
+        states = tuple(int(size) for size in (self.momentum, self.remainder) if size >= 1)
+        return Traffic((self.param.itemsize, *states), (self.grad.itemsize,))
 
     @property
     def moved_bytes(self) -> float:
@@ -69,20 +70,23 @@ class Mode:
         return warm(FusedMomentum(model.groups, **settings.sgd, **(self.options or {})).step)
 
 
+INT8, SR = {"momentum_dtype": torch.int8}, {"stochastic_rounding": True}
+INT4_SR = {"momentum_dtype": "int4", **SR}
+SPLIT = {"momentum_dtype": BF16, "master_weights": True}
 MODES: tuple[Mode, ...] = (
-    Mode(BASE, "fp32", FP32, FP32, FP32, {}),
-    Mode("bf16-momentum", "bf16 momentum", FP32, FP32, BF16, {"momentum_dtype": BF16}),
-    Mode("int8-momentum", "int8 momentum", FP32, FP32, torch.int8, {"momentum_dtype": torch.int8}),
-    Mode(
-        "fp8-momentum", "fp8 momentum", FP32, FP32, torch.float8_e4m3fn, {"momentum_dtype": torch.float8_e4m3fn}
-    ),
-    Mode(
-        "split", "bf16, split master", BF16, BF16, BF16, {"momentum_dtype": BF16, "master_weights": True}
-    ),
-    Mode("bf16", "bf16", BF16, BF16, BF16, {}),
-    Mode("bf16-sr", "bf16, stochastic", BF16, BF16, BF16, {"stochastic_rounding": True}),
-    Mode("bf16-for-loop", "torch for-loop, bf16", BF16, BF16, BF16, build=torch_sgd(foreach=False, fused=False)),
-    Mode("bf16-fused", "torch fused, bf16", BF16, BF16, BF16, build=torch_sgd(fused=True)),
+    Mode(BASE, "fp32", FP32, FP32, 4, {}),
+    Mode("bf16-momentum", "bf16 momentum", FP32, FP32, 2, {"momentum_dtype": BF16}),
+    Mode("int8-momentum", "int8 momentum", FP32, FP32, 1, INT8),
+    Mode("fp8-momentum", "fp8 momentum", FP32, FP32, 1, {"momentum_dtype": torch.float8_e4m3fn}),
+    Mode("int4-momentum", "int4 momentum, stochastic", FP32, FP32, 0.5, INT4_SR),
+    Mode("split", "bf16, split master", BF16, BF16, 2, SPLIT, None, 2),
+    Mode("24-int8", "bf16, 24 bits, int8", BF16, BF16, 1, {**INT8, "master_weights": 24}, None, 1),
+    Mode("24-int4", "bf16, 24 bits, int4", BF16, BF16, 0.5, {**INT4_SR, "master_weights": 24}, None, 1),
+    Mode("24-int8-flash", "FlashOptim, 24 bits, int8", BF16, BF16, 1, None, flash_sgd, 1),
+    Mode("bf16", "bf16", BF16, BF16, 2, {}),
+    Mode("bf16-sr", "bf16, stochastic", BF16, BF16, 2, SR),
+    Mode("bf16-for-loop", "torch for-loop, bf16", BF16, BF16, 2, None, torch_sgd(foreach=False, fused=False)),
+    Mode("bf16-fused", "torch fused, bf16", BF16, BF16, 2, None, torch_sgd(fused=True)),
 )  # fmt: skip
 
 
@@ -223,7 +227,10 @@ def in_batches(
 
 def wrong_results(report: PrecisionReport) -> list[str]:
     """The modes that have computed something else than the fp32 run, by more than their own roundings explain."""
-    most = {mode.key: 1e-5 + 4 * torch.finfo(mode.param).eps * (mode.param is not FP32) for mode in MODES}
+    most = {
+        mode.key: 1e-5 + 1e-4 * (mode.momentum < 1) + 4 * torch.finfo(mode.param).eps * (mode.param is not FP32)
+        for mode in MODES
+    }
     return [
         f"{report.workload}, {row.label}" for row in report.rows if (row.difference or 0.0) > most.get(row.mode, 0.0)
     ]

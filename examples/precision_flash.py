@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class FlashFormats(torch.optim.Optimizer):
         value = param.detach().float()
         correction: Tensor = self.state[param]["correction"]
         return value + correction.float() / 127 * _half_unit(value)
+
+    def iterate_weights(self) -> AbstractContextManager[None]:
+        """As FusedMomentum's, of parameters that have not looked ahead."""
+        return nullcontext()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

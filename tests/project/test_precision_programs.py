@@ -55,5 +55,18 @@ def test_blocks_have_at_most_a_tenth_more_error_than_flashoptims(programs, capsy
         [float(each.replace(",", "")) for each in line.split()[-5:]]
         for line in capsys.readouterr().out.splitlines()[1:]
     ]
-    _, peer, mine, _ = rows
+    _, peer, mine, *_ = rows
     assert all(a <= 1.1 * b for a, b in zip(mine[:4], peer[:4], strict=True)) and mine[4] < 30
+
+
+def test_overview(programs, tmp_path, capsys):
+    """In the bytes of FlashOptim's formats ours has no larger error, and loses nothing of the way."""
+    import precision_overview
+
+    precision_overview.main(tmp_path / "overview.png", steps=200)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:30].rstrip(): line[30:].split() for line in lines if " %" in line and "missing" not in line}
+    assert list(rows) == [mode.name for mode in precision_overview.MODES]
+    mine, peer = rows["bf16 24 bits, int8 momentum"], rows["FlashOptim's formats"]
+    assert mine[0] == peer[0] == "6.06" and float(mine[1]) <= 1.1 * float(peer[1]) and mine[2] == "0.0"
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
