@@ -23,20 +23,82 @@ constexpr Dtypes kFlatDtypes[] = {
 };
 constexpr int kNumFlat = static_cast<int>(sizeof(kFlatDtypes) / sizeof(Dtypes));
 
+// The ways to store flat tensors that have an instance of the low-precision kernel: those of
+// docs/precision.md, with a state and without an average.
+struct Mode {
+  Dtype param, grad, state;
+  Master master;
+  bool param_is_random, state_is_random;  // rounded by chance; with a master, that one is
+
+  friend constexpr bool operator==(const Mode&, const Mode&) = default;
+};
+constexpr Mode kModes[] = {
+    // fp32 parameters
+    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, false},
+    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, true},
+    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat16, Master::kNone, false, false},
+    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kInt8, Master::kNone, false, false},
+    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kInt8, Master::kNone, false, true},
+    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat8E4M3, Master::kNone, false, false},
+    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kInt4, Master::kNone, false, true},
+    // bf16 parameters without a master
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kBFloat16, Master::kNone, true, true},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kFloat32, Master::kNone, true, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kNone, true, true},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kNone, false, false},
+    // with one of 32 bits
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kFloat32, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kBFloat16, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kRemainder, false, true},
+    // with one of 24
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kFloat32, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kBFloat16, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, true},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt4, Master::kByteRemainder, true, true},
+};
+constexpr int kNumModes = static_cast<int>(sizeof(kModes) / sizeof(Mode));
+constexpr int kNumModesOfFp32 = 7;  // the first ones
+static_assert(kModes[kNumModesOfFp32 - 1].param == Dtype::kFloat32 &&
+              kModes[kNumModesOfFp32].param == Dtype::kBFloat16);
+
 // Kernels by number: the flat ones by their dtypes; once more, for tensors whose average is kept;
-// and these. Tensors with low-precision state, and flat ones of other dtypes, share a kernel that
-// learns their dtypes when it runs.
+// and these. Tensors with low-precision state, and flat ones of other dtypes, have instances for
+// some modes and share a kernel that learns their dtypes when it runs for all others.
 enum Kind : int {
   kStrided32 = 2 * kNumFlat,
   kStrided64,
   kLowPrecisionFlat,
   kLowPrecisionStrided32,
   kLowPrecisionStrided64,  // flat ones too
-  kNumKinds
+  kFirstMode,
+  kNumKinds = kFirstMode + kNumModes
 };
 
+// Of a flat tensor that is not stored as it is computed.
 template <typename Rule>
-int kind_of(const TensorEntry& entry) {
+int kind_of_mode(const TensorEntry& entry, const Hyperparams<Rule>& h) {
+  if (entry.average != nullptr || entry.state[0] == nullptr) return kLowPrecisionFlat;
+  const LowPrecision* const low = entry.low_precision;
+  const Master master = low != nullptr ? low->master_kind : Master::kNone;
+  const bool is_random = low != nullptr && h.stochastic_rounding;
+  const bool rounds_param =
+      is_random && master == Master::kNone && itemsize(entry.param_dtype) == 2;
+  const Mode mine = {entry.param_dtype,
+                     entry.grad_dtype,
+                     entry.state_dtype[0],
+                     master,
+                     master == Master::kByteRemainder ? h.rounds_masters : rounds_param,
+                     is_random && itemsize(entry.state_dtype[0]) <= 2};
+  for (int k = 0; k < kNumModes; ++k) {
+    if (kModes[k] == mine) return kFirstMode + k;
+  }
+  return kLowPrecisionFlat;
+}
+
+template <typename Rule>
+int kind_of(const TensorEntry& entry, const Hyperparams<Rule>& h) {
   const Dtype p = entry.param_dtype;
   const Dtype g = entry.grad_dtype;
   const bool has_state = entry.state[0] != nullptr;
@@ -50,8 +112,9 @@ int kind_of(const TensorEntry& entry) {
   }
   if (entry.low_precision != nullptr) {
     return in_double                 ? kLowPrecisionStrided64
-           : entry.layout == nullptr ? kLowPrecisionFlat
-                                     : kLowPrecisionStrided32;
+           : entry.layout != nullptr ? kLowPrecisionStrided32
+           : alike                   ? kind_of_mode(entry, h)
+                                     : kLowPrecisionFlat;
   }
   if (entry.layout == nullptr) {
     for (int k = 0; k < kNumFlat && alike; ++k) {
@@ -59,7 +122,7 @@ int kind_of(const TensorEntry& entry) {
       const bool is_mine = p == mine.param && g == mine.grad && (s == mine.state || !has_state);
       if (is_mine) return entry.average != nullptr ? kNumFlat + k : k;
     }
-    if (!in_double) return kLowPrecisionFlat;
+    if (!in_double) return alike ? kind_of_mode(entry, h) : kLowPrecisionFlat;
   }
   return in_double ? kStrided64 : kStrided32;
 }
@@ -76,8 +139,12 @@ struct Launching {
   int64_t count;
 };
 
-// Of the last three kinds.
+// Of the kinds from kLowPrecisionFlat on: of any mode, of those of fp32 and of bf16 parameters.
 template <typename Rule>
-cudaError_t launch_low_precision(const Launching<Rule>& launching);
+cudaError_t launch_any_mode(const Launching<Rule>& launching);
+template <typename Rule>
+cudaError_t launch_fp32_mode(const Launching<Rule>& launching);
+template <typename Rule>
+cudaError_t launch_bf16_mode(const Launching<Rule>& launching);
 
 }  // namespace momentum_ext::cuda

@@ -273,29 +273,49 @@ struct Span {
   int lane;
 };
 
+// How an operand is stored, which a kernel learns when it runs, or knows when it is compiled.
+struct LearntFormat {
+  Dtype dtype;
+  Master master_kind = Master::kNone;
+  bool has_scale = false;
+  bool is_random = false;
+
+  // `at_random`: what of its group is rounded so.
+  __device__ __forceinline__ void learn(Dtype found, Master master, uint32_t at_random) {
+    dtype = found;
+    master_kind = master;
+    has_scale = has_blocks(found);
+    const bool is_16_bit = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
+    is_random = master == Master::kByteRemainder
+                    ? (at_random & GroupRounding::kMasters) != 0
+                    : (at_random & GroupRounding::kStored) != 0 && master == Master::kNone &&
+                          (has_scale || is_16_bit);
+  }
+};
+template <Dtype kDtype, Master kMaster, bool kIsRandom>
+struct KnownFormat {
+  static constexpr Dtype dtype = kDtype;
+  static constexpr Master master_kind = kMaster;
+  static constexpr bool has_scale = has_blocks(kDtype);
+  static constexpr bool is_random = kIsRandom;
+
+  __device__ __forceinline__ void learn(Dtype, Master, uint32_t) {}
+};
+
 // One operand of a tensor, and a thread's elements of it as they are stored. The counterpart of
 // OperandTile in ../cpu/slots.h.
-template <typename opmath_t>
-struct StoredOperand {
+template <typename opmath_t, typename Format>
+struct StoredOperand : Format {
+  using Format::dtype, Format::master_kind, Format::has_scale, Format::is_random;
+
   void* memory;
-  Dtype dtype;
-  bool is_random = false;
-  bool has_scale = false;
   ScaleBits* scales = nullptr;
-  Master master_kind = Master::kNone;
   void* master = nullptr;
 
   Stored<opmath_t> stored;
   Stored<opmath_t> exact;  // what the master has of them
   ScaleBits scale;
 
-  // False where nothing is rounded so.
-  __device__ __forceinline__ bool rounds_at_random(uint32_t at_random) const {
-    if (master_kind == Master::kByteRemainder) return (at_random & GroupRounding::kMasters) != 0;
-    const bool is_16_bit = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
-    return (at_random & GroupRounding::kStored) != 0 &&
-           (has_scale || (master_kind == Master::kNone && is_16_bit));
-  }
   __device__ __forceinline__ Dtype master_dtype() const {
     return master_kind == Master::kCopy ? Dtype::kFloat32 : Dtype::kFloat16;
   }

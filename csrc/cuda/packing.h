@@ -175,9 +175,8 @@ cudaError_t launch_all(const Launching<typename Kind::Rule>& launching) {
   Packer<Kind, kBytes> packer(launching);
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
-    if (!lies_on(entry, launching.device) || kind_of<typename Kind::Rule>(entry) != launching.kind)
-      continue;
     const auto& h = table.groups[entry.group];
+    if (!lies_on(entry, launching.device) || kind_of(entry, h) != launching.kind) continue;
     if (packer.add(entry, h)) continue;
     if (packer.empty()) return cudaErrorInvalidValue;  // 2^31 chunks: more than any memory holds
     if (const cudaError_t error = packer.launch(launching.stream); error != cudaSuccess) {

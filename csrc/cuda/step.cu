@@ -181,7 +181,9 @@ auto kernel_of(Strided<Rule, opmath_t>, const LaunchTable<kBytes>&) {
 template <typename Rule>
 cudaError_t launch_one_kind(const Launching<Rule>& launching) {
   const int kind = launching.kind;
-  if (kind >= kLowPrecisionFlat) return launch_low_precision(launching);
+  if (kind >= kFirstMode + kNumModesOfFp32) return launch_bf16_mode(launching);
+  if (kind >= kFirstMode) return launch_fp32_mode(launching);
+  if (kind >= kLowPrecisionFlat) return launch_any_mode(launching);
   if (kind == kStrided32) return launch_kind<Strided<Rule, float>>(launching);
   if (kind == kStrided64) return launch_kind<Strided<Rule, double>>(launching);
   return choose<2 * kNumFlat>(kind, [&]<int k>() {
@@ -206,7 +208,7 @@ Census count_tensors(const StepTable<Rule>& table, int device) {
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
     if (!lies_on(entry, device)) continue;
-    ++census.of_kind[kind_of<Rule>(entry)];
+    ++census.of_kind[kind_of<Rule>(entry, table.groups[entry.group])];
     census.has_device_numbers =
         census.has_device_numbers || table.groups[entry.group].on_device.any();
   }

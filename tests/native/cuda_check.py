@@ -24,14 +24,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = (ROOT / "csrc/cuda/step.cu", ROOT / "csrc/cuda/low_precision.cu", ROOT / "csrc/cuda/norm.cu")
+SOURCES = tuple(ROOT / f"csrc/cuda/{name}.cu" for name in ("step", "low_precision", "modes_fp32", "modes_bf16", "norm"))
 ARCHS = (80, 90, 100)
 FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
 
 # For two sizes of parameter each, 16 flat kernels (half of them keep averages) and 2 strided, or 3 of low-precision
-# state (flat, strided, in double), or 4 norms; and by themselves record_settled and count_update, or conclude_alone.
-NUM_KERNELS = {"step": 38, "low_precision": 6, "norm": 9}
-NUM_WITHOUT_TABLE = {"step": 2, "low_precision": 0, "norm": 1}
+# state (flat, strided, in double) and an instance for each mode, or 4 norms; and by themselves record_settled and
+# count_update, or conclude_alone.
+NUM_KERNELS = {"step": 38, "low_precision": 6, "modes_fp32": 14, "modes_bf16": 26, "norm": 9}
+NUM_WITHOUT_TABLE = {"step": 2, "norm": 1}
 FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
 FLAT_DOUBLE_REGISTERS = 36  # 35 on sm_100; the others have 31
 FLAT_16_BIT_REGISTERS = 32
@@ -40,6 +41,7 @@ AVERAGED_16_BIT_REGISTERS = 40
 STRIDED_REGISTERS = 48
 LOW_PRECISION_REGISTERS = 128  # two blocks at once; in double one, with as many registers as a thread can have
 LOW_PRECISION_DOUBLE_REGISTERS = 255
+MODE_REGISTERS = 64  # four blocks at once
 NORM_REGISTERS = 40
 NORM_OF_DOUBLES_REGISTERS = 48
 PARAMETER_BYTES = {4096: 4096, 32760: 32764}
@@ -71,6 +73,7 @@ class Kernel:
         self.is_averaged = re.search(r"FlatI\w+?ELb1E", name) is not None
         self.is_strided = "update_strided" in name
         self.is_low_precision = "update_low_precision" in name
+        self.is_mode = "OneMode" in name
         # Also the three kernels of one thread that work with doubles, and the norm, which sums up in double.
         self.is_double = (
             "Eddd" in name
@@ -92,6 +95,8 @@ class Kernel:
             return NORM_OF_DOUBLES_REGISTERS if "WideSums" in self.name else NORM_REGISTERS
         if self.is_strided:
             return STRIDED_REGISTERS
+        if self.is_mode:
+            return MODE_REGISTERS
         if self.is_low_precision:
             return LOW_PRECISION_DOUBLE_REGISTERS if self.is_double else LOW_PRECISION_REGISTERS
         if self.is_averaged:
@@ -128,7 +133,7 @@ def check_resources(arch: int, file: str, log: str) -> str:
         if kernel.table:
             sort = "averaged" if kernel.is_averaged else "flat" if kernel.is_flat else ""
             if kernel.is_low_precision:
-                sort = "low-precision, in double" if kernel.is_double else "low-precision"
+                sort = "mode" if kernel.is_mode else "low-precision" + ", in double" * kernel.is_double
             used_by.setdefault(sort or ("norm" if kernel.is_norm else "strided"), []).append(registers)
     return ", ".join(f"{sort} {min(used)} to {max(used)}" for sort, used in sorted(used_by.items()))
 
@@ -137,7 +142,7 @@ def check_parameters(file: str, ptx: str) -> None:
     """Sizes of the kernels' parameters."""
     sizes = re.findall(r"\.param \.align \d+ \.b8 (\S+?)_param_0\[(\d+)\]", ptx)
     sizes = [(name, size) for name, size in sizes if Kernel(name).table]
-    expected = NUM_KERNELS[file] - NUM_WITHOUT_TABLE[file]
+    expected = NUM_KERNELS[file] - NUM_WITHOUT_TABLE.get(file, 0)
     expect(len(sizes) == expected, f"{len(sizes)} kernels with a launch table, expected {expected}")
     for name, size in sizes:
         kernel = Kernel(name)

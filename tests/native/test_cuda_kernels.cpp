@@ -15,6 +15,8 @@
 
 #include "../../csrc/cpu/backend.h"
 #include "../../csrc/cuda/low_precision.cu"
+#include "../../csrc/cuda/modes_bf16.cu"
+#include "../../csrc/cuda/modes_fp32.cu"
 #include "../../csrc/cuda/step.cu"
 #include "checks.h"
 

@@ -1,4 +1,4 @@
-// The CUDA kernel of low-precision state without a GPU: csrc/cuda/low_precision.cu as it stands,
+// The CUDA kernel of low-precision state without a GPU: csrc/cuda/low_precision.cuh as it stands,
 // compiled as C++ with cuda_on_host/cuda_runtime.h in place of CUDA's header, against the CPU
 // backend, bit for bit. Built and run by tests/test_native.py under sanitizers. Exits 0 when
 // everything holds.
@@ -14,6 +14,8 @@
 
 #include "../../csrc/cpu/backend.h"
 #include "../../csrc/cuda/low_precision.cu"
+#include "../../csrc/cuda/modes_bf16.cu"
+#include "../../csrc/cuda/modes_fp32.cu"
 #include "../../csrc/cuda/step.cu"
 #include "checks.h"
 

@@ -28,6 +28,8 @@
 #endif
 //
 #include "../../csrc/cuda/low_precision.cu"
+#include "../../csrc/cuda/modes_bf16.cu"
+#include "../../csrc/cuda/modes_fp32.cu"
 #include "../../csrc/cuda/step.cu"
 
 using namespace momentum_ext;

@@ -1,0 +1,209 @@
+// Tensors whose state is stored in fewer bits, or in more, than they are computed in (see
+// ../formats), and flat tensors of dtypes that have no kernel in step.cu.
+//
+// One kernel, for any dtypes or for some. The one for any learns them when it runs: all threads of a
+// block have the same, so asking costs little beside the memory, and there are hundreds of
+// combinations; but it needs as many registers as the worst of them. The modes that people choose
+// (kModes in kinds.h) have instances of their own, with half as many, so that twice as many loads
+// are on their way.
+//
+// A thread has eight elements in a row, as many as a draw of random bits is for, and four threads
+// have a block of 8-bit values. What is read is kept as it is until all loads are on their way.
+//
+//   flat     accesses of up to 128 bits, wherever a thread's eight elements begin on such a
+//            boundary
+//   strided  one element at a time; in double also flat tensors
+//
+// Compile with --fmad=false, as all kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../rules/rules.h"
+#include "operand.cuh"
+#include "packing.h"
+#include "work.h"
+
+namespace momentum_ext::cuda {
+namespace {
+
+constexpr int kPasses = 2;  // of a block through its chunk
+
+// Of tensors of any dtypes.
+struct AnyMode {
+  using ParamFormat = LearntFormat;
+  using GradFormat = LearntFormat;
+  using StateFormat = LearntFormat;
+  static constexpr bool kHasAverages = true;
+  // Of a multiprocessor: as few blocks as this have enough loads on their way, eight elements a
+  // thread, and leave registers for all that may be asked for. Doubles are not for speed.
+  static constexpr int kBlocksAtOnce = 2;
+};
+// Of kModes[kNumber].
+template <int kNumber>
+struct OneMode {
+  static constexpr Mode kMode = kModes[kNumber];
+  using ParamFormat = KnownFormat<kMode.param, kMode.master, kMode.param_is_random>;
+  using GradFormat = KnownFormat<kMode.grad, Master::kNone, false>;
+  using StateFormat = KnownFormat<kMode.state, Master::kNone, kMode.state_is_random>;
+  static constexpr bool kHasAverages = false;
+  static constexpr int kBlocksAtOnce = 4;
+};
+
+template <typename Rule_, typename opmath_t_, bool kIsStrided_, typename Mode_ = AnyMode>
+struct LowPrecisionKind {
+  using Rule = Rule_;
+  using opmath_t = opmath_t_;
+  using Mode = Mode_;
+  using Fields = Record<Rule>;
+  static constexpr bool kIsStrided = kIsStrided_;
+  static constexpr int kBlocksAtOnce = sizeof(opmath_t) == 8 ? 1 : Mode::kBlocksAtOnce;
+  static constexpr int kRecord = kIsStrided ? Fields::kStridedLowPrecision : Fields::kLowPrecision;
+  static constexpr int kReserved = kWordsOf<AverageWeight>;
+  static constexpr int kRoundingWords = kWordsOf<GroupRounding>;
+  static constexpr int kChunk = kThreads * kElemsPerThread * kPasses;
+  static_assert(kChunk <= kMaxChunk && kChunk % kWarpElems == 0);
+
+  static void pack_rest(const TensorEntry& entry, uint64_t* record) {
+    int ndim = 0;
+    if constexpr (kIsStrided) {
+      with_layout(entry, [&](const StridedLayout& layout) {
+        for (; ndim < layout.ndim; ++ndim) {
+          uint64_t* const words = record + Fields::kFirstDimBehindPlace + Fields::kDimWords * ndim;
+          pack_dim<Rule>(layout.dims[ndim], words);
+        }
+      });
+    }
+    record[Fields::kKind] = TensorKind(entry, ndim).word();
+    constexpr LowPrecision kNothing{};
+    const LowPrecision& low = entry.low_precision != nullptr ? *entry.low_precision : kNothing;
+    record[Fields::kMaster] = reinterpret_cast<uint64_t>(low.master);
+    for (int k = 0; k < Rule::kMaxStates; ++k) {
+      record[Fields::kScale + k] = reinterpret_cast<uint64_t>(low.scale[k]);
+    }
+    memcpy(record + Fields::kPlace, &low.place, sizeof(low.place));
+  }
+};
+
+// ---- the kernel ---------------------------------------------------------------------------------
+
+template <typename value_t, typename opmath_t>
+__device__ __forceinline__ void update_average(Dtype dtype, value_t weight,
+                                               const Stored<opmath_t>& param,
+                                               Stored<opmath_t>& average) {
+  value_t p[kElemsPerThread];
+  value_t a[kElemsPerThread];
+  decode(dtype, param, p);
+  decode(dtype, average, a);
+#pragma unroll
+  for (int e = 0; e < kElemsPerThread; ++e) {
+    a[e] = new_average<FusedMultiplyAdd>(weight, a[e], p[e]);
+  }
+  encode<kParam>(dtype, a, Randoms{{}, false}, average);
+}
+
+template <typename Kind, int kBytes>
+__global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
+    update_low_precision(const LaunchTable<kBytes> __grid_constant__ table) {
+  using Rule = typename Kind::Rule;
+  using Fields = typename Kind::Fields;
+  using opmath_t = typename Kind::opmath_t;
+  constexpr int kStates = Rule::kMaxStates;
+  if (overflowed(table)) return;
+  const Chunk chunk = find_chunk<Kind>(table);
+  const uint64_t* const record = table.words + chunk.tensor * Kind::kRecord;
+  const auto memory = [record](int word) { return reinterpret_cast<void*>(record[word]); };
+  const TensorKind kind(record[Fields::kKind]);
+  const auto work = read_group<Rule, opmath_t, Kind::kReserved>(table, chunk.group);
+  const int behind_group = group_at<Kind::kReserved>(table, chunk.group - 1);
+  const auto rounding = unpack<GroupRounding>(table.words + behind_group - Kind::kRoundingWords);
+  const RandomKey key = {rounding.seed, kind.number, rounding.step};
+  const uint32_t at_random = kind.may_round_at_random() ? rounding.at_random : 0;
+
+  StoredOperand<opmath_t, typename Kind::Mode::ParamFormat> param;
+  StoredOperand<opmath_t, typename Kind::Mode::GradFormat> grad;
+  StoredOperand<opmath_t, typename Kind::Mode::StateFormat> state[kStates];
+  param.memory = memory(kParam);
+  param.master = memory(Fields::kMaster);
+  param.learn(kind.dtype(kParam), kind.master(), at_random);
+  grad.memory = memory(kGrad);
+  grad.learn(kind.dtype(kGrad), Master::kNone, 0);
+  bool draws = param.is_random;
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) {
+    state[k].memory = memory(kState + k);
+    state[k].scales = static_cast<ScaleBits*>(memory(Fields::kScale + k));
+    state[k].learn(kind.dtype(kState + k), Master::kNone, at_random);
+    draws = draws || (k < work.num_states && state[k].is_random);
+  }
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp_begin = static_cast<int>(threadIdx.x) / kWarp * kWarpElems;
+  // A warp goes on while it has an element, with all of its lanes.
+#pragma unroll 1
+  for (int at = warp_begin; at < chunk.count; at += kThreads * kElemsPerThread) {
+    const int left = chunk.count - at - lane * kElemsPerThread;
+    const int count = left < 0 ? 0 : left < kElemsPerThread ? left : kElemsPerThread;
+    const int64_t first = chunk.begin + at + (count == 0 ? 0 : lane * kElemsPerThread);
+    const Span span = {first, first / kScaleBlock, count, lane};
+    Places<Kind::kIsStrided, Fields::kOperands> places;
+    places.find(record + Fields::kFirstDimBehindPlace, kind.ndim(), first, count);
+
+    param.read(places[kParam], span);
+    grad.read(places[kGrad], span);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      if (k < work.num_reads) state[k].read(places[kState + k], span);
+    }
+    opmath_t p[kElemsPerThread];
+    opmath_t g[kElemsPerThread];
+    opmath_t s[kStates][kElemsPerThread] = {};
+    param.decode(p);
+    grad.decode(g);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      if (k < work.num_reads) state[k].decode(s[k]);
+    }
+
+    with_variant(work, [&](auto variant) {
+#pragma unroll
+      for (int e = 0; e < kElemsPerThread; ++e) {
+        opmath_t mine[kStates];
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) mine[k] = s[k][e];
+        Rule::template update<FusedMultiplyAdd>(variant, work.coefficients, g[e], p[e], mine);
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) s[k][e] = mine[k];
+      }
+    });
+
+    Randoms randoms;
+    if (draws) draw(key, unpack<PlaceInWhole>(record + Fields::kPlace), first, randoms.words);
+    repeat<kStates>([&]<int k>() {
+      if (k >= work.num_states) return;
+      state[k].template write<kState + k>(s[k], randoms, places[kState + k], span);
+    });
+    param.template write<kParam>(p, randoms, places[kParam], span);
+    // Not before: what was read is in fewer registers now.
+    void* const average_memory = Kind::Mode::kHasAverages ? memory(Fields::kAverage) : nullptr;
+    if (average_memory != nullptr) {
+      Stored<opmath_t> average;
+      read(param.dtype, average_memory, places[kParam], count, average);
+      // Computed in the type that goes with the parameter, whatever its gradient is.
+      if (sizeof(opmath_t) == 8 && param.dtype == Dtype::kFloat64) {
+        update_average(param.dtype, read_average_weight<opmath_t>(table), param.stored, average);
+      } else {
+        update_average(param.dtype, read_average_weight<float>(table), param.stored, average);
+      }
+      write(param.dtype, average_memory, places[kParam], count, average);
+    }
+  }
+}
+
+template <typename Rule, typename opmath_t, bool kIsStrided, typename Mode, int kBytes>
+auto kernel_of(LowPrecisionKind<Rule, opmath_t, kIsStrided, Mode>, const LaunchTable<kBytes>&) {
+  return update_low_precision<LowPrecisionKind<Rule, opmath_t, kIsStrided, Mode>, kBytes>;
+}
+
+}  // namespace
+}  // namespace momentum_ext::cuda

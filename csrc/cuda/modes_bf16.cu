@@ -1,0 +1,17 @@
+// The low-precision kernel for the modes of bf16 parameters.
+#include "low_precision.cuh"
+
+namespace momentum_ext::cuda {
+
+template <typename Rule>
+cudaError_t launch_bf16_mode(const Launching<Rule>& launching) {
+  constexpr int kFirst = kNumModesOfFp32;
+  return choose<kNumModes - kNumModesOfFp32>(launching.kind - kFirstMode - kFirst, [&]<int k>() {
+    return launch_kind<LowPrecisionKind<Rule, float, false, OneMode<kFirst + k>>>(launching);
+  });
+}
+#define MOMENTUM_EXT_LAUNCH_BF16(Rule) \
+  template cudaError_t launch_bf16_mode(const Launching<Rule>& launching);
+MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_LAUNCH_BF16)
+
+}  // namespace momentum_ext::cuda
