@@ -128,17 +128,11 @@ __device__ __forceinline__ Word take(const Stored<opmath_t>& from, int at) {
   }
 }
 
-// In one instruction: nvcc takes an assignment of words made of bf16 apart into four.
-template <typename Word>
-__device__ __forceinline__ void store_word(Word* to, Word word) {
+// In one instruction.
+__device__ __forceinline__ void store_word(uint4* to, uint4 word) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(Word) == 16) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y),
-                 "r"(word.z), "r"(word.w)
-                 : "memory");
-  } else {
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(word.x), "r"(word.y) : "memory");
-  }
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y),
+               "r"(word.z), "r"(word.w));
 #else
   *to = word;
 #endif
@@ -189,7 +183,12 @@ __device__ __forceinline__ void write_bits(void* base, const Place& place, int c
 #pragma unroll
       for (int v = 0; v < kNumWords<bits_t>; ++v) {
         const int at = v * static_cast<int>(sizeof(WordOf<bits_t>) / 4);
-        store_word(words + v, take<WordOf<bits_t>>(from, at));
+        const auto word = take<WordOf<bits_t>>(from, at);
+        if constexpr (sizeof(bits_t) == 2) {  // nvcc takes an assignment of bf16 apart into four
+          store_word(words + v, word);
+        } else {
+          words[v] = word;
+        }
       }
       return;
     }
