@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import make_contiguous_strides_for
+from torch.utils._python_dispatch import _disable_current_modes
+
+from momentum_ext.ranks import groups_of
 
 __all__ = ["awaited", "described", "is_cut", "like", "local", "mismatch", "place_in_whole", "redistributed", "where_is"]
 
@@ -105,12 +111,74 @@ def awaited(grad: Any) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
 
 
-def redistributed(param: Any, grad: Any, name: str) -> Tensor:
-    """The local shard of a gradient that lies otherwise than its parameter, brought to where that lies."""
+# A number of what is to be done with a gradient, which ranks compare: nothing, an error, or what makes a collective.
+_NOTHING, _IS_ELSEWHERE, _MOVES = 0, 1, 2
+
+
+def redistributed(
+    params: list[Any], grads: list[Any], name: Callable[[int], str], meshes: set[Any] | None
+) -> list[Tensor | None]:
+    """The local shards of gradients that lie otherwise than their parameters, brought to where those lie; else None.
+
+    The ranks of a mesh agree first, by one all-reduce, on what each is about to redistribute: a rank that lacks one
+    of the gradients would take part in the collective of another. `meshes` are those that have to, because of a
+    gradient here or in an earlier step, and grow; None: all.
+
+    Raises:
+        RuntimeError: with the name of the first gradient in which ranks of its mesh differ, on all of them.
+    """
+    plans = [_plan_of(param, grad) for param, grad in zip(params, grads, strict=True)]
+    listed = dict.fromkeys(param.device_mesh for param in params)  # in the order of the list, alike on all ranks
+    meshes = set(listed) if meshes is None else meshes
+    meshes |= {param.device_mesh for param, plan in zip(params, plans, strict=True) if plan >= _MOVES}
+    placed: list[Tensor | None] = [None] * len(params)
+    errors = {i: mismatch for i, plan in enumerate(plans) if plan == _IS_ELSEWHERE}
+    for mesh in listed:
+        if mesh not in meshes:
+            continue
+        indices = [i for i, param in enumerate(params) if param.device_mesh == mesh]
+        differs = _differ(mesh, [plans[i] for i in indices])
+        for i in itertools.compress(indices, differs):
+            errors.setdefault(i, _difference)
+        if errors.keys().isdisjoint(indices):  # else other meshes still wait for this rank
+            for i in indices:
+                if plans[i] >= _MOVES:
+                    with torch.no_grad():
+                        placed[i] = awaited(grads[i].redistribute(placements=params[i].placements))
+    if errors:
+        first = min(errors)
+        raise RuntimeError(f"{name(first)}: {errors[first](params[first], grads[first])}")
+    return placed
+
+
+def _plan_of(param: Any, grad: Any) -> int:
+    if not hasattr(grad, "_spec"):
+        return _NOTHING
     if grad.device_mesh != param.device_mesh or grad.shape != param.shape:
-        raise RuntimeError(f"{name}: {mismatch(param, grad)}")
-    with torch.no_grad():
-        return awaited(grad.redistribute(placements=param.placements))
+        return _IS_ELSEWHERE
+    if grad.placements == param.placements:
+        return _NOTHING
+    return _MOVES + zlib.crc32(f"{grad.placements} {grad.dtype}".encode())
+
+
+def _differ(mesh: Any, plans: list[int]) -> list[bool]:
+    """Where ranks of the mesh have other numbers than others."""
+    with _disable_current_modes():  # also where this rank's operators are watched, others wait
+        bounds = torch.tensor([plans, [-plan for plan in plans]], device=mesh.device_type)
+        for group in groups_of(mesh, range(mesh.ndim)):
+            torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX, group)
+        largest, smallest = bounds.tolist()
+    return [a != -b for a, b in zip(largest, smallest, strict=True)]
+
+
+def _difference(param: Any, other: Any) -> str:
+    """What is wrong with a gradient that ranks would redistribute otherwise, and the remedy."""
+    found = "None" if other is None else f"{described(other)} in {other.dtype}"
+    return (
+        f"it is {found}, other ranks have another, and it takes all of them to bring it to where its parameter is"
+        f"{where_is(param)}; give it the same placements and dtype on all ranks of the mesh (zeros for None), "
+        "or set it to None on all"
+    )
 
 
 def where_is(param: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["ANOTHER_RANK", "NO_MESH", "Ranks"]
+__all__ = ["ANOTHER_RANK", "NO_MESH", "Ranks", "groups_of"]
 
 # In the place of a mesh's number: a parameter that is no DTensor, and a replica that another rank counts. Also in
 # csrc/binding/grad_norm.h.
@@ -42,7 +43,7 @@ class Ranks:
                     coordinate[d] == 0 or not places[d].is_replicate() for d in dims
                 )
                 self.mesh_of[i] = number if is_counted else ANOTHER_RANK
-            groups = [] if coordinate is None else _groups(mesh, dims)
+            groups = groups_of(mesh, dims)
             speaks = process_group is None or _is_first_of(mesh, process_group)
             self._meshes.append((torch.device(mesh.device_type), groups, speaks))
 
@@ -52,7 +53,7 @@ class Ranks:
         Returns also the worst status that a rank has, and the dtypes that gradients have on any.
         """
         *of_meshes, total = sums
-        flags = [status == 1, status == 2, *dtypes]
+        flags = [*(status == each for each in (1, 2, 3)), *dtypes]
         with _disable_current_modes():  # also where this rank's operators are watched, others wait
             for found, (device, groups, speaks) in zip(of_meshes, self._meshes, strict=True):
                 reduced, flags = _reduce(found, is_max, flags, device, groups)
@@ -61,12 +62,13 @@ class Ranks:
             if self._process_group is not None:
                 device = _device_of(self._process_group)
                 total, flags = _reduce(total, is_max, flags, device, [self._process_group])
-        is_not_ours, is_error, *dtypes = flags
-        return total, 2 if is_error else 1 if is_not_ours else 0, dtypes
+        return total, max(each * flags[each - 1] for each in (1, 2, 3)), flags[3:]
 
 
-def _groups(mesh: Any, dims: list[int]) -> list[Any]:
-    """The groups to reduce over, one after the other; None: all processes."""
+def groups_of(mesh: Any, dims: Iterable[int]) -> list[Any]:
+    """The groups to reduce over these dimensions, one after the other; None: all processes. Empty outside the mesh."""
+    if mesh.get_coordinate() is None:
+        return []
     sizes = {d: mesh.size(d) for d in dims if mesh.size(d) > 1}
     if len(sizes) > 1 and math.prod(sizes.values()) == torch.distributed.get_world_size():
         return [None]

@@ -33,10 +33,11 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type, boo
   remembers_ = false;
   reduce_over(process_group);
   const bool readable = read_params(param_groups);
+  redistributes_ = false;
   py::object computed = compute(norm_type, [&](bool complex_too) {
-    return readable && collect(complex_too, remembers, grads);
+    return readable ? collect(complex_too, remembers, grads) : Status::kNotOurs;
   });
-  redistributed_.clear();
+  resolved_.clear();
   remembers_ = remembers && !computed.is_none();
   if (remembers_) records_.resize(entries_.size());
   return computed;
@@ -45,17 +46,15 @@ py::object GradNorm::compute(const py::list& param_groups, double norm_type, boo
 py::object GradNorm::compute_of(const std::vector<at::Tensor>& grads, double norm_type) {
   return compute(norm_type, [&](bool complex_too) {
     start_collecting();
-    size_t i = 0;
-    return std::all_of(grads.begin(), grads.end(), [&](const at::Tensor& grad) {
+    for (size_t i = 0; i < grads.size(); ++i) {
       const auto name = [&] { return "grads[" + std::to_string(i) + "]"; };
-      const bool added = add(grad, complex_too, name);
-      ++i;
-      return added;
-    });
+      if (!add(grads[i], complex_too, name)) return Status::kNotOurs;
+    }
+    return Status::kFine;
   });
 }
 
-py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& collect) {
+py::object GradNorm::compute(double norm_type, const std::function<Status(bool)>& collect) {
   const Norm kind = norm_type == 2   ? Norm::kSumOfSquares
                     : norm_type == 1 ? Norm::kSumOfAbs
                                      : Norm::kMax;
@@ -63,12 +62,18 @@ py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& 
     return py::none();
   }
   std::exception_ptr error;
-  Status status = collect_safely(collect, /*complex_too=*/kind == Norm::kSumOfSquares, error);
+  const bool complex_too = kind == Norm::kSumOfSquares;
+  Status status = collect_safely(collect, complex_too, error);
   if (!has_ranks() && error) std::rethrow_exception(error);
   if (!has_ranks() && status != Status::kFine) return py::none();
   is_pending_ = !has_ranks() && device_.value_or(kCpu) != kCpu;
   kind_ = kind;
   double norm = is_pending_ ? 0 : sum(kind, 1.0, status);
+  if (status == Status::kLiesOtherwise) {
+    redistributes_ = true;
+    status = collect_safely(collect, complex_too, error);
+    norm = sum(kind, 1.0, status);
+  }
   if (error) std::rethrow_exception(error);
   if (status == Status::kError) {
     throw std::runtime_error(
@@ -84,15 +89,14 @@ py::object GradNorm::compute(double norm_type, const std::function<bool(bool)>& 
 }
 
 // Where other ranks wait for what this one has found, an error comes after it was told to them.
-GradNorm::Status GradNorm::collect_safely(const std::function<bool(bool)>& collect,
+GradNorm::Status GradNorm::collect_safely(const std::function<Status(bool)>& collect,
                                           bool complex_too, std::exception_ptr& error) const {
   try {
-    if (!collect(complex_too)) return Status::kNotOurs;
+    return collect(complex_too);
   } catch (...) {
     error = std::current_exception();
     return Status::kError;
   }
-  return Status::kFine;
 }
 
 py::tuple GradNorm::conclude(const std::optional<at::Tensor>& factor,
@@ -248,7 +252,7 @@ void GradNorm::start_collecting() {
   entries_.clear();
   layouts_.clear();
   mesh_of_entry_.clear();
-  redistributed_.clear();
+  resolved_.clear();
   first_block_.assign(1, 0);
   dtype_ = at::ScalarType::Undefined;
   device_.reset();
@@ -256,22 +260,47 @@ void GradNorm::start_collecting() {
   is_watched_ = operators_are_watched();
 }
 
-bool GradNorm::collect(bool complex_too, bool remembers, const py::object& grads) {
+std::string GradNorm::name_of(size_t k) const {
+  return "gradient of param_groups[" + std::to_string(places_[k].group) + "]['params'][" +
+         std::to_string(places_[k].index) + "]";
+}
+
+// Or what stands in for it.
+const at::Tensor& GradNorm::listed_grad(size_t k, const py::object& grads) const {
+  PyObject* const stand_in =
+      grads.is_none() ? nullptr : PyDict_GetItemWithError(grads.ptr(), params_[k]);
+  if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return stand_in != nullptr ? THPVariable_Unpack(stand_in) : listed_grad(k);
+}
+
+void GradNorm::redistribute_grads(const py::object& grads) {
+  std::vector<at::Tensor> listed;
+  for (size_t k = 0; k < params_.size(); ++k) listed.push_back(listed_grad(k, grads));
+  resolved_ = redistribute(params_, listed, [this](size_t k) { return name_of(k); }, py::none());
+}
+
+GradNorm::Status GradNorm::collect(bool complex_too, bool remembers, const py::object& grads) {
   start_collecting();
-  return for_each_grad([&](const at::Tensor& found, size_t k) {
-    const auto name = [&] {
-      return "gradient of param_groups[" + std::to_string(places_[k].group) + "]['params'][" +
-             std::to_string(places_[k].index) + "]" + where_is(params_[k]);
-    };
+  if (redistributes_) redistribute_grads(grads);
+  Status status = Status::kFine;
+  for_each_grad([&](const at::Tensor& found, size_t k) {
+    const auto name = [&] { return name_of(k) + where_is(params_[k]); };
     const at::Tensor* grad = &found;
-    PyObject* const stand_in =
-        grads.is_none() ? nullptr : PyDict_GetItemWithError(grads.ptr(), params_[k]);
-    if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    const at::Tensor& listed = stand_in != nullptr ? THPVariable_Unpack(stand_in) : listed_grad(k);
-    if (stand_in != nullptr || (has_ranks() && !has_placed(listed, k))) {
-      grad = &redistributed_.emplace_back(resolve_grad(params_[k], listed, name));
+    const at::Tensor& listed = listed_grad(k, grads);
+    if (!resolved_.empty() && resolved_[k].defined()) {
+      grad = &resolved_[k];
+    } else if (!grads.is_none() || (has_ranks() && !has_placed(listed, k))) {
+      if (!redistributes_ && lies_otherwise(params_[k], listed)) {
+        status = Status::kLiesOtherwise;
+        return false;
+      }
+      if (resolved_.empty()) resolved_.resize(params_.size());
+      grad = &(resolved_[k] = resolve_grad(params_[k], listed, name));
     }
-    if (!add(*grad, complex_too, name)) return false;
+    if (!add(*grad, complex_too, name)) {
+      status = Status::kNotOurs;
+      return false;
+    }
     if (!meshes_.empty()) {
       mesh_of_entry_.push_back(meshes_[k]);
       if (meshes_[k] == kAnotherRank) first_block_.back() = first_block_[first_block_.size() - 2];
@@ -279,6 +308,7 @@ bool GradNorm::collect(bool complex_too, bool remembers, const py::object& grads
     if (remembers) records_.put(entries_.size() - 1, gradient(found, k));
     return true;
   });
+  return status;
 }
 
 template <typename Name>

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -68,11 +69,12 @@ class GradNorm {
   py::object match(const py::list& param_groups);
 
  private:
-  // Whether the kernels can read what was found: said by one rank, or by the worst of all.
-  enum class Status : uint8_t { kFine, kNotOurs, kError };
+  // Whether the kernels can read what was found: said by one rank, or by the worst of all. Gradients
+  // that lie otherwise than their parameters are redistributed first, once all ranks know.
+  enum class Status : uint8_t { kFine, kLiesOtherwise, kNotOurs, kError };
 
-  py::object compute(double norm_type, const std::function<bool(bool)>& collect);
-  Status collect_safely(const std::function<bool(bool)>& collect, bool complex_too,
+  py::object compute(double norm_type, const std::function<Status(bool)>& collect);
+  Status collect_safely(const std::function<Status(bool)>& collect, bool complex_too,
                         std::exception_ptr& error) const;
   void start_collecting();
   void reduce_over(const py::object& process_group);
@@ -83,7 +85,10 @@ class GradNorm {
   template <typename Visit>
   bool for_each_grad(const Visit& visit) const;
   bool has_placed(const at::Tensor& grad, size_t k);
-  bool collect(bool complex_too, bool remembers, const py::object& grads);
+  Status collect(bool complex_too, bool remembers, const py::object& grads);
+  const at::Tensor& listed_grad(size_t k, const py::object& grads) const;
+  std::string name_of(size_t k) const;
+  void redistribute_grads(const py::object& grads);
   template <typename Name>
   bool add(const at::Tensor& grad, bool complex_too, const Name& name);
   TensorTable table() const;
@@ -119,7 +124,9 @@ class GradNorm {
   std::vector<int64_t> first_block_;
   std::vector<double> block_norms_;
   std::vector<int> mesh_of_entry_;  // only where there are ranks_
-  std::vector<at::Tensor> redistributed_;
+  bool redistributes_ = false;      // compute() has been told to
+  // Empty, or one for each of params_; defined where a gradient is not read where it lies.
+  std::vector<at::Tensor> resolved_;
   std::vector<std::unique_ptr<OwnedLayout>> layouts_;
   at::ScalarType dtype_ = at::ScalarType::Undefined;
   std::optional<int16_t> device_;  // of the gradients; none where there are none

@@ -97,6 +97,10 @@ class Plan : public std::enable_shared_from_this<Plan> {
   bool has_averages = false;       // some entry may have one
   std::vector<int64_t> first_element;
 
+  // Meshes on which a gradient has lain otherwise than its parameter: their ranks agree in each step
+  // from then on which gradients are redistributed.
+  py::set redistributing_meshes;
+
   // The memory of all parameters and states, and whether it has to be collected anew.
   WrittenMemory written;
   bool memory_has_changed = false;

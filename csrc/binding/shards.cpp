@@ -53,18 +53,23 @@ py::object object(const at::Tensor& tensor) {
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
 }
 
+bool is_placed_alike(PyObject* spec, PyObject* other_spec, PyObject* param,
+                     const at::Tensor& other) {
+  if (spec == other_spec) return true;
+  const py::handle a(spec);
+  const py::handle b(other_spec);
+  return a.attr("mesh").equal(b.attr("mesh")) && a.attr("placements").equal(b.attr("placements")) &&
+         other.sizes() == THPVariable_Unpack(param).sizes();
+}
+
 }  // namespace
 
 bool is_placed_like(PyObject* param, const at::Tensor& other) {
   const Shard wanted = find_shard(param);
   PyObject* const object = object_of(other);
   const Shard found = object != nullptr ? find_shard(object) : Shard{};
-  if (wanted.spec == found.spec) return true;
-  if (wanted.spec == nullptr || found.spec == nullptr) return false;
-  const py::handle a(wanted.spec);
-  const py::handle b(found.spec);
-  return a.attr("mesh").equal(b.attr("mesh")) && a.attr("placements").equal(b.attr("placements")) &&
-         other.sizes() == THPVariable_Unpack(param).sizes();
+  if (wanted.spec == nullptr || found.spec == nullptr) return wanted.spec == found.spec;
+  return is_placed_alike(wanted.spec, found.spec, param, other);
 }
 
 const at::Tensor& resolve(PyObject* param) {
@@ -86,15 +91,44 @@ const at::Tensor& resolve_state(PyObject* param, const at::Tensor& state,
   return resolve(found);
 }
 
+bool lies_otherwise(PyObject* param, const at::Tensor& grad) {
+  PyObject* const spec = find_shard(param).spec;
+  PyObject* const found = object_of(grad);
+  return spec != nullptr && found != nullptr && is_dtensor(found) &&
+         !is_placed_alike(spec, field_of(found, dtensor_type.spec), param, grad);
+}
+
 at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
                         const std::function<std::string()>& name) {
   PyObject* const found = object_of(grad);
-  if (find_shard(param).spec == nullptr || found == nullptr || !is_dtensor(found) ||
-      (find_shard(found).spec != nullptr && is_placed_like(param, grad))) {
+  const bool is_made = found == nullptr || !is_dtensor(found) || shard_of(found).spec != nullptr;
+  if (is_made || find_shard(param).spec == nullptr || lies_otherwise(param, grad)) {
     return resolve_state(param, grad, name);
   }
-  const py::object placed = python("redistributed")(py::handle(param), object(grad), name());
-  return THPVariable_Unpack(placed.ptr());
+  return awaited_shard(grad);
+}
+
+std::vector<at::Tensor> redistribute(const std::vector<PyObject*>& params,
+                                     const std::vector<at::Tensor>& grads,
+                                     const std::function<std::string(size_t)>& name,
+                                     const py::object& meshes) {
+  py::list numbers;
+  py::list listed;
+  py::list listed_grads;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (find_shard(params[i]).spec == nullptr) continue;
+    numbers.append(i);
+    listed.append(py::handle(params[i]));
+    listed_grads.append(grads[i].defined() ? object(grads[i]) : py::object(py::none()));
+  }
+  const auto name_of = py::cpp_function([&](size_t k) { return name(numbers[k].cast<size_t>()); });
+  const py::list placed = python("redistributed")(listed, listed_grads, name_of, meshes);
+  std::vector<at::Tensor> shards(params.size());
+  for (size_t k = 0; k < placed.size(); ++k) {
+    if (placed[k].is_none()) continue;
+    shards[numbers[k].cast<size_t>()] = THPVariable_Unpack(py::object(placed[k]).ptr());
+  }
+  return shards;
 }
 
 at::Tensor awaited_shard(const at::Tensor& grad) {

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "../formats/philox.h"
 #include "tensor_access.h"
@@ -23,6 +24,10 @@ struct DTensorType {
 };
 inline DTensorType dtensor_type;
 
+MOMENTUM_EXT_INLINE PyObject* field_of(PyObject* tensor, Py_ssize_t offset) noexcept {
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
+}
+
 // The local shard of a DTensor, and its spec (mesh, placements, global shape), both borrowed; null
 // for any other object, for none, and for a DTensor whose shard is no plain tensor.
 struct Shard {
@@ -31,12 +36,9 @@ struct Shard {
 };
 MOMENTUM_EXT_INLINE Shard shard_of(PyObject* tensor) noexcept {
   if (tensor == nullptr || Py_TYPE(tensor) != dtensor_type.type) return {};
-  const auto field = [tensor](Py_ssize_t offset) {
-    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
-  };
-  PyObject* const local = field(dtensor_type.local);
+  PyObject* const local = field_of(tensor, dtensor_type.local);
   if (local == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(local))) return {};
-  return {local, field(dtensor_type.spec)};
+  return {local, field_of(tensor, dtensor_type.spec)};
 }
 
 // The tensor that a step updates for this object: a plain tensor itself, which has no spec, or a
@@ -79,10 +81,21 @@ bool is_placed_like(PyObject* param, const at::Tensor& other);
 const at::Tensor& resolve_state(PyObject* param, const at::Tensor& state,
                                 const std::function<std::string()>& name);
 
-// A gradient with other placements on the same mesh is redistributed; what that makes is kept by
-// what is returned.
+// True for a DTensor's gradient that is a DTensor and lies otherwise: it has to be redistributed.
+bool lies_otherwise(PyObject* param, const at::Tensor& grad);
+
+// As resolve_state(); waits for the shard of a gradient that a collective is still making.
 at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
                         const std::function<std::string()>& name);
+
+// The local shards of gradients that lie otherwise than their parameters, redistributed; undefined
+// for the others, and for parameters that are no DTensors. `meshes`: a set of those of which some
+// gradient has lain otherwise, which grows, or None for all. Their ranks agree first on what is to
+// be redistributed; where they differ, all raise.
+std::vector<at::Tensor> redistribute(const std::vector<PyObject*>& params,
+                                     const std::vector<at::Tensor>& grads,
+                                     const std::function<std::string(size_t)>& name,
+                                     const py::object& meshes);
 
 // The local shard of a gradient that shard_of() does not know: once it is there, since a collective
 // may still run. The gradient itself where it is no DTensor.

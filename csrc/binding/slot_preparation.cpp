@@ -134,9 +134,11 @@ MOMENTUM_EXT_INLINE void SlotPreparation::lay_out(size_t i) {
 }
 
 bool SlotPreparation::prepare_changed() {
-  if (vectors_.changed.empty()) return false;
-  // A DTensor's gradient may have to be redistributed: Python code, which waits for other ranks.
+  const bool redistributes = this->redistributes();
+  if (vectors_.changed.empty() && !redistributes) return false;
+  // What is asked of a DTensor is Python code, and redistributing its gradient waits for other ranks.
   const bool calls_python =
+      redistributes ||
       std::any_of(vectors_.changed.begin(), vectors_.changed.end(), [this](size_t i) {
         return THPVariable_Check(plan_.param_objects[i]) && &plan_.param(i) != &plan_.listed(i);
       });
@@ -148,6 +150,7 @@ bool SlotPreparation::prepare_changed() {
       keep_alive(vectors_, plan_, i);
     }
   }
+  if (redistributes) redistribute_grads();
   for (const size_t i : vectors_.changed) {
     prepare(i);
     if (calls_python) keep_alive(vectors_, plan_, i);
@@ -155,6 +158,28 @@ bool SlotPreparation::prepare_changed() {
   vectors_.shares.clear();
   for (size_t i = 0; i < plan_.slots.size(); ++i) lay_out(i);
   return converts_;
+}
+
+// Whether a gradient lies otherwise than its parameter, or did so in a step before.
+bool SlotPreparation::redistributes() const {
+  return !plan_.redistributing_meshes.empty() ||
+         std::any_of(vectors_.changed.begin(), vectors_.changed.end(), [this](size_t i) {
+           if (!THPVariable_Check(plan_.param_objects[i])) return false;
+           const at::Tensor grad = listed_grad(i);
+           return grad.defined() && lies_otherwise(plan_.param_objects[i], grad);
+         });
+}
+
+// All of them before anything is checked that can raise on this rank alone.
+void SlotPreparation::redistribute_grads() {
+  std::vector<at::Tensor> grads;
+  for (size_t i = 0; i < plan_.slots.size(); ++i) {
+    const bool is_tensor = THPVariable_Check(plan_.param_objects[i]);
+    grads.push_back(is_tensor ? listed_grad(i) : at::Tensor());
+  }
+  const auto name = [this](size_t i) { return SlotState{plan_, i, nullptr}.name_of(kGrad); };
+  vectors_.redistributed_grads =
+      redistribute(plan_.param_objects, grads, name, plan_.redistributing_meshes);
 }
 
 // Whatever happens later, the next step examines the slot again.
@@ -259,22 +284,31 @@ void SlotPreparation::fill_in(size_t i, const Operands& operands, bool is_first_
   if (has_shared_storage(*plan.tensors[i].grad)) vectors_.shared_grads.push_back(i);
 }
 
+// What is a parameter's gradient in this step, as it lies; undefined: there is none.
+at::Tensor SlotPreparation::listed_grad(size_t i) const {
+  if (options_.grads) {
+    PyObject* const stand_in =
+        PyDict_GetItemWithError(options_.grads.ptr(), plan_.param_objects[i]);
+    if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (stand_in != nullptr) return THPVariable_Unpack(stand_in);
+  }
+  return grad_of(*plan_.listed(i).unsafeGetTensorImpl());
+}
+
 // The gradient to use; undefined: there is none.
 at::Tensor SlotPreparation::find_grad(size_t i) {
-  std::vector<at::Tensor>& resolved = vectors_.resolved_grads;  // keeps what nobody else does
-  PyObject* const param = plan_.param_objects[i];
-  at::Tensor grad = grad_of(*plan_.listed(i).unsafeGetTensorImpl());
-  if (options_.grads) {
-    PyObject* const stand_in = PyDict_GetItemWithError(options_.grads.ptr(), param);
-    if (stand_in == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    if (stand_in != nullptr) grad = THPVariable_Unpack(stand_in);
+  const std::vector<at::Tensor>& redistributed = vectors_.redistributed_grads;
+  at::Tensor grad = !redistributed.empty() ? redistributed[i] : at::Tensor();
+  if (!grad.defined()) {
+    grad = listed_grad(i);
+    if (!grad.defined()) return grad;
+    grad = resolve_grad(plan_.param_objects[i], grad,
+                        [&] { return SlotState{plan_, i, nullptr}.name_of(kGrad); });
   }
-  if (!grad.defined()) return grad;
-  grad = resolve_grad(param, grad, [&] { return SlotState{plan_, i, nullptr}.name_of(kGrad); });
   // Torch negates and conjugates lazily, by a bit; the kernels need the values. A rare case, and
   // a copy.
   if (grad.is_neg() || grad.is_conj()) grad = grad.resolve_conj().resolve_neg();
-  return resolved.emplace_back(std::move(grad));
+  return vectors_.resolved_grads.emplace_back(std::move(grad));  // which nobody else may keep
 }
 
 // 0 where the host knows that the tensor's first step takes place.

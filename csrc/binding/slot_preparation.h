@@ -27,8 +27,11 @@ class SlotPreparation {
   template <bool kIsDTensor>
   bool is_as_planned(size_t i, int num_states, const GroupReader& reader);
   void lay_out(size_t i);
+  bool redistributes() const;
+  void redistribute_grads();
   void start_anew(size_t i);
   void prepare(size_t i);
+  at::Tensor listed_grad(size_t i) const;
   at::Tensor find_grad(size_t i);
   uint32_t cohort_of_first_step(const Slot& slot);
   void fill_in(size_t i, const Operands& operands, bool is_first_step, uint32_t cohort);

@@ -28,6 +28,7 @@ struct StepVectors {
   std::vector<size_t> shared_grads;  // slots whose gradient's storage has other owners
   std::vector<DeviceShare> shares;   // one for each CUDA device that has tensors in this step
   std::vector<size_t> fallback;
+  std::vector<at::Tensor> redistributed_grads;  // empty, or one for each slot
   std::vector<at::Tensor> resolved_grads;
   StateChanges changes;
   StepAverages averages;
@@ -40,6 +41,7 @@ struct StepVectors {
     shared_grads.clear();
     shares.clear();
     fallback.clear();
+    redistributed_grads.clear();
     resolved_grads.clear();
     changes.clear();
     averages.clear();

@@ -334,6 +334,136 @@ def test_tensors_outlive_what_python_does_meanwhile(two_ranks):
     two_ranks.run(redistributed_beside)
 
 
+class Norms:
+    """Parameters of which every rank has a replica, as sequence parallelism has them, and one that is sharded."""
+
+    def __init__(self, **options):
+        self.mesh = mesh_of(torch.distributed.get_world_size())
+        self.params = [nn.Parameter(distribute_tensor(torch.ones(3), self.mesh, [Replicate()])) for _ in range(3)]
+        self.params.append(nn.Parameter(distribute_tensor(torch.ones(8), self.mesh, [Shard(0)])))
+        self.opt = FusedMomentum(self.params, lr=0.125, momentum=0.5, **options)
+
+    def new_grads(self, rank_without=None, missing=()):
+        """Each rank's part of the gradient is 1; those missing are so on that rank alone."""
+        for i, param in enumerate(self.params):
+            placements = [Partial()] if i < 3 else param.placements
+            local = torch.ones_like(param.to_local())
+            lacks = i in missing and torch.distributed.get_rank() == rank_without
+            param.grad = None if lacks else DTensor.from_local(local, self.mesh, placements)
+
+    def refuse(self, act, name):
+        with refused(self.opt, RuntimeError, rf"gradient of {name}: it is .* other ranks have another.* or set it to"):
+            act()
+        total = torch.ones(())
+        torch.distributed.all_reduce(total)  # no rank has taken part in another's collective
+        assert total.item() == torch.distributed.get_world_size()
+
+
+def lacking(how, missing, warm_up):
+    """One rank lacks gradients that the others would redistribute."""
+    last = torch.distributed.get_world_size() - 1
+    norms = Norms(max_grad_norm=1e9 if how == "option" else None)
+    for _ in range(warm_up):
+        norms.new_grads()
+        norms.opt.step()
+    for _ in range(2):
+        norms.new_grads(last, missing)
+        norms.refuse(lambda: norms.opt.clip_grad_norm_(1e9) if how == "clip" else norms.opt.step(), r"\S*\[0\]")
+    norms.new_grads()
+    norms.opt.step()
+    local = norms.params[0].to_local()
+    twin = torch.nn.Parameter(torch.ones(3))
+    other = torch.optim.SGD([twin], lr=0.125, momentum=0.5)
+    for _ in range(warm_up + 1):
+        twin.grad = torch.full((3,), last + 1.0)
+        other.step()
+    assert_same(local, twin.detach())
+
+
+LACKING = [
+    ("step", (0,), 0),  # the others of this rank would meet those of other ranks that are one further
+    ("step", (0, 1, 2), 1),  # nothing to redistribute here, and the step before says that others may have
+    ("clip", (0, 1, 2), 0),
+    ("clip", (0,), 1),
+    ("option", (0, 1, 2), 0),
+]
+
+
+@pytest.mark.parametrize("how, missing, warm_up", LACKING)
+def test_a_gradient_that_two_ranks_would_redistribute_and_one_lacks(two_ranks, how, missing, warm_up):
+    two_ranks.run(lacking, how, missing, warm_up)
+
+
+@pytest.mark.parametrize("how, missing, warm_up", LACKING)
+def test_a_gradient_that_four_ranks_would_redistribute_and_one_lacks(four_ranks, how, missing, warm_up):
+    four_ranks.run(lacking, how, missing, warm_up)
+
+
+def otherwise(how):
+    """Each rank has a gradient of other placements or dtype, or one rank's lies as the parameter does."""
+    rank = torch.distributed.get_rank()
+    norms = Norms()
+    norms.new_grads()
+    param = norms.params[1]
+    if how == "placements" and rank == 1:
+        param.grad = DTensor.from_local(torch.ones(1), norms.mesh, [Shard(0)], shape=(3,), stride=(1,))
+    if how == "dtype" and rank == 1:
+        param.grad_dtype = None
+        param.grad = DTensor.from_local(torch.ones(3, dtype=torch.float64), norms.mesh, [Partial()])
+    if how == "one rank" and rank == 1:
+        param.grad = DTensor.from_local(torch.ones(3), norms.mesh, [Replicate()])
+    norms.refuse(norms.opt.step, r"\S*\[1\]")
+    norms.refuse(lambda: norms.opt.clip_grad_norm_(1.0), r"\S*\[1\]")
+
+
+@pytest.mark.parametrize("how", ["placements", "dtype", "one rank"])
+def test_gradients_that_ranks_would_redistribute_otherwise(two_ranks, how):
+    two_ranks.run(otherwise, how)
+
+
+def two_meshes():
+    """Ranks that differ on one mesh still take part in what the others wait for on the other, larger one."""
+    rank = torch.distributed.get_rank()
+    pair, whole = mesh_of(2, 2, names=("a", "b"))["b"], mesh_of(4)
+    params = [nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()])) for mesh in (pair, whole)]
+    opt = FusedMomentum(params, lr=0.125)
+    for param in params:
+        param.grad = DTensor.from_local(torch.ones(3), param.device_mesh, [Partial()])
+    if rank == 3:
+        params[0].grad_dtype = None
+        params[0].grad = DTensor.from_local(torch.ones(3).double(), pair, [Partial()])
+    if rank > 1:
+        with refused(opt, RuntimeError, r"'params'\]\[0\]: .* other ranks have another"):
+            opt.step()
+    else:
+        opt.step()
+        assert_same(params[1].detach().to_local(), torch.full((3,), 0.5))
+
+
+def test_ranks_that_differ_on_one_of_two_meshes(four_ranks):
+    four_ranks.run(two_meshes)
+
+
+def collectives():
+    """How many a step makes, of three gradients that are redistributed or none; one is for what ranks agree on."""
+    counts = []
+    for partial in (False, True):
+        norms = Norms()
+        for _ in range(2):
+            norms.new_grads()
+            for param in norms.params if not partial else ():
+                param.grad = distribute_tensor(torch.ones(param.shape), norms.mesh, param.placements)
+            before = torch.distributed.distributed_c10d._get_default_group()._get_sequence_number_for_group()
+            norms.opt.step()
+            after = torch.distributed.distributed_c10d._get_default_group()._get_sequence_number_for_group()
+        counts.append(after - before)
+    return counts
+
+
+def test_a_step_without_other_placements_makes_no_collective(two_ranks):
+    assert two_ranks.run(collectives) == [[0, 4]] * 2
+
+
 def plain_gradient():
     twins = Twins((2,), [Shard(0)])
     twins.step()

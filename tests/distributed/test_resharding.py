@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from momentum_ext import FusedMomentum
@@ -39,6 +40,8 @@ MODES = {
     },
     "int8 values": {"momentum_dtype": "int8", "shapes": ROWS, "compact_state_dict": False},
     "int4 values": {"momentum_dtype": "int4", "shapes": ROWS, "compact_state_dict": False},
+    "rounding at random": {"dtype": torch.bfloat16, "stochastic_rounding": True, "rounding_seed": 3},
+    "24 bits": {"dtype": torch.bfloat16, "master_weights": 24},
 }
 PLAIN = (None, None)  # no mesh: plain tensors
 ONE_RANK = ((1,), [Shard(0)])
@@ -47,6 +50,7 @@ COLUMNS = ((2,), [Shard(-1)])
 REPLICAS = ((2,), [Replicate()])
 FOUR_RANKS = ((4,), [Shard(0)])
 GRID = ((2, 2), [Replicate(), Shard(0)])
+FSDP2 = ((2,), "fully_shard")
 
 
 class Training:
@@ -56,12 +60,16 @@ class Training:
         self.place = lambda tensor: tensor
         if shape_of_mesh is not None:
             mesh = mesh_of(*shape_of_mesh)
+            places = [Shard(0)] if layout == FSDP2 else places
             self.place = lambda tensor: distribute_tensor(
                 tensor, mesh, [Shard(each.dim % tensor.dim()) if each.is_shard() else each for each in places]
             )
         self.model = nn.Module()
         for i, shape in enumerate(shapes):
-            self.model.register_parameter(f"p{i}", nn.Parameter(self.place(torch.randn(shape).to(dtype))))
+            value = torch.randn(shape).to(dtype)
+            self.model.register_parameter(f"p{i}", nn.Parameter(value if layout == FSDP2 else self.place(value)))
+        if layout == FSDP2:
+            fully_shard(self.model, mesh=mesh)
         self.opt = make(self.model.parameters(), **{**HYPER, **options})
 
     def steps(self, begin, end):
@@ -138,6 +146,9 @@ WAYS = [
     (PLAIN, TWO_RANKS),
     (COLUMNS, TWO_RANKS),
     (REPLICAS, COLUMNS),
+    (FSDP2, PLAIN),
+    (PLAIN, FSDP2),
+    (FSDP2, FOUR_RANKS),
 ]
 
 

@@ -93,10 +93,17 @@ def joined():
 
     def train(make):
         model = DistributedDataParallel(model_of(), gradient_as_bucket_view=True)
-        with Join([model]):
-            return steps(model, make, 3 + 2 * torch.distributed.get_rank())
+        optimizer = make(model.parameters(), **HYPER)
+        with Join([model, optimizer] if isinstance(optimizer, ZeroRedundancyOptimizer) else [model]):
+            for k in range(3 + 2 * torch.distributed.get_rank()):
+                optimizer.zero_grad()
+                model(batch(k)).square().mean().backward()
+                optimizer.step()
+        return model.parameters()
 
     assert_alike(train)
+    shares = [functools.partial(ZeroRedundancyOptimizer, optimizer_class=make) for make in (for_loop, FusedMomentum)]
+    assert_all_same(*([param.detach() for param in train(make)] for make in shares))
 
 
 def test_join(two_ranks):
@@ -349,14 +356,15 @@ def test_fsdp1(two_ranks, use_orig_params, reload):
 @pytest.mark.parametrize(
     "options", [{"ema_decay": 0.9}, {"momentum_dtype": "bfloat16"}, {"momentum_dtype": "int8"}], ids=str
 )
+@pytest.mark.parametrize("reload", ["sharded", "full"])
 @pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "orig"])
-def test_options_under_fsdp1(two_ranks, use_orig_params, options):
-    two_ranks.run(sharded_by_fsdp1, use_orig_params, options, "sharded")
+def test_options_under_fsdp1(two_ranks, use_orig_params, reload, options):
+    two_ranks.run(sharded_by_fsdp1, use_orig_params, options, reload)
 
 
-def fsdp1_norm():
+def fsdp1_norm(use_orig_params):
     """Each rank sees a part of the gradient: with the group the norm is the whole's."""
-    model = FSDP1(model_of(), use_orig_params=True, device_id=torch.device("cpu"))
+    model = FSDP1(model_of(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     optimizer = FusedMomentum(model.parameters(), **HYPER)
     model(batch(0)).square().mean().backward()
     norm = optimizer.clip_grad_norm_(0.1, process_group=torch.distributed.group.WORLD)
@@ -364,8 +372,9 @@ def fsdp1_norm():
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
 
 
-def test_norm_of_fsdp1(two_ranks):
-    two_ranks.run(fsdp1_norm)
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "orig"])
+def test_norm_of_fsdp1(two_ranks, use_orig_params):
+    two_ranks.run(fsdp1_norm, use_orig_params)
 
 
 # ---- replicate ------------------------------------------------------------------------------------------------------

@@ -182,6 +182,7 @@ def lightning_module(pl, make, manual=False):
         {},
         {"gradient_clip_val": 0.5},
         {"precision": "bf16-mixed", "gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
+        {"precision": "16-mixed", "gradient_clip_val": 0.5},
         {"manual": True},
         {"average": True},
     ],
@@ -198,10 +199,15 @@ def test_lightning(options, tmp_path):
             callbacks = [pl.callbacks.ModelCheckpoint(folder, save_last=True), pl.callbacks.LearningRateMonitor()]
             if average:
                 callbacks.append(pl.callbacks.EMAWeightAveraging(decay=0.9))
+            how = dict(options)
+            if options.get("precision") == "16-mixed":  # which Lightning itself takes on accelerators only
+                scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+                how = {**how, "plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)]}
+                del how["precision"]
             return pl.Trainer(
                 accelerator="cpu", devices=1, max_epochs=epochs, callbacks=callbacks,
                 logger=pl.loggers.CSVLogger(folder), log_every_n_steps=1,
-                enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **options,
+                enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **how,
             )  # fmt: skip
 
         module = lightning_module(pl, make, manual)
