@@ -26,7 +26,12 @@ import torch
 from environment import describe
 from tables import aligned
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -69,7 +74,7 @@ class Training:
         self.optimizer = contender.optimizer(self.model.parameters(), **HYPER, **contender.options)
         for _ in range(2):
             for param in self.model.parameters():
-                param.grad = torch.rand_like(param)
+                param.grad = torch.full_like(param, 1e-3)
             self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -78,13 +83,9 @@ class Training:
         return {"model": model, "optimizer": optimizer}
 
     def set(self, state: dict[str, Any], options: StateDictOptions | None = None) -> None:
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=options,
-        )
+        # One after the other: set_state_dict() takes a rank's empty dict for no model, and others would wait for it.
+        set_model_state_dict(self.model, state["model"], options=options)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
 
     def save_by_dcp(self, folder: Path) -> None:
         save(self.state(), checkpoint_id=folder)
@@ -152,21 +153,20 @@ def run_rank(rank: int, port: int, folder: Path, ranks: int, options: argparse.N
     torch.distributed.destroy_process_group()
 
 
-def table(times: torch.Tensor, sizes: list[list[float]], ranks: int) -> str:
-    """Rows of contenders; seconds are SGD's, and the others' times it."""
-    header = [f"{ranks} rank{'s' * (ranks > 1)}"]
-    for way in ("DCP", "torch.save"):
-        header += [f"{way}: bytes", "save ms", "x SGD", "load ms", "x SGD"]
+def tables(times: torch.Tensor, sizes: list[list[float]], ranks: int) -> str:
+    """A table for each way to save: rows of contenders, bytes a parameter, times, and how many times SGD's they are."""
     medians, ratios = times.quantile(0.5, dim=0), (times / times[:, :1]).quantile(0.5, dim=0)
-    rows = []
-    for c, contender in enumerate(CONTENDERS):
-        row = [contender.label]
-        for number, size in enumerate(sizes[c]):
-            row.append(f"{size:.2f}")
+    found = []
+    for number, way in enumerate(("DCP", "torch.save")):
+        header = [f"{way}, {ranks} rank{'s' * (ranks > 1)}", "bytes", "save ms", "x SGD", "load ms", "x SGD"]
+        rows = []
+        for c, contender in enumerate(CONTENDERS):
+            row = [contender.label, f"{sizes[c][number]:.2f}"]
             for a in (2 * number, 2 * number + 1):
                 row += [f"{medians[c, a] * 1e3:,.0f}", f"{ratios[c, a]:.2f}"]
-        rows.append(row)
-    return aligned(header, rows)
+            rows.append(row)
+        found.append(aligned(header, rows))
+    return "\n\n".join(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run_rank, (port, Path(folder), ranks, options, results), nprocs=ranks
             )
             times, sizes = results["found"]
-            print(table(torch.tensor(times), sizes, ranks), "\n")
+            print(tables(torch.tensor(times), sizes, ranks), "\n")
     return 0
 
 
