@@ -216,14 +216,15 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     for g, group in enumerate(state_dict["param_groups"]):
         if group.get("decoupled_weight_decay", False) and group["weight_decay"] != 0:
             raise ValueError(
-                f"torch_state_dict(): param_groups[{g}] has decoupled_weight_decay, which torch.optim.SGD has not"
+                f"torch_state_dict(): param_groups[{g}] has decoupled_weight_decay, which torch.optim.SGD has not; "
+                "set it to False there for SGD's L2 decay, or weight_decay to 0"
             )
         plain = {key: value for key, value in group.items() if key not in _OWN_KEYS}
         if group.get("formulation") == "ema" and group["momentum"] != 0:
             if group["nesterov"]:
                 raise ValueError(
                     f"torch_state_dict(): param_groups[{g}] is Nesterov in the ema formulation, for which "
-                    "torch.optim.SGD would need dampening"
+                    "torch.optim.SGD would need dampening; set nesterov to False there"
                 )
             plain["dampening"] = group["momentum"]
         groups.append(plain)
@@ -241,11 +242,15 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
         written = group.get(BUFFER_FORMULATION, "torch")
         if written == "ema" and group["momentum"] == 0:
             raise ValueError(
-                "torch_state_dict(): buffers of the ema formulation have no form of torch's without momentum"
+                f"torch_state_dict(): the buffer of parameter {index} is in the ema formulation, which has no form of "
+                "torch's without momentum; set its group's momentum, or delete the buffer"
             )
         if written == "classical":
             if float(group["lr"]) == 0:
-                raise ValueError("torch_state_dict(): classical buffers are divided by the lr, which is 0")
+                raise ValueError(
+                    f"torch_state_dict(): the classical buffer of parameter {index} is divided by the lr, which is 0; "
+                    "set its group's lr to what the training goes on with"
+                )
             buffer = buffer / group["lr"]
         state[index] = {BUFFER: buffer}
     return {"state": state, "param_groups": groups}

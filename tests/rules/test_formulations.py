@@ -745,18 +745,33 @@ def test_torch_goes_on_from_torch_state_dict(formulation, nesterov):
 
 
 @pytest.mark.parametrize(
-    ("formulation", "hyper", "edit", "match"),
+    ("formulation", "hyper", "edit", "match", "remedy"),
     [
-        ("torch", {"decoupled_weight_decay": True, "weight_decay": 0.1}, {}, r"param_groups\[0\] has decoupled"),
-        ("ema", {"nesterov": True}, {}, r"param_groups\[0\] is Nesterov in the ema"),
-        ("classical", {}, {"lr": 0.0}, "divided by the lr, which is 0"),
+        (
+            "torch",
+            {"decoupled_weight_decay": True, "weight_decay": 0.1},
+            {},
+            r"param_groups\[0\] has decoupled.* set it to False",
+            {"decoupled_weight_decay": False},
+        ),
+        (
+            "ema",
+            {"nesterov": True},
+            {},
+            r"param_groups\[0\] is Nesterov in the ema.* nesterov to False",
+            {"nesterov": False},
+        ),
+        ("ema", {}, {"momentum": 0.0}, "buffer of parameter 0 .* set its group's momentum", {"momentum": 0.5}),
+        ("classical", {}, {"lr": 0.0}, "parameter 0 is divided by the lr, which is 0; set its group's lr", {"lr": 0.1}),
     ],
 )
-def test_what_torch_state_dict_refuses(formulation, hyper, edit, match):
+def test_what_torch_state_dict_refuses(formulation, hyper, edit, match, remedy):
     opt = in_training(formulation, **hyper)
     opt.param_groups[0].update(edit)
     with pytest.raises(ValueError, match=match):
         opt.torch_state_dict()
+    opt.param_groups[0].update(remedy)
+    opt.torch_state_dict()
 
 
 @FORMULATION
