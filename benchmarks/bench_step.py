@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cycles
 import environment
 import measure
 import precision
@@ -88,6 +89,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--precision", action="store_true",
         help="time the step in each mode of low-precision states against our own in fp32 "
         "(default workload: gpt2, on a GPU llama3_8b)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cycles", action="store_true",
+        help="nothing but cycles for each element in each mode, in the nearest cache, with each instruction set",
     )  # fmt: skip
     parser.add_argument(
         "--hogs", type=int, default=0, metavar="N", help="so many busy processes beside the benchmark (default: none)"
@@ -179,6 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if options.cycles:
+        print(cycles.table(options.quick), end="")
+        return 0
     result = run(options)
     if options.json:
         print(f"wrote {options.json}")

@@ -3,6 +3,10 @@
 //
 #include "tiles.h"
 //
+#include "random.h"
+//
+#include "blocks.h"
+//
 #include "slots.h"
 //
 #include "loop.h"

@@ -13,6 +13,7 @@
 namespace momentum_ext {
 
 // Code c stands for c * (kSquare * |c| + kLinear): what is small in its block has the finer steps.
+// kAbout are the coefficients, from that of the square of a square on, of about_code().
 // y * (0.405 + 0.595 * |y|) for y = c / 127, in integers.
 struct Int8 {
   int8_t bits;
@@ -22,6 +23,8 @@ struct Int8 {
   static constexpr float kTop = kLargestCode * (kSquare * kLargestCode + kLinear);
   static constexpr float kSmallestScale = 0x1.9cp-117f;  // 2^-100 / kTop, rounded down
   static constexpr float kLargestScale = 0x1.9cp+111f;   // the largest whose kTop-fold is finite
+  static constexpr float kAbout[] = {-0x1.e1ea9ap-59f, 0x1.7e766cp-41f, -0x1.dc2f8ap-25f,
+                                     0x1.b376c8p-9f, 0x1.e18524p-2f};
 };
 // y * (0.59 + 0.41 * |y|) for y = c / 7. Elements 2i and 2i + 1 of a tensor have the lower and the
 // upper half of byte i.
@@ -33,6 +36,8 @@ struct Int4 {
   static constexpr float kTop = kLargestCode * (kSquare * kLargestCode + kLinear);
   static constexpr float kSmallestScale = 0x1.13p-107f;
   static constexpr float kLargestScale = 0x1.13p+121f;
+  static constexpr float kAbout[] = {-0x1.ac1e32p-27f, 0x1.20ad7ep-18f, -0x1.56af5cp-11f,
+                                     0x1.8ba992p-4f, 0x1.787924p-8f};
 };
 struct Float8E4M3 {
   uint8_t bits;
@@ -62,12 +67,11 @@ namespace detail {
 template <typename scalar_t>
 MOMENTUM_EXT_INLINE BlockScale checked_scale(uint32_t largest_bits, float rounded) {
   const float scale = rounded > scalar_t::kLargestScale ? scalar_t::kLargestScale : rounded;
-  const bool is_finite = largest_bits < 0x7f800000u;
-  const bool is_zero = scale < scalar_t::kSmallestScale;
-  const uint32_t bits = is_zero ? 0 : bits_of(scale) >> kCutOff;
-  const float inverse = 1 / scale;  // without a branch: for vectors
-  return {static_cast<ScaleBits>(is_finite ? bits : 0x7fc00000u >> kCutOff),
-          (is_finite & !is_zero) ? inverse : 0};
+  // Masks, and no branch around the division: compilers make vectors of these.
+  const uint32_t is_finite = largest_bits < 0x7f800000u ? ~0u : 0;
+  const uint32_t is_stored = scale < scalar_t::kSmallestScale ? 0 : is_finite;
+  const uint32_t bits = (bits_of(scale) & is_stored) | (0x7fc00000u & ~is_finite);
+  return {static_cast<ScaleBits>(bits >> kCutOff), float_from_bits(bits_of(1 / scale) & is_stored)};
 }
 }  // namespace detail
 
@@ -85,54 +89,62 @@ MOMENTUM_EXT_INLINE float clamped(float value, float largest) {
   return below < -largest ? -largest : below;
 }
 
-namespace detail {
-// Its last bits do not matter.
-MOMENTUM_EXT_INLINE float about_sqrt(float value) {
-#if defined(__CUDA_ARCH__)
-  float root;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
-  return root;
-#else
-  return __builtin_sqrtf(value);
-#endif
-}
+// Where a code's arithmetic takes an Fma (math.h), it is exact: the bits are the same with any.
 
+namespace detail {
 MOMENTUM_EXT_INLINE float absolute(float value) {
   return float_from_bits(bits_of(value) & 0x7fffffffu);
 }
 
-template <typename scalar_t>
+template <typename Fma, typename scalar_t>
 MOMENTUM_EXT_INLINE float level(float code) {
-  return code * (scalar_t::kSquare * absolute(code) + scalar_t::kLinear);
+  return code * Fma::apply(scalar_t::kSquare, absolute(code), scalar_t::kLinear);
+}
+
+// The code, with a fraction, whose level is `magnitude`, to within 0.472: a polynomial, which is
+// shorter than a root.
+template <typename Fma, typename scalar_t>
+MOMENTUM_EXT_INLINE float about_code(float magnitude) {
+  float code = Fma::apply(magnitude, scalar_t::kAbout[0], scalar_t::kAbout[1]);
+  code = Fma::apply(magnitude, code, scalar_t::kAbout[2]);
+  code = Fma::apply(magnitude, code, scalar_t::kAbout[3]);
+  return Fma::apply(magnitude, code, scalar_t::kAbout[4]);
 }
 
 template <typename scalar_t>
 using IfCompanded = std::enable_if_t<(scalar_t::kLargestCode > 0), int>;
+
+// -1 where the sign bit is set, else 0: what a comparison says, without the processor's units for
+// comparisons, of which it has few.
+MOMENTUM_EXT_INLINE int32_t sign_of(float value) {
+  return static_cast<int32_t>(bits_of(value)) >> 31;
+}
+MOMENTUM_EXT_INLINE int32_t with_sign_of(float value, int32_t magnitude) {
+  return (magnitude ^ sign_of(value)) - sign_of(value);
+}
 }  // namespace detail
 
-template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
+template <typename Fma = FusedMultiplyAdd, typename scalar_t, detail::IfCompanded<scalar_t> = 0>
 MOMENTUM_EXT_INLINE float load(scalar_t value) {
-  return detail::level<scalar_t>(static_cast<float>(static_cast<int32_t>(value.bits)));
+  return detail::level<Fma, scalar_t>(static_cast<float>(static_cast<int32_t>(value.bits)));
 }
 
 // encode() gives a value's bits in 32: a loop that narrows afterwards has the widest vectors.
 
 // The nearest code, ties to the smaller magnitude: so many as there are midpoints below. Midpoint c,
-// between codes c and c + 1, is kSquare * c * c + kGap * c + kGap / 2. Its inverse, by a root, tells
-// the code to within half of one, and the comparison which it is; so all devices find the same.
-template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
+// between codes c and c + 1, is kSquare * c * c + kGap * c + kGap / 2. A guess is the code or the one
+// below, and the comparison tells which; so all devices find the same.
+template <typename Fma = FusedMultiplyAdd, typename scalar_t, detail::IfCompanded<scalar_t> = 0>
 MOMENTUM_EXT_INLINE int32_t encode(scalar_t, float value) {
-  constexpr float kSquare = scalar_t::kSquare;
   constexpr float kGap = scalar_t::kSquare + scalar_t::kLinear;
-  constexpr float kCenter = kGap / (2 * kSquare);
   const float magnitude = detail::absolute(value);
-  const float root = detail::about_sqrt(magnitude * (1 / kSquare) + (kCenter * kCenter - kCenter));
-  const auto low = static_cast<int32_t>(root + (0.5f - kCenter));
+  const auto low = static_cast<int32_t>(detail::about_code<Fma, scalar_t>(magnitude));
   const auto code = static_cast<float>(low);
-  const int32_t nearest = low + (magnitude > code * (kSquare * code + kGap) + kGap / 2 ? 1 : 0);
-  return value < 0 ? -nearest : nearest;
+  const float midpoint = Fma::apply(code, Fma::apply(scalar_t::kSquare, code, kGap), kGap / 2);
+  return detail::with_sign_of(value, low - detail::sign_of(midpoint - magnitude));
 }
 
+template <typename Fma = FusedMultiplyAdd>
 MOMENTUM_EXT_INLINE float load(Float8E4M3 value) {
   const auto bits = static_cast<uint32_t>(value.bits);
   const uint32_t magnitude = bits & 0x7fu;
@@ -153,6 +165,7 @@ MOMENTUM_EXT_INLINE int32_t assemble(float value, uint32_t magnitude, uint32_t n
 }
 }  // namespace detail
 
+template <typename Fma = FusedMultiplyAdd>
 MOMENTUM_EXT_INLINE int32_t encode(Float8E4M3, float value) {
   const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kTop)) & 0x7fffffffu;
   const uint32_t normal = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;

@@ -21,20 +21,20 @@ enum class Master : uint8_t {
 constexpr uint32_t kHalfOfByte = 128;
 MOMENTUM_EXT_INLINE void split(float value, uint32_t addend, BFloat16& param, int16_t& remainder) {
   uint32_t bits = detail::bits_of(value);
-  bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
+  bits = value != value ? 0x7fc00000u : bits;
   bits += addend;
   param.bits = static_cast<uint16_t>((bits + 0x8000u) >> 16);
   remainder = static_cast<int16_t>(static_cast<uint16_t>(bits));
 }
 
 // split() never makes a zero with a negative remainder nor an infinity with a positive one: someone
-// else has written such a parameter, and adding would turn it into a NaN.
+// else has written such a parameter, which adding turns into a NaN.
 MOMENTUM_EXT_INLINE float join(BFloat16 param, int16_t remainder) {
-  const uint32_t upper = static_cast<uint32_t>(param.bits) << 16;
-  const uint32_t magnitude = upper & 0x7fffffffu;
-  const auto rest = static_cast<int32_t>(remainder);
-  const bool is_overwritten = magnitude == 0 ? rest < 0 : magnitude == 0x7f800000u && rest > 0;
-  return detail::float_from_bits(upper + static_cast<uint32_t>(is_overwritten ? 0 : rest));
+  const float upper = load(param);
+  const float value =
+      detail::float_from_bits(detail::bits_of(upper) + static_cast<uint32_t>(int32_t{remainder}));
+  const bool is_overwritten = (value != value) & (upper == upper);
+  return is_overwritten ? upper : value;
 }
 
 // The exact value of an fp16 parameter whose copy, rounded to fp16, is `rounded`. `widened` is the

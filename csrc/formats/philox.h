@@ -29,31 +29,36 @@ struct PlaceInWhole {
   }
 };
 
-// The rounds of Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
-// 2011; the fewest rounds that pass BigCrush there) for one counter in uint64_t or several in a
-// vector of them. The lower half of each is a word of the counter, and then of the result; what is
-// in the upper half does not matter. `multiply` makes the 64 bits of the product of two lower
-// halves.
-template <typename Lanes, typename Multiply>
-MOMENTUM_EXT_INLINE void philox(uint64_t seed, Lanes& c0, Lanes& c1, Lanes& c2, Lanes& c3,
+// Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the fewest
+// rounds that pass BigCrush there).
+constexpr int kPhiloxRounds = 7;
+
+// Words 0 and 1 of a round's key.
+template <int kWord>
+MOMENTUM_EXT_INLINE uint32_t philox_key(uint64_t seed, uint32_t round) {
+  return static_cast<uint32_t>(seed >> 32 * kWord) +
+         round * (kWord == 0 ? 0x9E3779B9u : 0xBB67AE85u);
+}
+
+// The rounds, for one counter in uint64_t or several in a vector of them. The lower half of each is
+// a word of the counter, and then of the result; what is in the upper half does not matter.
+// `multiply` makes the 64 bits of the product of two lower halves, key<word>(round) is as above.
+template <typename Lanes, typename Key, typename Multiply>
+MOMENTUM_EXT_INLINE void philox(const Key& key, Lanes& c0, Lanes& c1, Lanes& c2, Lanes& c3,
                                 const Multiply& multiply) {
-  auto key0 = static_cast<uint32_t>(seed);
-  auto key1 = static_cast<uint32_t>(seed >> 32);
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 7
 #endif
-  for (int round = 0; round < 7; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     Lanes product0, product1;
     multiply(c0, uint64_t{0xD2511F53u}, product0);
     multiply(c2, uint64_t{0xCD9E8D57u}, product1);
-    c0 = (product1 >> 32) ^ c1 ^ uint64_t{key0};
-    c2 = (product0 >> 32) ^ c3 ^ uint64_t{key1};
+    c0 = (product1 >> 32) ^ c1 ^ key.template operator()<0>(round);
+    c2 = (product0 >> 32) ^ c3 ^ key.template operator()<1>(round);
     c1 = product1;
     c3 = product0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
   }
 }
 
@@ -64,7 +69,10 @@ MOMENTUM_EXT_INLINE void random_block(const RandomKey& key, uint64_t block, uint
   uint64_t c1 = key.tensor;
   uint64_t c2 = key.step;
   uint64_t c3 = block >> 32;
-  philox(key.seed, c0, c1, c2, c3, [](uint64_t a, uint64_t b, uint64_t& product) {
+  const auto round_key = [&key]<int kWord>(int round) {
+    return uint64_t{philox_key<kWord>(key.seed, static_cast<uint32_t>(round))};
+  };
+  philox(round_key, c0, c1, c2, c3, [](uint64_t a, uint64_t b, uint64_t& product) {
     product = uint64_t{static_cast<uint32_t>(a)} * b;
   });
   words[0] = static_cast<uint32_t>(c0);

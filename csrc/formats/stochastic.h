@@ -29,23 +29,24 @@ MOMENTUM_EXT_INLINE void store_stochastic(Float16& out, float value, uint32_t ra
       static_cast<uint16_t>((magnitude > 0x7f800000u ? 0x7e00u : finite) | (bits >> 16 & 0x8000u));
 }
 
-// By the place between two levels.
-template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
+// By the place between two levels. A guess is the code of the level below or the one above it.
+template <typename Fma = FusedMultiplyAdd, typename scalar_t, detail::IfCompanded<scalar_t> = 0>
 MOMENTUM_EXT_INLINE int32_t encode_stochastic(scalar_t, float value, uint32_t random) {
   constexpr float kSquare = scalar_t::kSquare;
-  constexpr float kCenter = scalar_t::kLinear / (2 * kSquare);
-  const float fraction = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * 0x1p-16f;
+  constexpr float kLinear = scalar_t::kLinear;
   const float magnitude = detail::absolute(value);
-  const float root = detail::about_sqrt(magnitude * (1 / kSquare) + kCenter * kCenter);
-  const auto high = static_cast<int32_t>(root + (0.5f - kCenter));
-  const float level_of_high = detail::level<scalar_t>(static_cast<float>(high));
-  const int32_t floor = high - (level_of_high > magnitude ? 1 : 0);
+  const auto above_level = [&](float code) {
+    return Fma::apply(-code, Fma::apply(kSquare, code, kLinear), magnitude);
+  };
+  const auto high = static_cast<int32_t>(detail::about_code<Fma, scalar_t>(magnitude) + 0.5f);
+  const int32_t floor = high + detail::sign_of(above_level(static_cast<float>(high)));
   const auto code = static_cast<float>(floor);
-  const float gap = 2 * kSquare * code + (kSquare + scalar_t::kLinear);
-  const float above = magnitude - detail::level<scalar_t>(code);
-  const int32_t rounded = floor + (above > fraction * gap ? 1 : 0);
-  return value < 0 ? -rounded : rounded;
+  // Times 2^-16, for a fraction of 16 bits.
+  const float gap = Fma::apply(2 * kSquare * 0x1p-16f, code, (kSquare + kLinear) * 0x1p-16f);
+  const float threshold = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * gap;
+  return detail::with_sign_of(value, floor - detail::sign_of(threshold - above_level(code)));
 }
+template <typename Fma = FusedMultiplyAdd>
 MOMENTUM_EXT_INLINE int32_t encode_stochastic(Float8E4M3, float value, uint32_t random) {
   const uint32_t magnitude = detail::bits_of(clamped(value, Float8E4M3::kTop)) & 0x7fffffffu;
   const float fraction = static_cast<float>(static_cast<int32_t>(random)) * 0x1p-16f;
@@ -93,8 +94,7 @@ template <typename scalar_t>
 MOMENTUM_EXT_INLINE float scaled(float value, const RandomBlockScale& scale) {
   const float magnitude = detail::absolute(value);
   const float below = magnitude > scale.knee ? scale.knee : magnitude;
-  const float above = magnitude > scale.knee ? magnitude - scale.knee : 0;
-  const float units = (below + above * scale.stretch) * scale.inverse;
+  const float units = (below + (magnitude - below) * scale.stretch) * scale.inverse;
   const float reached = units > scalar_t::kTop ? scalar_t::kTop : units;
   return detail::float_from_bits(detail::bits_of(reached) | (detail::bits_of(value) & 0x80000000u));
 }
