@@ -105,10 +105,15 @@ MOMENTUM_EXT_INLINE float level(float code) {
 // shorter than a root.
 template <typename Fma, typename scalar_t>
 MOMENTUM_EXT_INLINE float about_code(float magnitude) {
-  float code = Fma::apply(magnitude, scalar_t::kAbout[0], scalar_t::kAbout[1]);
-  code = Fma::apply(magnitude, code, scalar_t::kAbout[2]);
-  code = Fma::apply(magnitude, code, scalar_t::kAbout[3]);
-  return Fma::apply(magnitude, code, scalar_t::kAbout[4]);
+  constexpr float k5 = scalar_t::kAbout[0];  // nvcc knows no array of the host
+  constexpr float k4 = scalar_t::kAbout[1];
+  constexpr float k3 = scalar_t::kAbout[2];
+  constexpr float k2 = scalar_t::kAbout[3];
+  constexpr float k1 = scalar_t::kAbout[4];
+  float code = Fma::apply(magnitude, k5, k4);
+  code = Fma::apply(magnitude, code, k3);
+  code = Fma::apply(magnitude, code, k2);
+  return Fma::apply(magnitude, code, k1);
 }
 
 template <typename scalar_t>
