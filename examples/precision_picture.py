@@ -71,7 +71,7 @@ def draw(found: Mapping[str, Sequence[Result]], path: Path) -> None:
     figure, panels = plt.subplots(
         rows, 2, figsize=(13.5, height), squeeze=False, width_ratios=(1.1, 1),
         gridspec_kw={
-            "left": 0.045, "right": 0.985, "top": 1 - 1.55 / height, "bottom": 0.5 / height, "wspace": 0.42,
+            "left": 0.045, "right": 0.985, "top": 1 - 1.55 / height, "bottom": 0.5 / height, "wspace": 0.5,
             "hspace": 0.38,
         },
     )  # fmt: skip
@@ -104,7 +104,7 @@ def draw_curves(axes: Axes, title: str, shown: Sequence[Result]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.legend(frameon=False, fontsize=8.5, handlelength=4, loc="upper right", labelcolor=INK)
+    axes.legend(frameon=False, fontsize=7.5, handlelength=4, loc="upper right", labelcolor=INK)
     axes.set_xlabel("steps", fontsize=9, color=QUIET)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
 
