@@ -122,7 +122,7 @@ struct Hyperparams : Rule::Options {
 };
 
 template <typename opmath_t, typename Rule>
-inline const auto& coefficients(const Hyperparams<Rule>& h) {
+MOMENTUM_EXT_INLINE const auto& coefficients(const Hyperparams<Rule>& h) {
   if constexpr (sizeof(opmath_t) == sizeof(double)) {
     return h.f64;
   } else {
@@ -147,6 +147,25 @@ struct StepTable : TensorTable {
   const Hyperparams<Rule>* groups;
   double average_weight = 0;   // of the new parameter in its average
   uint32_t rounding_step = 0;  // how many steps have trained, for random numbers
+};
+
+// Of the updates that the last step has made of a tensor's elements.
+struct UpdateCounts {
+  int64_t updates = 0;  // that were not zero
+  int64_t below = 0;    // of these, what storage would lose, rounded to nearest
+  int64_t lost = 0;     // and what arithmetic has lost, before anything is stored
+
+  MOMENTUM_EXT_INLINE void add(bool is_update, bool is_same_stored, bool is_same) {
+    updates += is_update ? 1 : 0;
+    below += is_update && is_same_stored ? 1 : 0;
+    lost += is_update && is_same ? 1 : 0;
+  }
+  // Threads that share a tensor add to the same counts.
+  void add_from_thread(const UpdateCounts& other) {
+    __atomic_fetch_add(&updates, other.updates, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&below, other.below, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&lost, other.lost, __ATOMIC_RELAXED);
+  }
 };
 
 // The entry that holds element `position` of the concatenated range [first_element[0],

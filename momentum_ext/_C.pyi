@@ -85,6 +85,21 @@ class Plan:
     rounding_step: int
     """How many steps there have been: random numbers depend on it."""
 
+    def count_updates(
+        self,
+        groups: list[dict[str, Any]],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        momentum_buffers: list[Tensor | None],
+        scales: list[Tensor | None],
+        masters: list[Tensor | None],
+    ) -> Tensor:
+        """For each parameter the last step's updates, those below the storage's resolution, those lost in arithmetic.
+
+        int64 [params, 3], -1 where nothing is counted: the kernels are not made for it, or it lacks a tensor that the
+        update depends on.
+        """
+
     def unstarted_buffers(self) -> list[Tensor]:
         """CUDA buffers in the state whose tensor has yet to have its first step: it overflowed. Waits for the GPU."""
 

@@ -21,6 +21,7 @@ from momentum_ext.averaging import average_weight, swapped
 from momentum_ext.clipping import StandIns
 from momentum_ext.memory import MemorySummary, summarize
 from momentum_ext.state import StatefulOptimizer
+from momentum_ext.update_report import UpdateReport, report
 
 __all__ = ["FusedOptimizer"]
 
@@ -250,6 +251,36 @@ class FusedOptimizer(StatefulOptimizer):
         Counts what a step with all gradients will have allocated, so it is the same before the first step and after.
         """
         return summarize(self.param_groups, self.state, self.ema_decay is not None)
+
+    def update_report(self) -> UpdateReport:
+        """How many of the last step's updates were below the resolution of what their parameters are stored in.
+
+        An update is what a step subtracts from an element: the learning rate times the direction (the momentum buffer;
+        with Nesterov also the gradient), and decoupled weight decay. It is below the resolution where it is not zero
+        and the element (with its master, if it has one) would be stored as it was, rounded to nearest: where it is
+        smaller than half a unit in the last place. Weights that stall so do not train; a master, or
+        ``stochastic_rounding``, is what helps.
+
+        The step keeps no copy of what was there before, so this takes the same update once more, from where the
+        parameter is now, in registers: by the same rule, from the momentum buffer and the gradient that the step has
+        left and with the learning rate that the group has now. Where the last step left an element as it was, that is
+        what it did. One pass that reads, for each parameter that has momentum, whenever its last update was. Call it
+        before the gradients change. What they were multiplied with in an eager step (clipping, a GradScaler's scale)
+        is remembered.
+
+        Counted are dense tensors that the kernels update; DTensors by their local shards, on each rank its own; real
+        and imaginary parts of complex elements by themselves. Waits for CUDA devices.
+
+        Returns:
+            A list with a row for each group and storage, see :class:`momentum_ext.update_report.StoredUpdates`; prints
+            as a table.
+
+        Raises:
+            RuntimeError: where there is nothing to count: before the first step, and for Nesterov or without momentum
+                when the gradients are gone. Inside :meth:`ema_weights` and :meth:`iterate_weights`.
+        """
+        self._held_weights.check()
+        return report(self._plan, self.param_groups, self.state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; what was to clip the gradients goes with them."""

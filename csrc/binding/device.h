@@ -10,6 +10,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "../rules/sgd.h"
 #include "../table.h"
 
 namespace momentum_ext::binding {
@@ -120,6 +121,9 @@ bool is_capturing(int16_t device);
 template <typename Rule>
 void launch(const StepTable<Rule>& table, const DeviceShare& share, const ScalerTensors& scaler,
             FirstSteps& first_steps, bool one_by_one);
+
+// Counts on a device, see cpu::count_updates(). Throws std::runtime_error.
+void count_updates(const StepTable<Sgd>& table, int16_t device, const ScalerTensors& scaler);
 
 // Before the launches of a step: counts it and works out the averages' weight, on the device.
 void count_average(const ScalerTensors& scaler);

@@ -165,6 +165,16 @@ void count_average(const ScalerTensors& scaler) {
         device, "counting the update of the averages");
 }
 
+void count_updates(const StepTable<Sgd>& table, int16_t device, const ScalerTensors& scaler) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  ScalerTensors here = scaler;
+  StepScalars scalars;
+  scalars.grad_scale = value_on<float>(device, here.grad_scale);
+  scalars.grad_factor = value_on<double>(device, here.grad_factor);
+  check_cuda(cuda::count_updates(table, device, scalars, c10::cuda::getCurrentCUDAStream()), device,
+             "FusedMomentum.update_report", "launching the count");
+}
+
 std::string cuda_build_info() {
   return "CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
          std::to_string(CUDART_VERSION % 1000 / 10);

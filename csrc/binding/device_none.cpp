@@ -20,6 +20,7 @@ uint32_t* FirstSteps::settled(int16_t) { return nullptr; }
 uint32_t* FirstSteps::settled_on_host(int16_t) { return nullptr; }
 bool is_capturing(int16_t) { return false; }
 void count_average(const ScalerTensors&) {}
+void count_updates(const StepTable<Sgd>&, int16_t, const ScalerTensors&) {}
 DeviceNorm::Result DeviceNorm::conclude(int16_t, const TensorTable*, Norm, const Factors&,
                                         std::optional<double>, at::ScalarType) {
   return {};

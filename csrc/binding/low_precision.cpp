@@ -17,16 +17,16 @@ bool rounds_at_random(const TensorEntry& entry, int num_states, const Storage& s
   return random && storage.stochastic_rounding;
 }
 
-Master kind_of_master(at::ScalarType dtype) {
-  if (dtype == at::kChar) return Master::kByteRemainder;
-  return dtype == at::kShort ? Master::kRemainder : Master::kCopy;
-}
-
 c10::TensorImpl* impl_of(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.unsafeGetTensorImpl() : nullptr;
 }
 
 }  // namespace
+
+Master kind_of_master(at::ScalarType dtype) {
+  if (dtype == at::kChar) return Master::kByteRemainder;
+  return dtype == at::kShort ? Master::kRemainder : Master::kCopy;
+}
 
 void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const StartingState& start) {
   Slot& slot = plan.slots[i];

@@ -7,6 +7,9 @@
 
 namespace momentum_ext::binding {
 
+// By its dtype in the state.
+Master kind_of_master(at::ScalarType dtype);
+
 // After a slot was examined and has its entry: what the kernels read, and what the next step
 // compares.
 void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const StartingState& start);

@@ -17,6 +17,7 @@
 #include "quantization.h"
 #include "state_format.h"
 #include "state_layout.h"
+#include "update_counts.h"
 
 namespace momentum_ext::binding {
 namespace {
@@ -114,6 +115,18 @@ void define_steps(py::module_& m) {
       .def("adopt", &Plan::adopt, py::arg("param_groups"))
       .def("has_moved", &Plan::has_moved, py::arg("param_groups"))
       .def_readwrite("rounding_step", &Plan::rounding_step)
+      .def(
+          "count_updates",
+          [](const Plan& plan, const py::list& groups, std::vector<at::Tensor> params,
+             CountedLists::Tensors grads, CountedLists::Tensors momentum_buffers,
+             CountedLists::Tensors scales, CountedLists::Tensors masters) {
+            return count_updates(groups,
+                                 {std::move(params), std::move(grads), std::move(momentum_buffers),
+                                  std::move(scales), std::move(masters)},
+                                 plan.last_grad_factor, plan.last_on_device);
+          },
+          py::arg("groups"), py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"),
+          py::arg("scales"), py::arg("masters"))
       .def("unstarted_buffers", [](Plan& plan) {
         const StepLock lock(plan.mutex);
         return plan.first_steps.unstarted();

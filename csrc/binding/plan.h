@@ -109,6 +109,10 @@ class Plan : public std::enable_shared_from_this<Plan> {
   uint32_t rounding_step = 0;  // how many steps there have been: random numbers depend on it
   std::unique_ptr<StepVectors> spare_vectors;
 
+  // What the last step multiplied gradients with, for update_report().
+  double last_grad_factor = 1;
+  ScalerTensors last_on_device;
+
  private:
   bool read_groups(const py::list& param_groups);
   PyObject* parse_group(size_t g);

@@ -148,6 +148,8 @@ void PreparedStep::run(const Numbers& numbers) {
   insert_state();
   Plan& plan = *plan_;
   plan.rule->scale(numbers.grad_factor);
+  plan.last_grad_factor = numbers.grad_factor;
+  plan.last_on_device = numbers.on_device;
   std::optional<at::RecordFunction> range;
   if (at::hasCallbacks()) {
     range.emplace(at::RecordScope::USER_SCOPE);

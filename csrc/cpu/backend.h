@@ -22,6 +22,10 @@ void step(const StepTable<Rule>& table, int max_threads);
 void move_to_iterate(const StepTable<Sgd>& table, int max_threads);
 void move_to_lookahead(const StepTable<Sgd>& table, int max_threads);
 
+// Adds to each entry's UpdateCounts, whose place is its average; writes nothing else. Entries have
+// a low_precision, and a grad that may be any tensor where the rule needs none.
+void count_updates(const StepTable<Sgd>& table, int max_threads);
+
 constexpr int64_t kNormBlock = 16384;  // elements
 
 // Elements are multiplied by `scale` first (sum of squares only). The table's entries have grad,

@@ -32,6 +32,7 @@ struct StepLoop {
 struct OtherLoops {
   RunFn<Sgd> to_iterate;
   RunFn<Sgd> to_lookahead;
+  RunFn<Sgd> count;
   NormFn norm[3];  // by Norm
 };
 

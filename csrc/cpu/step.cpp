@@ -145,6 +145,10 @@ void move_to_lookahead(const StepTable<Sgd>& table, int max_threads) {
   run_loop(loops().to_lookahead, table, max_threads);
 }
 
+void count_updates(const StepTable<Sgd>& table, int max_threads) {
+  run_loop(loops().count, table, max_threads);
+}
+
 double norm(Norm kind, const TensorTable& table, double scale, double* block_norms,
             int max_threads) {
   const NormFn run = loops().norm[static_cast<int>(kind)];

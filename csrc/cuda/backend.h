@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "../rules/clip.h"
+#include "../rules/sgd.h"
 #include "../step_scalars.h"
 #include "../table.h"
 
@@ -16,6 +17,10 @@ namespace momentum_ext::cuda {
 template <typename Rule>
 cudaError_t step(const StepTable<Rule>& table, int device, const StepScalars& scalars,
                  bool one_by_one, cudaStream_t stream);
+
+// As cpu::count_updates(), of what lies on the device, in a launch for each tensor.
+cudaError_t count_updates(const StepTable<Sgd>& table, int device, const StepScalars& scalars,
+                          cudaStream_t stream);
 
 // Before a step that keeps averages and whose overflow, or whose place in the count, only the
 // device knows: the number of updates so far is on the device, and the weight for this one is

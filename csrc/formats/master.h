@@ -37,6 +37,14 @@ MOMENTUM_EXT_INLINE float join(BFloat16 param, int16_t remainder) {
   return is_overwritten ? upper : value;
 }
 
+// What a master of 24 bits keeps of a value, rounded to nearest.
+MOMENTUM_EXT_INLINE float rounded_to_24_bits(float value) {
+  BFloat16 param;
+  int16_t remainder;
+  split(value, kHalfOfByte, param, remainder);
+  return join(param, static_cast<int16_t>(remainder & ~0xff));
+}
+
 // The exact value of an fp16 parameter whose copy, rounded to fp16, is `rounded`. `widened` is the
 // parameter as a float.
 MOMENTUM_EXT_INLINE float exact_value(Float16 param, float widened, float copy, Float16 rounded) {

@@ -19,7 +19,12 @@
 namespace momentum_ext {
 
 enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
-enum class Momentum : uint8_t { kNone, kFirstStep, kLaterStep };
+enum class Momentum : uint8_t {
+  kNone,
+  kFirstStep,
+  kLaterStep,
+  kAgain
+};  // again: by the buffer as it is
 
 // The ways in which the field writes momentum.
 enum class Formulation : uint8_t {
@@ -194,20 +199,42 @@ struct Sgd {
   }
 
   template <typename Fma, typename Variant, typename opmath_t>
-  static MOMENTUM_EXT_INLINE void update(Variant, const Coefficients<opmath_t>& c, opmath_t grad,
-                                         opmath_t& param, opmath_t* state) {
+  static MOMENTUM_EXT_INLINE void update(Variant variant, const Coefficients<opmath_t>& c,
+                                         opmath_t grad, opmath_t& param, opmath_t* state) {
+    const opmath_t direction = advance<Fma>(variant, c, grad, param, state);
+    if constexpr (Variant::kWeightDecay == WeightDecay::kDecoupled) param = c.weight_decay * param;
+    param = Fma::apply(-c.step, direction, param);
+  }
+
+  // Takes the step once more that has made the state, from where the parameter is now; false where
+  // it is no step at all. Where the last step has left the parameter as it was, this one does, too.
+  template <typename Fma, typename Variant, typename opmath_t>
+  static MOMENTUM_EXT_INLINE bool update_again(Variant, const Coefficients<opmath_t>& c,
+                                               opmath_t grad, opmath_t& param, opmath_t state) {
+    constexpr auto kMomentum =
+        Variant::kMomentum == Momentum::kNone ? Momentum::kNone : Momentum::kAgain;
+    using Again = Sgd::Variant<Variant::kWeightDecay, kMomentum, Variant::kNesterov>;
+    const opmath_t before = param;
+    const opmath_t direction = advance<Fma>(Again(), c, grad, param, &state);
+    update<Fma>(Again(), c, grad, param, &state);
+    return (c.step != 0 && direction != 0) || param != before;
+  }
+
+ private:
+  // The states go on; returns the step's direction.
+  template <typename Fma, typename Variant, typename opmath_t>
+  static MOMENTUM_EXT_INLINE opmath_t advance(Variant, const Coefficients<opmath_t>& c,
+                                              opmath_t grad, opmath_t param, opmath_t* state) {
     opmath_t g = c.grad_coef * grad;
     if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
       g = Fma::apply(c.weight_decay, param, g);
-    } else if constexpr (Variant::kWeightDecay == WeightDecay::kDecoupled) {
-      param = c.weight_decay * param;
     }
     opmath_t direction = g;
     if constexpr (Variant::kMomentum != Momentum::kNone) {
       opmath_t& buffer = state[0];
       if constexpr (Variant::kMomentum == Momentum::kFirstStep) {
         buffer = c.first_alpha * g;
-      } else {
+      } else if constexpr (Variant::kMomentum == Momentum::kLaterStep) {
         buffer = Fma::apply(c.alpha, g, c.momentum * buffer);
       }
       direction = buffer;
@@ -215,7 +242,7 @@ struct Sgd {
         direction = Fma::apply(c.momentum, buffer, c.nesterov_alpha * g);
       }
     }
-    param = Fma::apply(-c.step, direction, param);
+    return direction;
   }
 };
 

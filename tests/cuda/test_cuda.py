@@ -292,6 +292,30 @@ def test_a_buffer_that_is_converted_before_its_first_step():
         twins.scaled_step(False, reads=None)
 
 
+@pytest.mark.parametrize("momentum_dtype", [None, BF16, INT8, FP8], ids=dtype_name)
+@pytest.mark.parametrize("dtype, master_weights", MASTERS, ids=str)
+def test_update_report_is_the_cpus(dtype, master_weights, momentum_dtype):
+    options = {"momentum_dtype": momentum_dtype, "master_weights": master_weights}
+    for rule in ({"nesterov": True, "weight_decay": 0.1}, {"decoupled_weight_decay": True, "weight_decay": 0.1}):
+        values = [torch.randn(shape).to(dtype) for shape in LOW_SHAPES]
+        values.append(in_layout(torch.randn(30, 40).to(dtype), "column"))
+        twins = Twins(values, FusedMomentum, lr=1.0, momentum=0.9, **rule, **options)
+        twins.new_grads()
+        twins.both(lambda opt: opt.step())
+        for lr in (1e-3, 1e-5, 1e-7, 1e-16):
+            twins.edit(lr=lr)
+            assert twins.mine.update_report() == twins.theirs.update_report()
+        assert twins.mine.update_report()[0].updates > 7000
+
+
+def test_update_report_of_numbers_on_the_device():
+    twins = twins_of([4000], BF16, FusedMomentum, lr=2e-3, momentum=0.9, nesterov=True)
+    twins.mine.param_groups[0]["lr"] = cuda(torch.tensor(2e-3))
+    twins.scaled_step(False)
+    row, expected = twins.mine.update_report()[0], twins.theirs.update_report()[0]
+    assert row == expected and 0 < row.below < row.updates == 4000
+
+
 @pytest.mark.parametrize(
     "dtype, options",
     [

@@ -24,15 +24,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = tuple(ROOT / f"csrc/cuda/{name}.cu" for name in ("step", "low_precision", "modes_fp32", "modes_bf16", "norm"))
+NAMES = ("step", "low_precision", "modes_fp32", "modes_bf16", "norm", "count_updates")
+SOURCES = tuple(ROOT / f"csrc/cuda/{name}.cu" for name in NAMES)
 ARCHS = (80, 90, 100)
 FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
 
 # For two sizes of parameter each, 16 flat kernels (half of them keep averages) and 2 strided, or 3 of low-precision
 # state (flat, strided, in double) and an instance for each mode, or 4 norms; and by themselves record_settled and
-# count_update, or conclude_alone.
-NUM_KERNELS = {"step": 38, "low_precision": 6, "modes_fp32": 14, "modes_bf16": 26, "norm": 9}
-NUM_WITHOUT_TABLE = {"step": 2, "norm": 1}
+# count_update, or conclude_alone, or count_updates_of in float and in double.
+NUM_KERNELS = {"step": 38, "low_precision": 6, "modes_fp32": 14, "modes_bf16": 26, "norm": 9, "count_updates": 2}
+NUM_WITHOUT_TABLE = {"step": 2, "norm": 1, "count_updates": 2}
 FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
 FLAT_DOUBLE_REGISTERS = 36  # 35 on sm_100; the others have 31
 FLAT_16_BIT_REGISTERS = 32
@@ -42,6 +43,7 @@ STRIDED_REGISTERS = 48
 LOW_PRECISION_REGISTERS = 128  # two blocks at once; in double one, with as many registers as a thread can have
 LOW_PRECISION_DOUBLE_REGISTERS = 255
 MODE_REGISTERS = 64  # four blocks at once
+COUNT_REGISTERS = 64
 NORM_REGISTERS = 40
 NORM_OF_DOUBLES_REGISTERS = 48
 PARAMETER_BYTES = {4096: 4096, 32760: 32764}
@@ -79,8 +81,10 @@ class Kernel:
             "Eddd" in name
             or re.search(r"StridedI\w+?EdE|LowPrecisionKindI\w+?EdL", name) is not None
             or self.is_norm
-            or "count_update" in name
+            or "count_updateE" in name
+            or "count_updates_ofIdE" in name
         )
+        self.is_count = "count_updates_of" in name
         self.is_16_bit = self.is_flat and re.search(r"ENS_\d+(BFloat16|Float16)ES\d?_S\d?_E", name) is not None
         found = re.search(r"Li(\d+)EEEv", name)
         self.table = int(found[1]) if found else 0
@@ -93,6 +97,8 @@ class Kernel:
     def register_limit(self) -> int:
         if self.is_norm:
             return NORM_OF_DOUBLES_REGISTERS if "WideSums" in self.name else NORM_REGISTERS
+        if self.is_count:
+            return COUNT_REGISTERS
         if self.is_strided:
             return STRIDED_REGISTERS
         if self.is_mode:

@@ -133,8 +133,9 @@ inline int __all_sync(unsigned mask, int predicate) {
 }
 
 // Blocks run one after the other, threads change places only where they meet.
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned before = *address;
+template <typename T>
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  const T before = *address;
   *address += value;
   return before;
 }
