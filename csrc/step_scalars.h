@@ -27,7 +27,8 @@ struct StepScalars {
   uint32_t* settled_on_host = nullptr;  // a copy in pinned memory that the host may look at
   uint32_t newest_cohort = 0;           // among this step's tensors; 0: nothing to record
   const double* grad_factor = nullptr;  // in place of grad_scale: what to multiply gradients with
-  const double* average_weight = nullptr;  // in place of the table's
+  const double* average_weight = nullptr;   // in place of the table's
+  const uint32_t* rounding_step = nullptr;  // as the table's; nullptr: nothing is rounded at random
 };
 
 }  // namespace momentum_ext

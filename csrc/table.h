@@ -146,7 +146,7 @@ template <typename Rule>
 struct StepTable : TensorTable {
   const Hyperparams<Rule>* groups;
   double average_weight = 0;   // of the new parameter in its average
-  uint32_t rounding_step = 0;  // how many steps have trained, for random numbers
+  uint32_t rounding_step = 0;  // how many steps have trained, for the CPU's random numbers
 };
 
 // Of the updates that the last step has made of a tensor's elements.

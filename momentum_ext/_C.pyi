@@ -83,7 +83,7 @@ class Plan:
         """True where a parameter comes from another group and its buffer is not in the formulation that this says."""
 
     rounding_step: int
-    """How many steps there have been: random numbers depend on it."""
+    """How many steps there have been: random numbers depend on it. Set before the first; reading waits for the GPU."""
 
     def count_updates(
         self,

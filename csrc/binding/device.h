@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -47,6 +48,7 @@ struct ScalerTensors {
 struct DeviceShare {
   int16_t device = kCpu;
   uint32_t newest_cohort = 0;
+  const uint32_t* rounding_step = nullptr;  // in the device's memory: see RoundingSteps
 
   void add(const TensorEntry& entry) {
     if (entry.cohort > newest_cohort) newest_cohort = entry.cohort;
@@ -57,7 +59,7 @@ inline DeviceShare& share_of(std::vector<DeviceShare>& shares, int16_t device) {
   for (DeviceShare& share : shares) {
     if (share.device == device) return share;
   }
-  shares.push_back({device, 0});
+  shares.push_back({device});
   return shares.back();
 }
 
@@ -112,6 +114,25 @@ class FirstSteps {
   // The keys stay unique: a weak reference keeps its address taken.
   std::unordered_map<const c10::TensorImpl*, Record> records_;
   std::unordered_map<int16_t, Words> words_;
+};
+
+// How many steps have trained, which random numbers depend on, in the memory of each device whose
+// kernels round at random: a captured graph counts its replays. The host counts its own steps, and
+// knows of no replay.
+class RoundingSteps {
+ public:
+  // Where the device counts; if it `starts`, from this count on. nullptr: it does not. Raises where it
+  // would start while a graph is captured.
+  const uint32_t* on(int16_t device, bool starts, uint32_t count);
+
+  // After the last launch of a step, on each device.
+  void add_one();
+
+  // The largest; std::nullopt: no device counts. Waits for the devices.
+  std::optional<uint32_t> read() const;
+
+ private:
+  std::unordered_map<int16_t, at::Tensor> counts_;
 };
 
 // True while the device's current stream is being captured into a graph.

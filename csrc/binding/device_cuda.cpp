@@ -1,10 +1,12 @@
 // The binding's CUDA side: the tensors' device, its current stream, the launch, and its error.
 #if defined(MOMENTUM_EXT_WITH_CUDA)
 
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "../cuda/backend.h"
@@ -118,6 +120,41 @@ uint32_t* FirstSteps::settled_on_host(int16_t device) {
   return static_cast<uint32_t*>(words_.at(device).on_host.get());
 }
 
+// ---- how many steps there have been --------------------------------------------------------------
+
+const uint32_t* RoundingSteps::on(int16_t device, bool starts, uint32_t count) {
+  auto found = counts_.find(device);
+  if (found == counts_.end()) {
+    if (!starts) return nullptr;
+    if (is_capturing(device)) {
+      throw std::runtime_error(
+          "step() is being captured into a CUDA graph and the count of steps that random rounding "
+          "depends on is not on the device yet; run one step before the capture");
+    }
+    const at::Device cuda(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    const auto number = static_cast<int32_t>(count);
+    found = counts_.emplace(device, at::full({}, number, at::device(cuda).dtype(at::kInt))).first;
+  }
+  return static_cast<const uint32_t*>(found->second.const_data_ptr());
+}
+
+void RoundingSteps::add_one() {
+  for (const auto& [device, count] : counts_) {
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+    check(cuda::count_step(static_cast<uint32_t*>(count.mutable_data_ptr()),
+                           c10::cuda::getCurrentCUDAStream()),
+          device, "counting the step");
+  }
+}
+
+std::optional<uint32_t> RoundingSteps::read() const {
+  std::optional<uint32_t> largest;
+  for (const auto& [device, count] : counts_) {
+    largest = std::max(largest.value_or(0), static_cast<uint32_t>(count.item<int32_t>()));
+  }
+  return largest;
+}
+
 // ---- launching ----------------------------------------------------------------------------------
 
 bool is_capturing(int16_t device) {
@@ -139,6 +176,7 @@ void launch(const StepTable<Rule>& table, const DeviceShare& share, const Scaler
   scalars.grad_factor = value_on<double>(share.device, here.grad_factor);
   scalars.average_weight = value_on<double>(share.device, here.average.weight);
   scalars.newest_cohort = share.newest_cohort;
+  scalars.rounding_step = share.rounding_step;
   if (share.newest_cohort != 0) {
     scalars.settled = first_steps.settled(share.device);
     scalars.settled_on_host = first_steps.settled_on_host(share.device);

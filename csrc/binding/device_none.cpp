@@ -18,6 +18,9 @@ std::unordered_map<uint32_t, uint32_t> FirstSteps::separate(
 std::vector<at::Tensor> FirstSteps::unstarted() { return {}; }
 uint32_t* FirstSteps::settled(int16_t) { return nullptr; }
 uint32_t* FirstSteps::settled_on_host(int16_t) { return nullptr; }
+const uint32_t* RoundingSteps::on(int16_t, bool, uint32_t) { return nullptr; }
+void RoundingSteps::add_one() {}
+std::optional<uint32_t> RoundingSteps::read() const { return std::nullopt; }
 bool is_capturing(int16_t) { return false; }
 void count_average(const ScalerTensors&) {}
 void count_updates(const StepTable<Sgd>&, int16_t, const ScalerTensors&) {}

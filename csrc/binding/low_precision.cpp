@@ -1,7 +1,6 @@
 #include "low_precision.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "operands.h"
 
@@ -79,25 +78,12 @@ bool find_companions(Plan& plan, size_t i) noexcept {
   return same;
 }
 
-void refuse_random_capture(const Plan& plan, const std::vector<DeviceShare>& shares) {
+void count_for_rounding(Plan& plan, std::vector<DeviceShare>& shares) {
   const bool may_be_random =
       std::any_of(plan.readers.begin(), plan.readers.end(),
                   [](const GroupReader& reader) { return reader.storage().is_random(); });
-  for (const DeviceShare& share : shares) {
-    if (!may_be_random || !is_capturing(share.device)) continue;
-    for (size_t i = 0; i < plan.slots.size(); ++i) {
-      const TensorEntry& entry = plan.entries[i];
-      if (entry.numel == 0 || entry.device != share.device) continue;
-      const Slot& slot = plan.slots[i];
-      const Storage& storage = plan.reader(slot).storage();
-      if (!rounds_at_random(entry, plan.num_states(slot), storage)) continue;
-      const char* const why = storage.stochastic_rounding ? "stochastic_rounding"
-                                                          : "master_weights=24 rounds by chance";
-      throw std::runtime_error(
-          slot.name() + ": " + why +
-          ", and step() is being captured into a CUDA graph, whose replays would each use the same "
-          "random numbers; keep step() out of the graph, or set stochastic_rounding=False");
-    }
+  for (DeviceShare& share : shares) {
+    share.rounding_step = plan.rounding_steps.on(share.device, may_be_random, plan.rounding_step);
   }
 }
 

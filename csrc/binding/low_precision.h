@@ -1,5 +1,5 @@
 // Slots with companions: what the kernels read of a parameter's master and of a state's scales, and
-// random rounding in a captured graph.
+// the count of steps that random rounding depends on.
 #pragma once
 
 #include "plan.h"
@@ -17,7 +17,8 @@ void attach_companions(Plan& plan, size_t i, const at::Tensor& param, const Star
 // True when a slot's companions are as they were; they are then those of this step.
 bool find_companions(Plan& plan, size_t i) noexcept;
 
-// Once all slots are prepared: raises where a captured step would round at random.
-void refuse_random_capture(const Plan& plan, const std::vector<DeviceShare>& shares);
+// Once all slots are prepared: what the devices' random numbers depend on. Raises where a captured
+// step would be the first to need it.
+void count_for_rounding(Plan& plan, std::vector<DeviceShare>& shares);
 
 }  // namespace momentum_ext::binding

@@ -114,7 +114,10 @@ void define_steps(py::module_& m) {
            py::arg("moved_only") = false)
       .def("adopt", &Plan::adopt, py::arg("param_groups"))
       .def("has_moved", &Plan::has_moved, py::arg("param_groups"))
-      .def_readwrite("rounding_step", &Plan::rounding_step)
+      .def_property(
+          "rounding_step",
+          [](const Plan& plan) { return plan.rounding_steps.read().value_or(plan.rounding_step); },
+          [](Plan& plan, uint32_t count) { plan.rounding_step = count; })
       .def(
           "count_updates",
           [](const Plan& plan, const py::list& groups, std::vector<at::Tensor> params,

@@ -105,8 +105,12 @@ class Plan : public std::enable_shared_from_this<Plan> {
   WrittenMemory written;
   bool memory_has_changed = false;
 
-  FirstSteps first_steps;      // on CUDA devices, of tensors that began under a GradScaler
-  uint32_t rounding_step = 0;  // how many steps there have been: random numbers depend on it
+  FirstSteps first_steps;  // on CUDA devices, of tensors that began under a GradScaler
+
+  // How many steps there have been, which random numbers depend on: as the host has counted them, for
+  // the CPU, and as devices do.
+  uint32_t rounding_step = 0;
+  RoundingSteps rounding_steps;
   std::unique_ptr<StepVectors> spare_vectors;
 
   // What the last step multiplied gradients with, for update_report().

@@ -61,8 +61,8 @@ PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::d
     versions_are_bumped_ = true;
     slots.look_at_all();
     converts_ = slots.prepare_changed();
-    const std::vector<DeviceShare>& shares = vectors_->shares;
-    if (!shares.empty()) refuse_random_capture(plan, shares);
+    std::vector<DeviceShare>& shares = vectors_->shares;
+    if (!shares.empty()) count_for_rounding(plan, shares);
     if (std::any_of(shares.begin(), shares.end(),
                     [](const DeviceShare& share) { return share.newest_cohort != 0; })) {
       separate_first_steps(plan);
@@ -163,6 +163,8 @@ void PreparedStep::run(const Numbers& numbers) {
     plan.rule->launch({plan.entries.data(), nullptr, static_cast<int64_t>(plan.slots.size())},
                       step_numbers, share, numbers.on_device, plan.first_steps, in_order_);
   }
+  const bool counts = trains(plan);
+  if (counts) plan.rounding_steps.add_one();
   for (const StateChanges::Change& change : vectors_->changes.all()) {
     if (change.cohort != 0) {
       plan.first_steps.add(change.tensor, change.cohort,
@@ -173,7 +175,7 @@ void PreparedStep::run(const Numbers& numbers) {
   if (plan.first_element.back() != 0) update_cpu(step_numbers);
   vectors_->averages.update_by_torch(plan, state_, numbers.average_weight);
   if (converts_) plan.note_converted();
-  if (trains(plan)) ++plan.rounding_step;
+  if (counts) ++plan.rounding_step;
   finish();
 }
 

@@ -28,6 +28,10 @@ cudaError_t count_updates(const StepTable<Sgd>& table, int device, const StepSca
 cudaError_t count_average(const float* found_inf, double decay, bool warms_up, double* weight,
                           double* count, cudaStream_t stream);
 
+// After the last launch of a step: adds 1 to the number in the device's memory that StepScalars had
+// as its rounding_step.
+cudaError_t count_step(uint32_t* steps, cudaStream_t stream);
+
 // ---- the norm of all gradients, and what follows from it ----------------------------------------
 
 // Memory of the device that a list's norms need: zeros before the first use, and then one pass or

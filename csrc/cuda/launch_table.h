@@ -188,8 +188,8 @@ constexpr uint32_t kFirstStep =
 // The last words of a group of tensors that may round at random.
 struct GroupRounding {
   uint64_t seed;
-  uint32_t step;
   uint32_t at_random;  // kStored, kMasters
+  uint32_t zeros = 0;  // launch tables compare groups as words
 
   static constexpr uint32_t kStored = 1;   // what is stored in 16 or 8 bits
   static constexpr uint32_t kMasters = 2;  // of 24 bits
@@ -214,6 +214,15 @@ struct AverageWeight {
   double number;
   const double* on_device;  // nullptr: it is the number
 };
+
+// How many steps there have been, in the device's memory, before that weight in a launch that may round
+// at random. nullptr: 0.
+template <int kReserved, int kBytes>
+MOMENTUM_EXT_INLINE uint32_t read_rounding_step(const LaunchTable<kBytes>& table) {
+  const auto* const step =
+      reinterpret_cast<const uint32_t*>(table.words[LaunchTable<kBytes>::kNumWords - kReserved]);
+  return step != nullptr ? *step : 0;
+}
 
 // Where group g begins, with words reserved behind the groups. Groups that read numbers from the
 // device's memory have the rule's OnDevice behind their PackedGroup; if one has, all of the launch

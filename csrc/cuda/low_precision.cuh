@@ -59,7 +59,7 @@ struct LowPrecisionKind {
   static constexpr bool kIsStrided = kIsStrided_;
   static constexpr int kBlocksAtOnce = sizeof(opmath_t) == 8 ? 1 : Mode::kBlocksAtOnce;
   static constexpr int kRecord = kIsStrided ? Fields::kStridedLowPrecision : Fields::kLowPrecision;
-  static constexpr int kReserved = kWordsOf<AverageWeight>;
+  static constexpr int kReserved = 1 + kWordsOf<AverageWeight>;
   static constexpr int kRoundingWords = kWordsOf<GroupRounding>;
   static constexpr int kChunk = kThreads * kElemsPerThread * kPasses;
   static_assert(kChunk <= kMaxChunk && kChunk % kWarpElems == 0);
@@ -117,7 +117,6 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
   const auto work = read_group<Rule, opmath_t, Kind::kReserved>(table, chunk.group);
   const int behind_group = group_at<Kind::kReserved>(table, chunk.group - 1);
   const auto rounding = unpack<GroupRounding>(table.words + behind_group - Kind::kRoundingWords);
-  const RandomKey key = {rounding.seed, kind.number, rounding.step};
   const uint32_t at_random = kind.may_round_at_random() ? rounding.at_random : 0;
 
   StoredOperand<opmath_t, typename Kind::Mode::ParamFormat> param;
@@ -178,7 +177,11 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
     });
 
     Randoms randoms;
-    if (draws) draw(key, unpack<PlaceInWhole>(record + Fields::kPlace), first, randoms.words);
+    if (draws) {  // the step is read each time: kept, it would take a register too many
+      const uint32_t step = read_rounding_step<Kind::kReserved>(table);
+      draw({rounding.seed, kind.number, step}, unpack<PlaceInWhole>(record + Fields::kPlace), first,
+           randoms.words);
+    }
     repeat<kStates>([&]<int k>() {
       if (k >= work.num_states) return;
       state[k].template write<kState + k>(s[k], randoms, places[kState + k], span);

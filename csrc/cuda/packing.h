@@ -38,8 +38,7 @@ class Packer {
   using Fields = Record<Rule>;
   using Table = LaunchTable<kBytes>;
 
-  explicit Packer(const Launching<Rule>& launching)
-      : rounding_step_(launching.table.rounding_step) {
+  explicit Packer(const Launching<Rule>& launching) {
     const StepScalars& scalars = launching.scalars;
     const bool has_device_numbers = launching.has_device_numbers;
     TableHeader& header = table_.header;
@@ -58,7 +57,11 @@ class Packer {
     }
     if constexpr (Kind::kReserved != 0) {
       const AverageWeight weight = {launching.table.average_weight, scalars.average_weight};
-      memcpy(table_.words + Table::kNumWords - Kind::kReserved, &weight, sizeof(weight));
+      memcpy(table_.words + Table::kNumWords - kWordsOf<AverageWeight>, &weight, sizeof(weight));
+    }
+    if constexpr (Kind::kRoundingWords != 0) {
+      table_.words[Table::kNumWords - Kind::kReserved] =
+          reinterpret_cast<uint64_t>(scalars.rounding_step);
     }
   }
 
@@ -143,7 +146,7 @@ class Packer {
       memcpy(words + kWordsOf<Group>, &h.on_device, sizeof(OnDevice));
     }
     if constexpr (Kind::kRoundingWords != 0) {
-      const GroupRounding rounding = {h.rounding_seed, rounding_step_,
+      const GroupRounding rounding = {h.rounding_seed,
                                       (h.stochastic_rounding ? GroupRounding::kStored : 0) |
                                           (h.rounds_masters ? GroupRounding::kMasters : 0)};
       memcpy(words + table_.header.words_per_group - Kind::kRoundingWords, &rounding,
@@ -161,7 +164,6 @@ class Packer {
   }
 
   Table table_;  // its words are written before they are read
-  uint32_t rounding_step_;
   int num_groups_ = 0;
   int64_t num_chunks_ = 0;
   uint32_t last_group_ = 0;

@@ -167,6 +167,9 @@ __global__ void count_update(const float* found_inf, double decay, int warms_up,
   *count += 1;
 }
 
+// Follows the launches of a step.
+__global__ void count_one(uint32_t* steps) { *steps += 1; }
+
 // ---- which kernel takes which tensors -----------------------------------------------------------
 
 template <typename Rule, bool kHasAverage, typename... scalars_t, int kBytes>
@@ -263,6 +266,11 @@ cudaError_t count_average(const float* found_inf, double decay, bool warms_up, d
   int warm = warms_up ? 1 : 0;
   void* arguments[] = {&found_inf, &decay, &warm, &weight, &count};
   return cudaLaunchKernel(count_update, dim3(1), dim3(1), arguments, 0, stream);
+}
+
+cudaError_t count_step(uint32_t* steps, cudaStream_t stream) {
+  void* arguments[] = {&steps};
+  return cudaLaunchKernel(count_one, dim3(1), dim3(1), arguments, 0, stream);
 }
 
 }  // namespace momentum_ext::cuda

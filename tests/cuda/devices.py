@@ -5,7 +5,7 @@ the host's memory. Emulated ones know the few operators that a step calls; what 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -88,6 +88,19 @@ def capturing() -> Iterator[None]:
         ops.set(False, False)
 
 
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Captures a step into a graph and runs it once; what is returned replays it."""
+    if IS_EMULATION:
+        with capturing():
+            step()
+        return ops.replay  # type: ignore[no-any-return]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    return graph.replay
+
+
 @contextlib.contextmanager
 def failing_launches() -> Iterator[None]:
     ops.set(False, True)
@@ -98,6 +111,7 @@ def failing_launches() -> Iterator[None]:
 
 
 ONE_LAUNCH = [(0, 4096)]
+COUNTED = [*ONE_LAUNCH, (0, 8)]  # and a step that random numbers depend on
 
 
 class Twins(Pair):

@@ -8,11 +8,13 @@ import warnings
 import pytest
 import torch
 from devices import (
+    COUNTED,
     CPU,
     DEVICES,
     IS_EMULATION,
     ONE_LAUNCH,
     Twins,
+    captured,
     capturing,
     cpu,
     cuda,
@@ -231,6 +233,7 @@ def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, 
     """Gradients of other dtypes, and some that are not there, in between."""
     options = {**FULL, "momentum_dtype": momentum_dtype, "master_weights": master_weights}
     options |= {"stochastic_rounding": stochastic_rounding, "rounding_seed": 12345678901}
+    at_random = stochastic_rounding or (stochastic_rounding is None and master_weights == 24)
     twins = twins_of(LOW_SHAPES, dtype, FusedMomentum, **options)
     for missing, grad_dtype in (((), None), ((5, 6, 7), FP32), ((), BF16), ((), None)):
         if dtype is FP64 and grad_dtype is not None:
@@ -238,7 +241,7 @@ def test_low_precision_state_is_the_cpus(dtype, master_weights, momentum_dtype, 
         for index, (mine, theirs) in enumerate(twins.params):
             mine.grad_dtype = theirs.grad_dtype = None  # any
             twins.set_grad(index, None if index in missing else nonzero(theirs, grad_dtype))
-        twins.step_ours(ONE_LAUNCH)
+        twins.step_ours(COUNTED if at_random else ONE_LAUNCH)
         twins.theirs.step()
         twins.check()
 
@@ -316,7 +319,7 @@ def test_update_report_of_numbers_on_the_device():
     assert row == expected and 0 < row.below < row.updates == 4000
 
 
-@pytest.mark.parametrize(
+ROUNDED_AT_RANDOM = pytest.mark.parametrize(
     "dtype, options",
     [
         (BF16, {"stochastic_rounding": True}),
@@ -326,16 +329,59 @@ def test_update_report_of_numbers_on_the_device():
     ],
     ids=str,
 )
-def test_low_precision_rounding_is_not_captured(dtype, options):
-    twins = twins_of(LOW_SHAPES, dtype, FusedMomentum, **FULL, **options)
+
+
+@ROUNDED_AT_RANDOM
+def test_rounding_at_random_is_captured(dtype, options):
+    """Replays and steps by turns round as so many steps on the CPU; a checkpoint knows how many there were."""
+    twins = twins_of(LOW_SHAPES, dtype, FusedMomentum, **FULL, **options, rounding_seed=3)
     twins.step()
+
+    def new_values():
+        for mine, theirs in twins.params:
+            theirs.grad = nonzero(theirs)
+            cpu(mine.grad).copy_(theirs.grad) if IS_EMULATION else mine.grad.copy_(theirs.grad)
+
+    new_values()
+    replay = captured(twins.mine.step)
+    twins.theirs.step()
+    twins.check()
+    for action in (replay, replay, twins.mine.step, twins.mine.step, replay):
+        new_values()
+        action()
+        twins.theirs.step()
+        twins.check()
+    steps = [opt.state_dict()["param_groups"][0]["rounding_step"] for opt in twins.optimizers]
+    assert steps == [7, 7]
+    twins.mine.load_state_dict(twins.mine.state_dict())
+    twins.step()
+
+
+@ROUNDED_AT_RANDOM
+def test_a_count_that_is_not_on_the_device_is_not_captured(dtype, options):
+    twins = twins_of(LOW_SHAPES, dtype, FusedMomentum, **{**FULL, "momentum": 0, "dampening": 0}, **options)
+    if "momentum_dtype" in options or "master_weights" in options:
+        twins.edit(stochastic_rounding=False)
+        twins.step()  # its state is there
+        twins.edit(stochastic_rounding=options.get("stochastic_rounding"))
     twins.new_grads()
     before = [cpu(p).clone() for p, _ in twins.params]
-    says = r"param_groups\[0\]\['params'\]\[0\]: (stochastic_rounding|master_weights=24 rounds by chance).*captured"
-    with pytest.raises(RuntimeError, match=says), capturing():
+    with pytest.raises(RuntimeError, match=r"captured.*count of steps.*run one step before the capture"), capturing():
         twins.mine.step()
     assert_all_same([cpu(p) for p, _ in twins.params], before)
     twins.step_as_is()
+
+
+def test_a_step_that_is_left_out_counts_for_rounding_at_random():
+    """And one without gradients there; on each device that rounds so."""
+    twins = twins_of(LOW_SHAPES, BF16, FusedMomentum, DEVICES[:2], **FULL, stochastic_rounding=True)
+    twins.scaled_step(False, reads=None)
+    twins.scaled_step(True, reads=None)
+    twins.theirs.zero_grad()
+    twins.theirs.step()  # without gradients
+    for missing in ((), range(0, 8, 2), range(1, 8, 2), ()):
+        twins.step(missing=missing, reads=None)
+    assert twins.mine.state_dict()["param_groups"][0]["rounding_step"] == 6
 
 
 def test_a_first_step_of_low_precision_state_is_not_captured():

@@ -89,7 +89,12 @@ std::vector<int64_t> take_log() {
   return text;
 }
 
+void replay() {
+  for (const auto& launch : emulated::graph) launch();
+}
+
 void set_state(bool capturing, bool failing) {
+  if (capturing) emulated::graph.clear();
   emulated::is_capturing = capturing;
   emulated::launch_error = failing ? cudaErrorLaunchFailure : cudaSuccess;
 }
@@ -113,5 +118,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 TORCH_LIBRARY(emulated_cuda, m) {
   m.def("on_device(Tensor tensor, int device) -> Tensor", on_device);
   m.def("log() -> int[]", take_log);
+  m.def("replay() -> ()", replay);
   m.def("set(bool capturing, bool failing) -> ()", set_state);
 }

@@ -31,9 +31,9 @@ FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
 
 # For two sizes of parameter each, 16 flat kernels (half of them keep averages) and 2 strided, or 3 of low-precision
 # state (flat, strided, in double) and an instance for each mode, or 4 norms; and by themselves record_settled and
-# count_update, or conclude_alone, or count_updates_of in float and in double.
-NUM_KERNELS = {"step": 38, "low_precision": 6, "modes_fp32": 14, "modes_bf16": 26, "norm": 9, "count_updates": 2}
-NUM_WITHOUT_TABLE = {"step": 2, "norm": 1, "count_updates": 2}
+# count_update and count_one, or conclude_alone, or count_updates_of in float and in double.
+NUM_KERNELS = {"step": 39, "low_precision": 6, "modes_fp32": 14, "modes_bf16": 26, "norm": 9, "count_updates": 2}
+NUM_WITHOUT_TABLE = {"step": 3, "norm": 1, "count_updates": 2}
 FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
 FLAT_DOUBLE_REGISTERS = 36  # 35 on sm_100; the others have 31
 FLAT_16_BIT_REGISTERS = 32

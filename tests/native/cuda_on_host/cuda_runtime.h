@@ -7,6 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
+#include <memory>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -59,12 +62,23 @@ inline bool last_block_first = false;
 inline bool is_capturing = false;
 inline int current_device = 0;
 
+// What was launched while capturing, which can be launched once more.
+inline std::vector<std::function<void()>> graph;
+
 template <typename... Args, size_t... kIndices>
 cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, void** arguments,
-                   std::index_sequence<kIndices...>) {
+                   std::index_sequence<kIndices...> indices) {
   launches.push_back(
       {grid.x, block.x, current_device, (sizeof(std::remove_reference_t<Args>) + ...)});
   if (launch_error != cudaSuccess) return launch_error;
+  if (is_capturing) {
+    using Copies = std::tuple<std::remove_cvref_t<Args>...>;
+    graph.push_back([=, copies = std::make_shared<Copies>(
+                            *static_cast<std::remove_cvref_t<Args>*>(arguments[kIndices])...)] {
+      void* copied[] = {&std::get<kIndices>(*copies)...};
+      launch(kernel, grid, block, copied, indices);
+    });
+  }
   gridDim = grid;
   blockDim = block;
   for (unsigned b = first_block; b < grid.x; ++b) {
