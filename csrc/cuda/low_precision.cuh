@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
     const int left = chunk.count - at - lane * kElemsPerThread;
     const int count = left < 0 ? 0 : left < kElemsPerThread ? left : kElemsPerThread;
     const int64_t first = chunk.begin + at + (count == 0 ? 0 : lane * kElemsPerThread);
-    const Span span = {first, first / kScaleBlock, count, lane};
+    const Span span = {first, count, lane};
     Places<Kind::kIsStrided, Fields::kOperands> places;
     places.find(record + Fields::kFirstDimBehindPlace, kind.ndim(), first, count);
 

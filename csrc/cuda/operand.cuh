@@ -265,10 +265,9 @@ __device__ __forceinline__ ScaleBits encode_block(const opmath_t (&values)[kElem
 
 // ---- an operand ---------------------------------------------------------------------------------
 
-// A thread's elements, and the block of 8-bit values that they are in.
+// A thread's elements.
 struct Span {
   int64_t first;
-  int64_t block;
   int count;
   int lane;
 };
@@ -329,7 +328,7 @@ struct StoredOperand : Format {
       } else {
         read_bits<uint8_t>(memory, row, span.count, stored);
       }
-      scale = scales[span.block];
+      scale = scales[span.first / kScaleBlock];
       return;
     }
     cuda::read(dtype, memory, place, span.count, stored);
@@ -367,7 +366,8 @@ struct StoredOperand : Format {
       } else {
         write_bits<uint8_t>(memory, row, span.count, stored);
       }
-      if (span.lane % kLanesPerBlock == 0 && span.count != 0) scales[span.block] = scale;
+      if (span.lane % kLanesPerBlock == 0 && span.count != 0)
+        scales[span.first / kScaleBlock] = scale;
       return;
     }
     if (master_kind != Master::kNone) {

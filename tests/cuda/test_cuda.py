@@ -295,7 +295,7 @@ def test_a_buffer_that_is_converted_before_its_first_step():
         twins.scaled_step(False, reads=None)
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, BF16, INT8, FP8], ids=dtype_name)
+@pytest.mark.parametrize("momentum_dtype", [None, BF16, INT8, FP8, INT4], ids=dtype_name)
 @pytest.mark.parametrize("dtype, master_weights", MASTERS, ids=str)
 def test_update_report_is_the_cpus(dtype, master_weights, momentum_dtype):
     options = {"momentum_dtype": momentum_dtype, "master_weights": master_weights}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import Snapshot
-from values import BF16, FP16, FP32, FP64, INT8, in_layout
+from values import BF16, FP8, FP16, FP32, FP64, INT4, INT8, dtype_name, in_layout
 
 from momentum_ext import _C, FusedMomentum
 
@@ -81,7 +81,7 @@ def test_in_any_layout(storage, layout):
     assert 0 <= training.report().below - stood_still <= 20 and 100 < stood_still < 2900
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, INT8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16, INT8, FP8, INT4], ids=dtype_name)
 def test_momentum_in_fewer_bits_counts_as_it_is_stored(dtype):
     training = Training(lr=2e-3, momentum_dtype=dtype)
     training.step()
@@ -89,7 +89,7 @@ def test_momentum_in_fewer_bits_counts_as_it_is_stored(dtype):
     entry = training.opt.state[training.param]
     scale = entry.pop("momentum_scale", None)
     buffer = entry["momentum_buffer"]
-    entry["momentum_buffer"] = buffer.float() if scale is None else _C.dequantize(buffer, scale)
+    entry["momentum_buffer"] = buffer.float() if scale is None else _C.dequantize(buffer, scale, training.param.shape)
     assert found == training.report() and 300 < found.below < 2700
 
 
