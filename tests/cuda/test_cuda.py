@@ -30,6 +30,7 @@ from harness import (
     assert_all_same,
     assert_same,
     assert_same_training,
+    counts_of,
     for_loop,
     is_clipping,
     norm_in_double,
@@ -351,10 +352,11 @@ def test_rounding_at_random_is_captured(dtype, options):
         action()
         twins.theirs.step()
         twins.check()
-    steps = [opt.state_dict()["param_groups"][0]["rounding_step"] for opt in twins.optimizers]
-    assert steps == [7, 7]
-    twins.mine.load_state_dict(twins.mine.state_dict())
-    twins.step()
+    assert [counts_of(opt)[1] for opt in twins.optimizers] == [7, 7]
+    if "momentum_dtype" not in options and "master_weights" not in options:  # emulated devices have no views of dtypes
+        twins.mine.load_state_dict(twins.mine.state_dict())
+        assert twins.mine.param_groups[0]["rounding_step"] == 7
+        twins.step()
 
 
 @ROUNDED_AT_RANDOM
