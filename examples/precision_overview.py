@@ -115,8 +115,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     style(axes, "Lower and further left is better", "error, logarithmic; at 1 it is as large as the distance moved")
     for row in rows:
         color = ORANGE if row.mode.param is BF16 else BLUE
-        ring = {"markerfacecolor": "none", "markeredgewidth": 1.6, "markersize": 15} if row.mode is FLASH else {}
-        axes.plot(row.mode.bytes, row.error, "o", color=color, **{"markersize": 8, **ring})
+        (mark,) = axes.plot(row.mode.bytes, row.error, "o", color=color, markersize=15 if row.mode is FLASH else 8)
+        if row.mode is FLASH:
+            mark.set(markerfacecolor="none", markeredgewidth=1.6)
         right = row.mode.bytes > 9.5
         axes.annotate(
             row.mode.name, (row.mode.bytes, row.error), xytext=(-10 if right else 10, ABOVE.get(row.mode.name, 0)),
