@@ -3,9 +3,9 @@
 // for the one before.
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <iterator>
 #include <vector>
 
@@ -114,11 +114,8 @@ class Step {
   StepTable<Sgd> table_{};
 };
 
-// Of this thread: what other programs take meanwhile does not count.
 double now() {
-  timespec time;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 double seconds_of_a_cycle() {

@@ -48,7 +48,10 @@ MOMENTUM_EXT_INLINE void random_blocks(const RandomVectors& vectors, WideVector 
   WideVector c1 = vectors.tensor;
   WideVector c2 = vectors.step;
   WideVector c3 = block >> 32;
-  const auto key = [&vectors]<int kWord>(int round) { return vectors.keys[kWord][round]; };
+  // By reference: clang passes no such vector by value outside of the target region.
+  const auto key = [&vectors]<int kWord>(int round) -> const WideVector& {
+    return vectors.keys[kWord][round];
+  };
   philox(key, c0, c1, c2, c3, [](const WideVector& a, uint64_t b, WideVector& product) {
     product = multiply_lower_halves(a, WideVector{} + b);
   });
