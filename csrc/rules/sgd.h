@@ -208,12 +208,12 @@ struct Sgd {
 
   // Takes the step once more that has made the state, from where the parameter is now; false where
   // it is no step at all. Where the last step has left the parameter as it was, this one does, too.
-  template <typename Fma, typename Variant, typename opmath_t>
-  static MOMENTUM_EXT_INLINE bool update_again(Variant, const Coefficients<opmath_t>& c,
-                                               opmath_t grad, opmath_t& param, opmath_t state) {
+  template <typename Fma, typename Last, typename opmath_t>
+  static MOMENTUM_EXT_INLINE bool update_again(Last, const Coefficients<opmath_t>& c, opmath_t grad,
+                                               opmath_t& param, opmath_t state) {
     constexpr auto kMomentum =
-        Variant::kMomentum == Momentum::kNone ? Momentum::kNone : Momentum::kAgain;
-    using Again = Sgd::Variant<Variant::kWeightDecay, kMomentum, Variant::kNesterov>;
+        Last::kMomentum == Momentum::kNone ? Momentum::kNone : Momentum::kAgain;
+    using Again = Variant<Last::kWeightDecay, kMomentum, Last::kNesterov>;
     const opmath_t before = param;
     const opmath_t direction = advance<Fma>(Again(), c, grad, param, &state);
     update<Fma>(Again(), c, grad, param, &state);
