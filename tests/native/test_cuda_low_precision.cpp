@@ -240,9 +240,10 @@ void cpu_step(std::vector<Tensors>& list, const std::vector<Hyperparams<Sgd>>& g
 }
 
 void cuda_step(std::vector<Tensors>& list, const std::vector<Hyperparams<Sgd>>& groups,
-               double average_weight = 0, const StepScalars& scalars = {}, bool one_by_one = false,
+               double average_weight = 0, StepScalars scalars = {}, bool one_by_one = false,
                uint32_t step = kStep) {
   std::vector<TensorEntry> entries;
+  scalars.rounding_step = &step;  // a device counts its own steps
   for (Tensors& each : list) entries.push_back(each.entry(groups, false));
   emulated::launches.clear();
   const cudaError_t error =
