@@ -127,7 +127,7 @@ def test_formulations_are_the_cpus(dtype, low, on_device, options):
         group["lr"] = cuda(torch.tensor(lr, dtype=FP64)) if on_device else lr
         group["weight_decay"] = cuda(torch.tensor(lr / 10, dtype=FP64)) if on_device else lr / 10
         other.update(lr=lr, weight_decay=lr / 10)
-        twins.step(ONE_LAUNCH, missing=range(5, 9) if step == 1 else (), reads=2 * on_device)
+        twins.step(COUNTED if low else ONE_LAUNCH, missing=range(5, 9) if step == 1 else (), reads=2 * on_device)
 
 
 @FORMULATIONS
