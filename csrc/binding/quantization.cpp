@@ -122,6 +122,12 @@ at::Tensor dequantize(const at::Tensor& quantized, const at::Tensor& scale,
                                 std::to_string(scale.numel()) + " elements");
   }
   const bool packs = quantized.scalar_type() == kPacked;
+  if (packs && !is_packed_of(quantized, sizes)) {
+    throw std::invalid_argument(
+        "momentum_buffer: its codes of 4 bits were made beside a parameter of another shape; "
+        "delete "
+        "it from the optimizer's state to start from no momentum");
+  }
   at::Tensor value = packs ? empty_unpacked(quantized, sizes)
                            : at::empty_like(quantized, quantized.options().dtype(at::kFloat),
                                             at::MemoryFormat::Preserve);
