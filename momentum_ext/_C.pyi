@@ -82,6 +82,9 @@ class Plan:
     def has_moved(self, param_groups: list[dict[str, Any]]) -> bool:
         """True where a parameter comes from another group and its buffer is not in the formulation that this says."""
 
+    redistributing_meshes: set[Any]
+    """Meshes on which a gradient has lain otherwise than its parameter: their ranks agree in each step."""
+
     rounding_step: int
     """How many steps there have been: random numbers depend on it. Set before the first; reading waits for the GPU."""
 

@@ -182,10 +182,8 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
                 tensor = entry.get(key)
                 if not isinstance(tensor, Tensor) or tensor.shape == param.shape:
                     continue
-                sizes = local(param).shape
-                is_packed = key == BUFFER and in_blocks and tensor.dtype == PACKED and _C.is_packed_of(tensor, sizes)
-                in_rows = is_packed and scale.dim() == tensor.dim() + 1  # as all codes in checkpoints
-                if not is_packed or (in_rows and tensor.shape[:-1] != sizes[:-1]):
+                is_packed = key == BUFFER and in_blocks and tensor.dtype == PACKED
+                if not is_packed or not _C.is_packed_of(tensor, local(param).shape):
                     raise ValueError(
                         f'{name}: its "{key}" has shape {tuple(tensor.shape)} and the parameter {tuple(param.shape)}; '
                         "load the checkpoint of this model"

@@ -116,13 +116,14 @@ _NOTHING, _IS_ELSEWHERE, _MOVES = 0, 1, 2
 
 
 def redistributed(
-    params: list[Any], grads: list[Any], name: Callable[[int], str], meshes: set[Any] | None
+    params: list[Any], grads: list[Any], name: Callable[[int], str], meshes: set[Any] | None, step: int
 ) -> list[Tensor | None]:
     """The local shards of gradients that lie otherwise than their parameters, brought to where those lie; else None.
 
     The ranks of a mesh agree first, by one all-reduce, on what each is about to redistribute: a rank that lacks one
     of the gradients would take part in the collective of another. `meshes` are those that have to, because of a
-    gradient here or in an earlier step, and grow; None: all.
+    gradient here or in an earlier step, and grow; None: all. `step` is a number of this step: a rank that did not know
+    that it had to agree is one behind.
 
     Raises:
         RuntimeError: with the name of the first gradient in which ranks of its mesh differ, on all of them.
@@ -130,14 +131,16 @@ def redistributed(
     plans = [_plan_of(param, grad) for param, grad in zip(params, grads, strict=True)]
     listed = dict.fromkeys(param.device_mesh for param in params)  # in the order of the list, alike on all ranks
     meshes = set(listed) if meshes is None else meshes
-    meshes |= {param.device_mesh for param, plan in zip(params, plans, strict=True) if plan >= _MOVES}
+    meshes |= {param.device_mesh for param, plan in zip(params, plans, strict=True) if plan != _NOTHING}
     placed: list[Tensor | None] = [None] * len(params)
     errors = {i: mismatch for i, plan in enumerate(plans) if plan == _IS_ELSEWHERE}
     for mesh in listed:
         if mesh not in meshes:
             continue
         indices = [i for i, param in enumerate(params) if param.device_mesh == mesh]
-        differs = _differ(mesh, [plans[i] for i in indices])
+        *differs, is_another_step = _differ(mesh, [*(plans[i] for i in indices), step])
+        if is_another_step:
+            errors[indices[0]] = _another_step
         for i in itertools.compress(indices, differs):
             errors.setdefault(i, _difference)
         if errors.keys().isdisjoint(indices):  # else other meshes still wait for this rank
@@ -178,6 +181,14 @@ def _difference(param: Any, other: Any) -> str:
         f"it is {found}, other ranks have another, and it takes all of them to bring it to where its parameter is"
         f"{where_is(param)}; give it the same placements and dtype on all ranks of the mesh (zeros for None), "
         "or set it to None on all"
+    )
+
+
+def _another_step(param: Any, other: Any) -> str:
+    return (
+        "ranks are at different steps: one of them lacked all gradients that have to be brought to where their "
+        f"parameters are{where_is(param)}, and has gone on; give it zeros instead of None, also in its first step, and "
+        "start again from a checkpoint"
     )
 
 

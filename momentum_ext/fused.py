@@ -268,16 +268,18 @@ class FusedOptimizer(StatefulOptimizer):
         before the gradients change. What they were multiplied with in an eager step (clipping, a GradScaler's scale)
         is remembered.
 
-        Counted are dense tensors that the kernels update; DTensors by their local shards, on each rank its own; real
-        and imaginary parts of complex elements by themselves. Waits for CUDA devices.
+        Counted are dense tensors that the kernels update; DTensors by their local shards, on each rank its own, where
+        what is needed of their gradients lies as they do; real and imaginary parts of complex elements by themselves. A
+        step that a CUDA device has left out for an overflow counts as if it had been taken. Waits for CUDA devices.
 
         Returns:
             A list with a row for each group and storage, see :class:`momentum_ext.update_report.StoredUpdates`; prints
             as a table.
 
         Raises:
-            RuntimeError: where there is nothing to count: before the first step, and for Nesterov or without momentum
-                when the gradients are gone. Inside :meth:`ema_weights` and :meth:`iterate_weights`.
+            RuntimeError: where there is nothing to count: before the first step, also after state was loaded, and for
+                Nesterov or without momentum when the gradients are gone. For an edit since that does not go with it.
+                Inside :meth:`ema_weights` and :meth:`iterate_weights`.
         """
         self._held_weights.check()
         return report(self._plan, self.param_groups, self.state)

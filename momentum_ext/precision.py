@@ -117,6 +117,11 @@ def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiabl
     if differentiable:
         raise RuntimeError(f"{name}: momentum_dtype, master_weights and stochastic_rounding need differentiable=False")
     dtype = dtype_of_buffer(group, param)
+    if group.get("momentum_dtype") is not None and not (param.is_floating_point() or param.is_complex()):
+        raise RuntimeError(
+            f"{name}: momentum_dtype is for floating-point parameters, got {param.dtype}; put it into a group with "
+            "momentum_dtype=None"
+        )
     if dtype in IN_BLOCKS and type(param.data) is not Tensor:
         raise RuntimeError(
             f"{name}: momentum_dtype {group['momentum_dtype']!r} needs plain tensors, got {type(param.data).__name__}; "

@@ -46,7 +46,10 @@ class StatefulOptimizer(Optimizer):
 
     def _start(self) -> None:
         """What is not part of the state."""
+        before = self.__dict__.get("_plan")
         self._plan = _C.Plan(self._rule)
+        if before is not None:  # other ranks go on agreeing with this one
+            self._plan.redistributing_meshes = before.redistributing_meshes
         self._plan.adopt(self.param_groups)
         counts = [group.get(ROUNDING_STEP, 0) for group in self.param_groups]
         self._plan.rounding_step = max([*counts, self.__dict__.pop("_steps_taken", 0)])

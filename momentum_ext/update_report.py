@@ -90,19 +90,27 @@ def _count(plan: _C.Plan, param_groups: list[dict[str, Any]], state: dict[Tensor
     unstarted = {id(buffer) for buffer in plan.unstarted_buffers()}
     buffers = [local(entry.get(BUFFER)) for entry in entries]
     groups = [{**group, "formulation": group.get(BUFFER_FORMULATION, "torch")} for group in param_groups]
-    counts = plan.count_updates(
-        groups,
-        [local(param) for param in params],
-        [local(param.grad) if _is_placed_like(param.grad, param) else None for param in params],
-        [None if id(buffer) in unstarted else buffer for buffer in buffers],
-        [local(entry.get(SCALE)) for entry in entries],
-        [local(entry.get(REMAINDER, entry.get(MASTER))) for entry in entries],
-    )
+    try:
+        counts = plan.count_updates(
+            groups,
+            [local(param) for param in params],
+            [_gradient_of(param) for param in params],
+            [None if id(buffer) in unstarted else buffer for buffer in buffers],
+            [local(entry.get(SCALE)) for entry in entries],
+            [local(entry.get(REMAINDER, entry.get(MASTER))) for entry in entries],
+        )
+    except ValueError as error:  # of a formulation that the buffers still have
+        raise RuntimeError(f"update_report(): {error}; call it before the edit, or after the next step") from error
     return counts.tolist()
 
 
-def _is_placed_like(grad: Tensor | None, param: Tensor) -> bool:
-    return getattr(grad, "placements", None) == getattr(param, "placements", None)
+def _gradient_of(param: Tensor) -> Tensor | None:
+    """As the kernels can read it; None also for one that a step redistributes."""
+    grad = param.grad
+    if grad is None or getattr(grad, "placements", None) != getattr(param, "placements", None):
+        return None
+    shard: Tensor = local(grad)
+    return shard.resolve_conj().resolve_neg()
 
 
 def _storage_of(param: Tensor, entry: dict[str, Any]) -> str:

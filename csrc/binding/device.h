@@ -44,6 +44,13 @@ struct ScalerTensors {
   }
 };
 
+// What a step has multiplied gradients with: by the host's number and, where given, the device's.
+struct GradFactors {
+  double on_host = 1;
+  at::Tensor grad_scale;
+  at::Tensor grad_factor;
+};
+
 // What one CUDA device has to do in a step.
 struct DeviceShare {
   int16_t device = kCpu;
@@ -144,7 +151,7 @@ void launch(const StepTable<Rule>& table, const DeviceShare& share, const Scaler
             FirstSteps& first_steps, bool one_by_one);
 
 // Counts on a device, see cpu::count_updates(). Throws std::runtime_error.
-void count_updates(const StepTable<Sgd>& table, int16_t device, const ScalerTensors& scaler);
+void count_updates(const StepTable<Sgd>& table, int16_t device, const GradFactors& factors);
 
 // Before the launches of a step: counts it and works out the averages' weight, on the device.
 void count_average(const ScalerTensors& scaler);

@@ -132,7 +132,7 @@ const uint32_t* RoundingSteps::on(int16_t device, bool starts, uint32_t count) {
           "depends on is not on the device yet; run one step before the capture");
     }
     const at::Device cuda(at::kCUDA, static_cast<c10::DeviceIndex>(device));
-    const auto number = static_cast<int32_t>(count);
+    const auto number = static_cast<int32_t>(read().value_or(count));  // another's has its replays
     found = counts_.emplace(device, at::full({}, number, at::device(cuda).dtype(at::kInt))).first;
   }
   return static_cast<const uint32_t*>(found->second.const_data_ptr());
@@ -203,9 +203,9 @@ void count_average(const ScalerTensors& scaler) {
         device, "counting the update of the averages");
 }
 
-void count_updates(const StepTable<Sgd>& table, int16_t device, const ScalerTensors& scaler) {
+void count_updates(const StepTable<Sgd>& table, int16_t device, const GradFactors& factors) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  ScalerTensors here = scaler;
+  GradFactors here = factors;
   StepScalars scalars;
   scalars.grad_scale = value_on<float>(device, here.grad_scale);
   scalars.grad_factor = value_on<double>(device, here.grad_factor);

@@ -23,7 +23,7 @@ void RoundingSteps::add_one() {}
 std::optional<uint32_t> RoundingSteps::read() const { return std::nullopt; }
 bool is_capturing(int16_t) { return false; }
 void count_average(const ScalerTensors&) {}
-void count_updates(const StepTable<Sgd>&, int16_t, const ScalerTensors&) {}
+void count_updates(const StepTable<Sgd>&, int16_t, const GradFactors&) {}
 DeviceNorm::Result DeviceNorm::conclude(int16_t, const TensorTable*, Norm, const Factors&,
                                         std::optional<double>, at::ScalarType) {
   return {};

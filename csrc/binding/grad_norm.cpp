@@ -276,7 +276,7 @@ const at::Tensor& GradNorm::listed_grad(size_t k, const py::object& grads) const
 void GradNorm::redistribute_grads(const py::object& grads) {
   std::vector<at::Tensor> listed;
   for (size_t k = 0; k < params_.size(); ++k) listed.push_back(listed_grad(k, grads));
-  resolved_ = redistribute(params_, listed, [this](size_t k) { return name_of(k); }, py::none());
+  resolved_ = redistribute(params_, listed, [this](size_t k) { return name_of(k); }, py::none(), 0);
 }
 
 GradNorm::Status GradNorm::collect(bool complex_too, bool remembers, const py::object& grads) {

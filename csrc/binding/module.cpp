@@ -112,6 +112,7 @@ void define_steps(py::module_& m) {
           py::arg("may_be_left_out") = false)
       .def("pending_changes", &pending_changes, py::arg("param_groups"), py::arg("state"),
            py::arg("moved_only") = false)
+      .def_readwrite("redistributing_meshes", &Plan::redistributing_meshes)
       .def("adopt", &Plan::adopt, py::arg("param_groups"))
       .def("has_moved", &Plan::has_moved, py::arg("param_groups"))
       .def_property(
@@ -120,13 +121,18 @@ void define_steps(py::module_& m) {
           [](Plan& plan, uint32_t count) { plan.rounding_step = count; })
       .def(
           "count_updates",
-          [](const Plan& plan, const py::list& groups, std::vector<at::Tensor> params,
+          [](Plan& plan, const py::list& groups, std::vector<at::Tensor> params,
              CountedLists::Tensors grads, CountedLists::Tensors momentum_buffers,
              CountedLists::Tensors scales, CountedLists::Tensors masters) {
+            const StepLock lock(plan.mutex);
+            if (!plan.last_factors) {
+              throw std::runtime_error(
+                  "update_report(): there has been no step; call it after one");
+            }
             return count_updates(groups,
                                  {std::move(params), std::move(grads), std::move(momentum_buffers),
                                   std::move(scales), std::move(masters)},
-                                 plan.last_grad_factor, plan.last_on_device);
+                                 *plan.last_factors);
           },
           py::arg("groups"), py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"),
           py::arg("scales"), py::arg("masters"))

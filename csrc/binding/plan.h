@@ -113,9 +113,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
   RoundingSteps rounding_steps;
   std::unique_ptr<StepVectors> spare_vectors;
 
-  // What the last step multiplied gradients with, for update_report().
-  double last_grad_factor = 1;
-  ScalerTensors last_on_device;
+  std::optional<GradFactors> last_factors;  // of the last step, for update_report()
 
  private:
   bool read_groups(const py::list& param_groups);

@@ -148,8 +148,8 @@ void PreparedStep::run(const Numbers& numbers) {
   insert_state();
   Plan& plan = *plan_;
   plan.rule->scale(numbers.grad_factor);
-  plan.last_grad_factor = numbers.grad_factor;
-  plan.last_on_device = numbers.on_device;
+  plan.last_factors = {numbers.grad_factor, numbers.on_device.grad_scale,
+                       numbers.on_device.grad_factor};
   std::optional<at::RecordFunction> range;
   if (at::hasCallbacks()) {
     range.emplace(at::RecordScope::USER_SCOPE);

@@ -111,7 +111,7 @@ at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
 std::vector<at::Tensor> redistribute(const std::vector<PyObject*>& params,
                                      const std::vector<at::Tensor>& grads,
                                      const std::function<std::string(size_t)>& name,
-                                     const py::object& meshes) {
+                                     const py::object& meshes, uint32_t step) {
   py::list numbers;
   py::list listed;
   py::list listed_grads;
@@ -122,7 +122,7 @@ std::vector<at::Tensor> redistribute(const std::vector<PyObject*>& params,
     listed_grads.append(grads[i].defined() ? object(grads[i]) : py::object(py::none()));
   }
   const auto name_of = py::cpp_function([&](size_t k) { return name(numbers[k].cast<size_t>()); });
-  const py::list placed = python("redistributed")(listed, listed_grads, name_of, meshes);
+  const py::list placed = python("redistributed")(listed, listed_grads, name_of, meshes, step);
   std::vector<at::Tensor> shards(params.size());
   for (size_t k = 0; k < placed.size(); ++k) {
     if (placed[k].is_none()) continue;

@@ -91,11 +91,11 @@ at::Tensor resolve_grad(PyObject* param, const at::Tensor& grad,
 // The local shards of gradients that lie otherwise than their parameters, redistributed; undefined
 // for the others, and for parameters that are no DTensors. `meshes`: a set of those of which some
 // gradient has lain otherwise, which grows, or None for all. Their ranks agree first on what is to
-// be redistributed; where they differ, all raise.
+// be redistributed, and that they are at the same step; where they differ, all raise.
 std::vector<at::Tensor> redistribute(const std::vector<PyObject*>& params,
                                      const std::vector<at::Tensor>& grads,
                                      const std::function<std::string(size_t)>& name,
-                                     const py::object& meshes);
+                                     const py::object& meshes, uint32_t step);
 
 // The local shard of a gradient that shard_of() does not know: once it is there, since a collective
 // may still run. The gradient itself where it is no DTensor.

@@ -178,8 +178,8 @@ void SlotPreparation::redistribute_grads() {
     grads.push_back(is_tensor ? listed_grad(i) : at::Tensor());
   }
   const auto name = [this](size_t i) { return SlotState{plan_, i, nullptr}.name_of(kGrad); };
-  vectors_.redistributed_grads =
-      redistribute(plan_.param_objects, grads, name, plan_.redistributing_meshes);
+  vectors_.redistributed_grads = redistribute(plan_.param_objects, grads, name,
+                                              plan_.redistributing_meshes, plan_.rounding_step);
 }
 
 // Whatever happens later, the next step examines the slot again.

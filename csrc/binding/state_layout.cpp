@@ -54,14 +54,15 @@ bool is_in_one_dim(const at::Tensor& packed, int64_t numel) {
   return packed.dim() == 1 && packed.size(0) == (numel + 1) / 2;
 }
 
-// -1: the sizes differ otherwise.
+// The innermost one of codes whose order is that of a tensor of these sizes; -1: they are not its.
 int64_t halved_dim(const at::Tensor& packed, c10::IntArrayRef sizes) {
   int64_t found = -1;
   if (sizes.size() != static_cast<size_t>(packed.dim())) return found;
   for (int64_t d = 0; d < packed.dim(); ++d) {
     const int64_t size = sizes[static_cast<size_t>(d)];
     if (packed.size(d) == size) continue;
-    if (found >= 0 || 2 * packed.size(d) != size) return -1;
+    const bool is_innermost = packed.stride(d) == 1 || packed.size(d) == 1;
+    if (found >= 0 || 2 * packed.size(d) != size || !is_innermost) return -1;
     found = d;
   }
   return found;

@@ -30,7 +30,6 @@ struct Counted {
 std::unique_ptr<LowPrecision> companions_of(const CountedLists& lists, size_t i,
                                             const Operands& operands, const std::string& place) {
   auto low = std::make_unique<LowPrecision>();
-  *low = {};
   const auto is_there = [&](const at::Tensor& tensor) {
     check_memory(tensor, [&] { return "state of " + place; });
     return tensor.device() == operands.param.device();
@@ -79,7 +78,7 @@ Counted counted(const CountedLists& lists, size_t i, const Hyperparams<Sgd>& h, 
 
 // Those tensors of the list that lie on this device, into rows of `counts`, which lies there too.
 void count_on(int16_t device, const std::vector<Counted>& list,
-              const std::vector<Hyperparams<Sgd>>& groups, const ScalerTensors& on_device,
+              const std::vector<Hyperparams<Sgd>>& groups, const GradFactors& factors,
               const at::Tensor& counts) {
   std::vector<TensorEntry> entries;
   std::vector<int64_t> first_element{0};
@@ -91,15 +90,15 @@ void count_on(int16_t device, const std::vector<Counted>& list,
   }
   const StepTable<Sgd> table{
       {entries.data(), first_element.data(), static_cast<int64_t>(entries.size())}, groups.data()};
-  if (device != kCpu) return count_updates(table, device, on_device);
+  if (device != kCpu) return count_updates(table, device, factors);
   const py::gil_scoped_release released;
   cpu::count_updates(table, at::in_parallel_region() ? 1 : at::get_num_threads());
 }
 
 }  // namespace
 
-at::Tensor count_updates(const py::list& groups, const CountedLists& lists, double grad_factor,
-                         const ScalerTensors& on_device) {
+at::Tensor count_updates(const py::list& groups, const CountedLists& lists,
+                         const GradFactors& factors) {
   const at::Tensor counts =
       at::zeros({static_cast<int64_t>(lists.params.size()),
                  static_cast<int64_t>(sizeof(UpdateCounts) / sizeof(int64_t))},
@@ -112,7 +111,8 @@ at::Tensor count_updates(const py::list& groups, const CountedLists& lists, doub
     GroupReader reader;
     Hyperparams<Sgd> h;
     PyObject* const params = reader.parse(groups[g].ptr(), g, [&](HyperparamReader& from) {
-      h.f64.grad_coef = Sgd::read(from, h, h.f64, h.on_device) ? -grad_factor : grad_factor;
+      const bool maximize = Sgd::read(from, h, h.f64, h.on_device);
+      h.f64.grad_coef = maximize ? -factors.on_host : factors.on_host;
     });
     round_to_float(h);
     hyperparams.push_back(h);
@@ -133,12 +133,12 @@ at::Tensor count_updates(const py::list& groups, const CountedLists& lists, doub
   }
   for (const int16_t device : devices) {
     if (device == kCpu) {
-      count_on(device, list, hyperparams, on_device, counts);
+      count_on(device, list, hyperparams, factors, counts);
       continue;
     }
     const at::Device cuda(at::kCUDA, static_cast<c10::DeviceIndex>(device));
     const at::Tensor there = at::zeros(counts.sizes(), at::device(cuda).dtype(at::kLong));
-    count_on(device, list, hyperparams, on_device, there);
+    count_on(device, list, hyperparams, factors, there);
     counts.add_(at::empty_like(counts).copy_(there));
   }
   return counts;

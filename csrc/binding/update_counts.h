@@ -25,9 +25,8 @@ struct CountedLists {
 
 // A row of UpdateCounts for each parameter. -1 in those that the kernels are not made for, and where
 // a tensor is missing that the last step's direction depends on. `groups` are dicts as in
-// param_groups; the last two say what the step multiplied gradients with. Writes to none of the
-// tensors; waits for CUDA devices.
-at::Tensor count_updates(const py::list& groups, const CountedLists& lists, double grad_factor,
-                         const ScalerTensors& on_device);
+// param_groups. Writes to none of the tensors; waits for CUDA devices.
+at::Tensor count_updates(const py::list& groups, const CountedLists& lists,
+                         const GradFactors& factors);
 
 }  // namespace momentum_ext::binding

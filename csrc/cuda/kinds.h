@@ -26,42 +26,58 @@ constexpr int kNumFlat = static_cast<int>(sizeof(kFlatDtypes) / sizeof(Dtypes));
 // The ways to store flat tensors that have an instance of the low-precision kernel: those of
 // docs/precision.md, with a state and without an average.
 struct Mode {
-  Dtype param, grad, state;
+  Dtype param, state;  // the gradient has the parameter's
   Master master;
   bool param_is_random, state_is_random;  // rounded by chance; with a master, that one is
 
-  friend constexpr bool operator==(const Mode&, const Mode&) = default;
+  // Among those that there could be, of fp32 and bf16 parameters.
+  static constexpr int kCount = 256;
+  constexpr int index() const {
+    return static_cast<int>(state) | static_cast<int>(master) << 3 | int{param_is_random} << 5 |
+           int{state_is_random} << 6 | int{param == Dtype::kBFloat16} << 7;
+  }
 };
 constexpr Mode kModes[] = {
     // fp32 parameters
-    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, false},
-    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, true},
-    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat16, Master::kNone, false, false},
-    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kInt8, Master::kNone, false, false},
-    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kInt8, Master::kNone, false, true},
-    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat8E4M3, Master::kNone, false, false},
-    {Dtype::kFloat32, Dtype::kFloat32, Dtype::kInt4, Master::kNone, false, true},
+    {Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, false},
+    {Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, true},
+    {Dtype::kFloat32, Dtype::kFloat16, Master::kNone, false, false},
+    {Dtype::kFloat32, Dtype::kInt8, Master::kNone, false, false},
+    {Dtype::kFloat32, Dtype::kInt8, Master::kNone, false, true},
+    {Dtype::kFloat32, Dtype::kFloat8E4M3, Master::kNone, false, false},
+    {Dtype::kFloat32, Dtype::kInt4, Master::kNone, false, true},
     // bf16 parameters without a master
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kBFloat16, Master::kNone, true, true},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kFloat32, Master::kNone, true, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kNone, true, true},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kNone, false, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Master::kNone, true, true},
+    {Dtype::kBFloat16, Dtype::kFloat32, Master::kNone, true, false},
+    {Dtype::kBFloat16, Dtype::kInt8, Master::kNone, true, true},
+    {Dtype::kBFloat16, Dtype::kInt8, Master::kNone, false, false},
     // with one of 32 bits
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kFloat32, Master::kRemainder, false, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kBFloat16, Master::kRemainder, false, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kRemainder, false, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kRemainder, false, true},
+    {Dtype::kBFloat16, Dtype::kFloat32, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, Dtype::kInt8, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, Dtype::kInt8, Master::kRemainder, false, true},
     // with one of 24
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kFloat32, Master::kByteRemainder, true, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kBFloat16, Master::kByteRemainder, true, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, true},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kInt4, Master::kByteRemainder, true, true},
+    {Dtype::kBFloat16, Dtype::kFloat32, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, Dtype::kBFloat16, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, true},
+    {Dtype::kBFloat16, Dtype::kInt4, Master::kByteRemainder, true, true},
 };
 constexpr int kNumModes = static_cast<int>(sizeof(kModes) / sizeof(Mode));
 constexpr int kNumModesOfFp32 = 7;  // the first ones
 static_assert(kModes[kNumModesOfFp32 - 1].param == Dtype::kFloat32 &&
               kModes[kNumModesOfFp32].param == Dtype::kBFloat16);
+
+// The place of a mode in kModes; -1: it has none. A table, because each step asks for each tensor.
+struct ModeNumbers {
+  int8_t of[Mode::kCount];
+
+  constexpr ModeNumbers() : of() {
+    for (int8_t& number : of) number = -1;
+    for (int k = 0; k < kNumModes; ++k) of[kModes[k].index()] = static_cast<int8_t>(k);
+  }
+};
+constexpr ModeNumbers kModeNumbers;
 
 // Kernels by number: the flat ones by their dtypes; once more, for tensors whose average is kept;
 // and these. Tensors with low-precision state, and flat ones of other dtypes, have instances for
@@ -85,16 +101,15 @@ int kind_of_mode(const TensorEntry& entry, const Hyperparams<Rule>& h) {
   const bool is_random = low != nullptr && h.stochastic_rounding;
   const bool rounds_param =
       is_random && master == Master::kNone && itemsize(entry.param_dtype) == 2;
-  const Mode mine = {entry.param_dtype,
-                     entry.grad_dtype,
-                     entry.state_dtype[0],
-                     master,
+  const bool has_modes =
+      entry.param_dtype == entry.grad_dtype &&
+      (entry.param_dtype == Dtype::kFloat32 || entry.param_dtype == Dtype::kBFloat16);
+  if (!has_modes) return kLowPrecisionFlat;
+  const Mode mine = {entry.param_dtype, entry.state_dtype[0], master,
                      master == Master::kByteRemainder ? h.rounds_masters : rounds_param,
                      is_random && itemsize(entry.state_dtype[0]) <= 2};
-  for (int k = 0; k < kNumModes; ++k) {
-    if (kModes[k] == mine) return kFirstMode + k;
-  }
-  return kLowPrecisionFlat;
+  const int number = kModeNumbers.of[mine.index()];
+  return number < 0 ? kLowPrecisionFlat : kFirstMode + number;
 }
 
 template <typename Rule>

@@ -44,7 +44,7 @@ template <int kNumber>
 struct OneMode {
   static constexpr Mode kMode = kModes[kNumber];
   using ParamFormat = KnownFormat<kMode.param, kMode.master, kMode.param_is_random>;
-  using GradFormat = KnownFormat<kMode.grad, Master::kNone, false>;
+  using GradFormat = KnownFormat<kMode.param, Master::kNone, false>;
   using StateFormat = KnownFormat<kMode.state, Master::kNone, kMode.state_is_random>;
   static constexpr bool kHasAverages = false;
   static constexpr int kBlocksAtOnce = 4;

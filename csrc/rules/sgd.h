@@ -19,12 +19,8 @@
 namespace momentum_ext {
 
 enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
-enum class Momentum : uint8_t {
-  kNone,
-  kFirstStep,
-  kLaterStep,
-  kAgain
-};  // again: by the buffer as it is
+// kAgain: the step that has made the buffer.
+enum class Momentum : uint8_t { kNone, kFirstStep, kLaterStep, kAgain };
 
 // The ways in which the field writes momentum.
 enum class Formulation : uint8_t {

@@ -380,6 +380,35 @@ def lacking(how, missing, warm_up):
     assert_same(local, twin.detach())
 
 
+def one_behind():
+    """A rank that has never had such a gradient goes on without the others: its next step must not meet their first."""
+    norms, rank = Norms(), torch.distributed.get_rank()
+    if rank == 1:
+        norms.new_grads(1, (0, 1, 2))
+        norms.opt.step()
+    norms.new_grads()
+    with refused(norms.opt, RuntimeError, "ranks are at different steps.*start again from a checkpoint"):
+        norms.opt.step()
+
+
+def test_steps_of_different_numbers_are_not_mixed(two_ranks):
+    two_ranks.run(one_behind)
+
+
+def lacking_after_a_load():
+    """What a rank knows of other ranks' gradients outlives load_state_dict()."""
+    norms = Norms()
+    norms.new_grads()
+    norms.opt.step()
+    norms.opt.load_state_dict(copy.deepcopy(norms.opt.state_dict()))
+    norms.new_grads(1, (0, 1, 2))
+    norms.refuse(norms.opt.step, r"\S*\[0\]")
+
+
+def test_gradients_that_a_rank_lacks_after_a_load(two_ranks):
+    two_ranks.run(lacking_after_a_load)
+
+
 LACKING = [
     ("step", (0,), 0),  # the others of this rank would meet those of other ranks that are one further
     ("step", (0, 1, 2), 1),  # nothing to redistribute here, and the step before says that others may have

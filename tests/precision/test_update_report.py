@@ -219,3 +219,34 @@ def test_a_formulation_that_is_edited():
     found = training.report()
     training.opt.param_groups[0]["formulation"] = "classical"
     assert training.report() == found and 300 < found.below < 2700
+
+
+def test_before_a_step_there_is_none_to_report():
+    """Though without momentum the gradient would do."""
+    param = torch.nn.Parameter(torch.ones(8))
+    opt = FusedMomentum([param], lr=0.1)
+    param.grad = torch.ones(8)
+    with pytest.raises(RuntimeError, match="there is no update to look at; call it after step"):
+        opt.update_report()
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    with pytest.raises(RuntimeError, match="there is no update to look at; call it after step"):
+        opt.update_report()
+
+
+def test_an_edit_that_the_last_steps_formulation_does_not_know():
+    training = Training(formulation="ema")
+    training.step()
+    group = training.opt.param_groups[0]
+    del group["formulation"]
+    group["dampening"] = 0.5
+    with pytest.raises(RuntimeError, match=r"formulation 'ema'.*dampening.*call it before the edit"):
+        training.opt.update_report()
+
+
+def test_gradients_that_torch_negates_lazily():
+    training = Training(nesterov=True, lr=2e-3)
+    training.step()
+    wanted = training.report()
+    training.param.grad = torch._neg_view(-training.param.grad)
+    assert training.report() == wanted

@@ -1,4 +1,4 @@
-"""Codes of 4 bits, two in a byte, are never taken for those of a parameter of another shape."""
+"""Codes of 4 bits, two in a byte, are never taken for what they are not."""
 
 import pytest
 import torch
@@ -15,6 +15,26 @@ def test_a_checkpoint_of_another_model_is_refused():
     other = FusedMomentum([torch.nn.Parameter(torch.randn(128, 32))], **INT4)
     with pytest.raises(ValueError, match=r"momentum_buffer.*load the checkpoint of this model"):
         other.load_state_dict(saved)
+
+
+def test_codes_whose_order_was_changed_are_refused():
+    """The pairs are in the innermost dimension."""
+    param = torch.nn.Parameter(torch.randn(4, 6))
+    optimizer = optimizer_of(param, steps=1, momentum_dtype="int4")
+    entry = optimizer.state[param]
+    entry["momentum_buffer"] = entry["momentum_buffer"].t().contiguous().t()
+    with pytest.raises(RuntimeError, match=r"momentum_buffer.*delete it"):
+        optimizer.step()
+
+
+def test_parameters_of_bytes_have_no_other_dtype():
+    """Whose own buffers are bytes."""
+    param = torch.ones(6, dtype=torch.uint8)
+    param.grad = torch.ones(6, dtype=torch.uint8)
+    optimizer = FusedMomentum([param], **{**INT4, "lr": 1, "momentum": 1})
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\]: momentum_dtype is for floating-point parameters"):
+        optimizer.step()
+    assert not optimizer.state[param]
 
 
 def test_a_parameter_that_has_grown_since():
