@@ -127,7 +127,7 @@ void define_steps(py::module_& m) {
             const StepLock lock(plan.mutex);
             if (!plan.last_factors) {
               throw std::runtime_error(
-                  "update_report(): there has been no step; call it after one");
+                  "update_report(): there is no update to look at; call it after step()");
             }
             return count_updates(groups,
                                  {std::move(params), std::move(grads), std::move(momentum_buffers),
