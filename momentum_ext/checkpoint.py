@@ -16,32 +16,46 @@ from momentum_ext.keys import (
     BUFFER,
     BUFFER_FORMULATION,
     LOOKAHEAD,
+    COUNTERS,
     MASTER,
-    OPTIONS,
+    MOMENTUM_OPTIONS,
     REMAINDER,
     ROUNDING_STEP,
-    SCALE,
+    SCALE_OF,
 )
 from momentum_ext.precision import PACKED, SCALE_BLOCK, check_options, is_in_blocks, rounds_at_random
 
-__all__ = ["as_torch_state_dict", "changed", "check_complete", "keep_dtypes", "with_changes", "without_defaults"]
+__all__ = [
+    "as_momentum_state_dict",
+    "as_torch_state_dict",
+    "changed",
+    "check_complete",
+    "keep_dtypes",
+    "with_changes",
+    "without_defaults",
+]
 
-_OWN_KEYS = (*OPTIONS, ROUNDING_STEP, AVERAGE_COUNT, BUFFER_FORMULATION)
+# What a group says of its tensors' state, beside its optimizer's options.
+_NOTES = (ROUNDING_STEP, AVERAGE_COUNT, BUFFER_FORMULATION)
 
 # State of ours, and the dtypes in which it leaves and comes back where gloo and NCCL do not move its own.
-_OWN_STATE = (BUFFER, SCALE, REMAINDER, MASTER, AVERAGE, LOOKAHEAD)
+_OWN_STATE = (*SCALE_OF, *SCALE_OF.values(), REMAINDER, MASTER, AVERAGE, LOOKAHEAD)
+_SCALES = tuple(SCALE_OF.values())
 _LEAVES_AS = {torch.int16: torch.bfloat16, torch.float8_e4m3fn: torch.uint8}
-_COMES_BACK_AS = {(REMAINDER, torch.bfloat16): torch.int16, (BUFFER, torch.uint8): torch.float8_e4m3fn}
+_COMES_BACK_AS = {
+    (REMAINDER, torch.bfloat16): torch.int16,
+    **{(key, torch.uint8): torch.float8_e4m3fn for key in SCALE_OF},
+}
 
 # Of a buffer in blocks, in the dict that it leaves as: what flattens a checkpoint makes keys of their own of them, so
 # that codes are never taken for values.
 _CODES, _SCALE = "codes", "scale"
 
 
-def without_defaults(group: dict[str, Any]) -> None:
-    """Drop our options where they say what torch.optim.SGD would do; a momentum_dtype becomes its name."""
-    check_options(group)
-    for name, default in OPTIONS.items():
+def without_defaults(group: dict[str, Any], options: dict[str, Any]) -> None:
+    """Drop our options where they say what torch's optimizer would do; dtypes become their names."""
+    check_options(group, options)
+    for name, default in options.items():
         if group.get(name, default) == default:
             group.pop(name, None)
     if not rounds_at_random(group):  # seed and step say nothing without it
@@ -74,9 +88,9 @@ def with_changes(
     """
     state = changed(state_dict["state"], changes, {id(param): name for name, param in params.items()})
     for name, entry in state.items():
-        buffer = entry.get(BUFFER) if isinstance(entry, dict) else None
-        if SCALE in entry and name in params and is_in_blocks(buffer, params[name]):
-            entry = state[name] = _travelling(params[name], entry, compact)
+        for key, scale in SCALE_OF.items() if isinstance(entry, dict) and name in params else ():
+            if scale in entry and is_in_blocks(entry.get(key), params[name]):
+                entry = state[name] = _travelling(params[name], entry, key, compact)
         views = {
             key: _view(entry[key], _LEAVES_AS[entry[key].dtype])
             for key in (_OWN_STATE if isinstance(entry, dict) else ())
@@ -87,22 +101,22 @@ def with_changes(
     return {**state_dict, "state": state}
 
 
-def _travelling(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str, Any]:
+def _travelling(param: Tensor, entry: dict[str, Any], buffer: str, compact: bool) -> dict[str, Any]:
     """State whose buffer in blocks has become codes and scales that shard alike, or its values in fp32."""
-    rest = {key: value for key, value in entry.items() if key not in (BUFFER, SCALE)}
-    codes, scale = local(entry[BUFFER]), local(entry[SCALE])
+    rest = {key: value for key, value in entry.items() if key not in (buffer, SCALE_OF[buffer])}
+    codes, scale = local(entry[buffer]), local(entry[SCALE_OF[buffer]])
     is_plain = local(param) is param
     # Of a DTensor, strides are the whole tensor's: all ranks find the same.
     in_rows = param.dim() > 1 and param.is_contiguous() and codes.is_contiguous() and not is_cut(param, SCALE_BLOCK)
     if not compact or not in_rows:
         values = _C.dequantize(codes, scale, local(param).shape)
-        return {**rest, BUFFER: values if is_plain else like(param, values)}
+        return {**rest, buffer: values if is_plain else like(param, values)}
     in_a_row = param.shape[-1] // 2 if codes.dtype == PACKED else param.shape[-1]
     codes = codes.view(_LEAVES_AS.get(codes.dtype, codes.dtype))
     if not is_plain:
         codes = like(param, codes, (*param.shape[:-1], in_a_row))
         scale = like(param, scale, (*param.shape[:-1], param.shape[-1] // SCALE_BLOCK, 2))
-    return {**rest, BUFFER: {_CODES: codes, _SCALE: scale}}
+    return {**rest, buffer: {_CODES: codes, _SCALE: scale}}
 
 
 def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,9 +140,10 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, load: Callable[[], None]) -> N
 
     def hide(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         def hidden_of(name: Any, value: Any) -> Any:
-            if name == BUFFER and isinstance(value, dict):
+            if name in SCALE_OF and isinstance(value, dict):
                 return {key: _Kept(each) if isinstance(each, Tensor) else each for key, each in value.items()}
-            return _Kept(value) if name in _OWN_STATE and isinstance(value, Tensor) else value
+            is_kept = name in (*_OWN_STATE, *COUNTERS) and isinstance(value, Tensor)
+            return _Kept(value) if is_kept else value
 
         hidden = {
             key: {name: hidden_of(name, value) for name, value in entry.items()} if isinstance(entry, dict) else entry
@@ -148,17 +163,21 @@ def unpack(state: dict[Any, Any]) -> None:
     for param, entry in state.items():
         if not isinstance(entry, dict):
             continue
-        if isinstance(entry.get(BUFFER), dict):
-            saved = entry.pop(BUFFER)
-            entry |= {name: saved[key] for name, key in ((BUFFER, _CODES), (SCALE, _SCALE)) if key in saved}
-        if entry.get(SCALE) == {}:  # what torch makes of a flattened checkpoint, for a key that it does not have
-            del entry[SCALE]
+        for buffer, scale in SCALE_OF.items():
+            if isinstance(entry.get(buffer), dict):
+                saved = entry.pop(buffer)
+                entry |= {name: saved[key] for name, key in ((buffer, _CODES), (scale, _SCALE)) if key in saved}
+            if entry.get(scale) == {}:  # what torch makes of a flattened checkpoint, for a key that it does not have
+                del entry[scale]
         for name, value in entry.items():
-            if isinstance(value, _Kept):
+            if isinstance(value, _Kept) and name in COUNTERS:
+                entry[name] = value.tensor
+            elif isinstance(value, _Kept):
                 tensor = value.tensor
-                is_own = name != BUFFER or SCALE in entry  # a uint8 parameter's buffer is uint8, too
+                # A uint8 parameter's buffer is uint8, too.
+                is_own = name not in SCALE_OF or SCALE_OF[name] in entry
                 dtype = _COMES_BACK_AS.get((name, tensor.dtype)) if is_own else None
-                if name == SCALE or (dtype == torch.float8_e4m3fn and tensor.shape != param.shape):
+                if name in _SCALES or (dtype == torch.float8_e4m3fn and tensor.shape != param.shape):
                     tensor = local(tensor)  # of a local shard: scales, and codes that are packed
                 elif dtype is not None:
                     tensor = _view(tensor, dtype)
@@ -171,18 +190,17 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
         for i, param in enumerate(group["params"]):
             entry = state.get(param, {})
             name = f"state of param_groups[{g}]['params'][{i}]"
-            buffer, scale = entry.get(BUFFER), entry.get(SCALE)
-            in_blocks = param.is_floating_point() and is_in_blocks(buffer, param)
-            if in_blocks and not isinstance(scale, Tensor):
-                raise ValueError(
-                    f'{name}: its "{BUFFER}" is {buffer.dtype} and there is no "{SCALE}" beside it; delete the buffer '
-                    "to start from no momentum, or load a whole checkpoint"
-                )
-            for key in (BUFFER, REMAINDER, MASTER, AVERAGE):
-                tensor = entry.get(key)
+            for key in (*SCALE_OF, REMAINDER, MASTER, AVERAGE):
+                tensor, scale = entry.get(key), SCALE_OF.get(key, "")
+                in_blocks = scale != "" and param.is_floating_point() and is_in_blocks(tensor, param)
+                if in_blocks and isinstance(tensor, Tensor) and not isinstance(entry.get(scale), Tensor):
+                    raise ValueError(
+                        f'{name}: its "{key}" is {tensor.dtype} and there is no "{scale}" beside it; delete it to '
+                        "start from zeros, or load a whole checkpoint"
+                    )
                 if not isinstance(tensor, Tensor) or tensor.shape == param.shape:
                     continue
-                is_packed = key == BUFFER and in_blocks and tensor.dtype == PACKED
+                is_packed = in_blocks and tensor.dtype == PACKED
                 if not is_packed or not _C.is_packed_of(tensor, local(param).shape):
                     raise ValueError(
                         f'{name}: its "{key}" has shape {tuple(tensor.shape)} and the parameter {tuple(param.shape)}; '
@@ -196,7 +214,7 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
                 )
 
 
-# ---- for torch.optim.SGD --------------------------------------------------------------------------------------------
+# ---- for torch's optimizers -----------------------------------------------------------------------------------------
 
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
@@ -210,16 +228,33 @@ def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
     return values if local(codes) is codes else like(codes, values, (*codes.shape[:-1], columns))
 
 
-def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+def as_torch_state_dict(state_dict: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What torch's optimizer can load, of what ours with these options has returned; see torch_state_dict()."""
+    own_keys = (*options, *_NOTES)
+    groups = [{key: value for key, value in group.items() if key not in own_keys} for group in state_dict["param_groups"]]
+    state = {}
+    for index, entry in state_dict["state"].items():
+        plain = {key: value for key, value in entry.items() if key not in _OWN_STATE}
+        for key in SCALE_OF:
+            values, scale = entry.get(key), entry.get(SCALE_OF[key])
+            if isinstance(values, dict):
+                values, scale = values[_CODES], values[_SCALE]
+            if isinstance(values, Tensor):
+                plain[key] = values if scale is None else _decoded(values, scale)
+        if plain:
+            state[index] = plain
+    return {"state": state, "param_groups": groups}
+
+
+def as_momentum_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     """What torch.optim.SGD can load, of what FusedMomentum.state_dict() has returned; see torch_state_dict()."""
-    groups = []
-    for g, group in enumerate(state_dict["param_groups"]):
+    for_torch = as_torch_state_dict(state_dict, MOMENTUM_OPTIONS)
+    for g, (plain, group) in enumerate(zip(for_torch["param_groups"], state_dict["param_groups"], strict=True)):
         if group.get("decoupled_weight_decay", False) and group["weight_decay"] != 0:
             raise ValueError(
                 f"torch_state_dict(): param_groups[{g}] has decoupled_weight_decay, which torch.optim.SGD has not; "
                 "set it to False there for SGD's L2 decay, or weight_decay to 0"
             )
-        plain = {key: value for key, value in group.items() if key not in _OWN_KEYS}
         if group.get("formulation") == "ema" and group["momentum"] != 0:
             if group["nesterov"]:
                 raise ValueError(
@@ -227,17 +262,10 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
                     "torch.optim.SGD would need dampening; set nesterov to False there"
                 )
             plain["dampening"] = group["momentum"]
-        groups.append(plain)
     group_of = {index: group for group in state_dict["param_groups"] for index in group["params"]}
-    state = {}
-    for index, entry in state_dict["state"].items():
-        buffer, scale = entry.get(BUFFER), entry.get(SCALE)
-        if isinstance(buffer, dict):
-            buffer, scale = buffer[_CODES], buffer[_SCALE]
-        if not isinstance(buffer, Tensor):
+    for index, entry in for_torch["state"].items():
+        if BUFFER not in entry:
             continue
-        if scale is not None:
-            buffer = _decoded(buffer, scale)
         group = group_of.get(index, {})
         written = group.get(BUFFER_FORMULATION, "torch")
         if written == "ema" and group["momentum"] == 0:
@@ -251,6 +279,5 @@ def as_torch_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
                     f"torch_state_dict(): the classical buffer of parameter {index} is divided by the lr, which is 0; "
                     "set its group's lr to what the training goes on with"
                 )
-            buffer = buffer / group["lr"]
-        state[index] = {BUFFER: buffer}
-    return {"state": state, "param_groups": groups}
+            entry[BUFFER] = entry[BUFFER] / group["lr"]
+    return for_torch

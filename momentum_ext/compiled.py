@@ -215,6 +215,7 @@ def _tensor(value: Any) -> Tensor | None:
 # ----------------------------------------------------------------------------------- what is left to the eager step
 
 _REASONS = {
+    "rule": "its rule has no operator for graphs",
     "closure": "a closure is called by the eager step",
     "hooks": "step hooks are called by the eager step",
     "scaler": "a GradScaler has left grad_scale or found_inf on the optimizer",
@@ -234,6 +235,8 @@ _REASONS = {
 def _why_not(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """A key of _REASONS where no graph can be made of the step."""
     groups = optimizer.__dict__["param_groups"]
+    if optimizer._rule != "sgd":
+        return "rule"
     if args or kwargs:
         return "closure"
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +22,16 @@ from torch.optim.optimizer import (
 from momentum_ext import _C, compiled
 from momentum_ext.averaging import average_weight, swapped
 from momentum_ext.clipping import StandIns
+from momentum_ext.fallback import check_on_stand_ins
+from momentum_ext.keys import COUNTERS
 from momentum_ext.memory import MemorySummary, summarize
+from momentum_ext.precision import (
+    check_low_precision_step,
+    is_in_blocks,
+    low_precision_step,
+    needs_low_precision_step,
+)
 from momentum_ext.state import StatefulOptimizer
-from momentum_ext.update_report import UpdateReport, report
 
 __all__ = ["FusedOptimizer"]
 
@@ -38,15 +48,43 @@ class _Numbers:
 
 
 class FusedOptimizer(StatefulOptimizer):
-    """The steps of FusedMomentum, apart from torch's own path."""
+    """The steps of our optimizers, apart from torch's own path."""
 
-    def _check_torch_step(self, positions: list[tuple[int, int]]) -> None:
-        """Let torch raise what it would raise for these tensors, while nothing is written."""
+    def _update_by_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        """Torch's own update of one tensor and its state, which on a first step has nothing."""
         raise NotImplementedError
 
     def _torch_step(self, positions: list[tuple[int, int]], grad_factor: float, grads: StandIns) -> None:
         """Torch's own update of the tensors at these (group, index in group), with gradients times `grad_factor`."""
-        raise NotImplementedError
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for g, i in positions:
+                group = self.param_groups[g]
+                param = group["params"][i]
+                grad = grads.get(param, param.grad)
+                grad = grad if grad_factor == 1.0 else grad * grad_factor
+                if needs_low_precision_step(group, param, self.state.get(param, {})):
+                    states = self._states_of(group)
+                    low_precision_step(group, param, grad, self.state[param], states, self._update_by_torch)
+                else:
+                    self._update_by_torch(group, param, grad, self.state[param])
+
+    def _check_torch_step(self, positions: list[tuple[int, int]]) -> None:
+        """Let torch raise on one-element stand-ins what it would raise for these tensors, while nothing is written."""
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for g, i in positions:
+                group = self.param_groups[g]
+                param = group["params"][i]
+                if param.is_cuda and not _C.HAS_CUDA_KERNELS:
+                    _warn_of_missing_kernels(type(self).__name__)
+                states = self._states_of(group)
+                entry = {key: each for key, each in self.state.get(param, {}).items() if key in (*states, *COUNTERS)}
+                if needs_low_precision_step(group, param, self.state.get(param, {})):
+                    name = f"param_groups[{g}]['params'][{i}]"
+                    check_low_precision_step(group, param, states, self.defaults["differentiable"], name)
+                    # Torch gets values of its parameter's kind.
+                    in_blocks = [key for key in states if is_in_blocks(entry.get(key), param)]
+                    entry |= dict.fromkeys(in_blocks, param.detach())
+                check_on_stand_ins(self._update_by_torch, group, param, param.grad, entry)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -250,39 +288,7 @@ class FusedOptimizer(StatefulOptimizer):
 
         Counts what a step with all gradients will have allocated, so it is the same before the first step and after.
         """
-        return summarize(self.param_groups, self.state, self.ema_decay is not None)
-
-    def update_report(self) -> UpdateReport:
-        """How many of the last step's updates were below the resolution of what their parameters are stored in.
-
-        An update is what a step subtracts from an element: the learning rate times the direction (the momentum buffer;
-        with Nesterov also the gradient), and decoupled weight decay. It is below the resolution where it is not zero
-        and the element (with its master, if it has one) would be stored as it was, rounded to nearest: where it is
-        smaller than half a unit in the last place. Weights that stall so do not train; a master, or
-        ``stochastic_rounding``, is what helps.
-
-        The step keeps no copy of what was there before, so this takes the same update once more, from where the
-        parameter is now, in registers: by the same rule, from the momentum buffer and the gradient that the step has
-        left and with the learning rate that the group has now. Where the last step left an element as it was, that is
-        what it did. One pass that reads, for each parameter that has momentum, whenever its last update was. Call it
-        before the gradients change. What they were multiplied with in an eager step (clipping, a GradScaler's scale)
-        is remembered.
-
-        Counted are dense tensors that the kernels update; DTensors by their local shards, on each rank its own, where
-        what is needed of their gradients lies as they do; real and imaginary parts of complex elements by themselves. A
-        step that a CUDA device has left out for an overflow counts as if it had been taken. Waits for CUDA devices.
-
-        Returns:
-            A list with a row for each group and storage, see :class:`momentum_ext.update_report.StoredUpdates`; prints
-            as a table.
-
-        Raises:
-            RuntimeError: where there is nothing to count: before the first step, also after state was loaded, and for
-                Nesterov or without momentum when the gradients are gone. For an edit since that does not go with it.
-                Inside :meth:`ema_weights` and :meth:`iterate_weights`.
-        """
-        self._held_weights.check()
-        return report(self._plan, self.param_groups, self.state)
+        return summarize(self.param_groups, self.state, self._states_of, self.ema_decay is not None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; what was to clip the gradients goes with them."""
@@ -357,3 +363,18 @@ def _is_nonzero(lr: Any) -> bool:
 
 # torch's wrapper: a profiler range, the hooks, and the mark that its Python tracer looks for.
 _observed_step = Optimizer.profile_hook_step(FusedOptimizer._step)
+
+
+@functools.cache
+def _warn_of_missing_kernels(name: str) -> None:
+    """Once in a process."""
+    warnings.warn(
+        f"momentum_ext was built without CUDA kernels, so {name} updates CUDA tensors by torch's for-loop: "
+        "right, but slow. Build it again where nvcc is found (set CUDA_HOME) and torch has CUDA: "
+        "FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .  (in its source tree)",
+        stacklevel=2,
+    )
+
+
+# Hooks see the arguments as they were given, hence step's *args; people and tools see what it takes.
+FusedOptimizer.step.__signature__ = inspect.signature(FusedOptimizer._step)  # type: ignore[attr-defined]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from momentum_ext.keys import AVERAGE, BUFFER, MASTER, REMAINDER, SCALE
-from momentum_ext.precision import IN_BLOCKS, PACKED, SCALE_BLOCK, dtype_of_buffer
+from momentum_ext.keys import AVERAGE, MASTER, REMAINDER, SCALE_OF
+from momentum_ext.precision import IN_BLOCKS, PACKED, SCALE_BLOCK, dtype_of_state
 
 __all__ = ["MemorySummary", "summarize"]
 
-KINDS = ("params", "grads", BUFFER, SCALE, REMAINDER, MASTER, AVERAGE)
+_StatesOf = Callable[[dict[str, Any]], tuple[str, ...]]
 
 
 class MemorySummary(dict[str, int]):
@@ -41,9 +41,13 @@ class MemorySummary(dict[str, int]):
         return "\n".join([f"{self.num_params:,} parameters", *lines])
 
 
-def summarize(param_groups: Iterable[dict[str, Any]], state: dict[Tensor, Any], has_average: bool) -> MemorySummary:
-    """See FusedMomentum.memory_summary()."""
-    sizes = dict.fromkeys(KINDS, 0)
+def summarize(
+    param_groups: list[dict[str, Any]], state: dict[Tensor, Any], states_of: _StatesOf, has_average: bool
+) -> MemorySummary:
+    """See FusedMomentum.memory_summary(). `states_of`: the keys of a group's states."""
+    keys = dict.fromkeys(key for group in param_groups for key in states_of(group))
+    states = [each for key in keys for each in (key, SCALE_OF[key])]
+    sizes = dict.fromkeys(("params", "grads", *states, REMAINDER, MASTER, AVERAGE), 0)
     seen: set[int] = set()
     num_params = 0
     for group in param_groups:
@@ -52,22 +56,24 @@ def summarize(param_groups: Iterable[dict[str, Any]], state: dict[Tensor, Any], 
                 continue
             seen.add(id(param))
             num_params += param.numel()
-            for kind, size in _sizes_of(param, group, state.get(param, {}), has_average).items():
+            for kind, size in _sizes_of(param, group, state.get(param, {}), states_of(group), has_average).items():
                 sizes[kind] += size
     return MemorySummary(sizes, num_params)
 
 
-def _sizes_of(param: Tensor, group: dict[str, Any], state: dict[str, Any], has_average: bool) -> dict[str, int]:
+def _sizes_of(
+    param: Tensor, group: dict[str, Any], state: dict[str, Any], states: tuple[str, ...], has_average: bool
+) -> dict[str, int]:
     numel, size = param.numel(), param.numel() * param.element_size()
     sizes = {"params": size}
     if not param.requires_grad and param.grad is None and not state:
         return sizes  # a frozen parameter
     sizes["grads"] = param.grad.numel() * param.grad.element_size() if param.grad is not None else size
-    if group["momentum"] != 0:
-        dtype = dtype_of_buffer(group, param)
-        sizes[BUFFER] = (numel + 1) // 2 if dtype == PACKED else numel * dtype.itemsize
+    for key in states:
+        dtype = dtype_of_state(group, param, key)
+        sizes[key] = (numel + 1) // 2 if dtype == PACKED else numel * dtype.itemsize
         if dtype in IN_BLOCKS:
-            sizes[SCALE] = 2 * -(-numel // SCALE_BLOCK)
+            sizes[SCALE_OF[key]] = 2 * -(-numel // SCALE_BLOCK)
     if group.get("master_weights", False):
         if param.dtype == torch.bfloat16:
             sizes[REMAINDER] = (1 if group["master_weights"] == 24 else 2) * numel

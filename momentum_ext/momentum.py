@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,20 +11,12 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 
-from momentum_ext import _C
-from momentum_ext.averaging import check_decay
-from momentum_ext.checkpoint import as_torch_state_dict, changed
-from momentum_ext.clipping import StandIns
-from momentum_ext.formulation import check_torch_step, torch_step
+from momentum_ext.checkpoint import as_momentum_state_dict, changed
+from momentum_ext.formulation import update_by_torch
 from momentum_ext.fused import FusedOptimizer
-from momentum_ext.keys import BUFFER, OPTIONS
+from momentum_ext.keys import BUFFER, MOMENTUM_OPTIONS
 from momentum_ext.lookahead import iterates
-from momentum_ext.precision import (
-    check_low_precision_step,
-    is_in_blocks,
-    low_precision_step,
-    needs_low_precision_step,
-)
+from momentum_ext.update_report import UpdateReport, report
 
 __all__ = ["FusedMomentum"]
 
@@ -120,6 +109,8 @@ class FusedMomentum(FusedOptimizer, SGD):
             (``"momentum_scale"`` in the state): block-wise quantization, Dettmers et al., ICLR 2022. int4 is stored
             as uint8, two elements in a byte; as int8 where a parameter is transposed and the dimension that is
             innermost in its memory is odd (default: None).
+        state_dtype: the same as ``momentum_dtype``, as all our optimizers have it: also a dict by the state's key,
+            ``{"momentum_buffer": "int8"}`` (default: None).
         master_weights: keep the exact fp32 value of 16-bit parameters: for bf16 as 16 more bits
             (``"param_remainder"``), for fp16 as a copy (``"master_param"``). 24 keeps 8 more bits of bf16 parameters:
             a value of 24 bits (default: False; True is 32).
@@ -145,6 +136,7 @@ class FusedMomentum(FusedOptimizer, SGD):
     """
 
     _rule = "sgd"
+    _options = MOMENTUM_OPTIONS
 
     def __init__(
         self,
@@ -166,29 +158,26 @@ class FusedMomentum(FusedOptimizer, SGD):
         ema_decay: float | None = None,
         ema_warmup: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | dict[str, torch.dtype | str | None] | None = None,
         master_weights: bool | int = False,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,
         compact_state_dict: bool = True,
     ) -> None:
-        check_decay(ema_decay, ema_warmup)
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
-        self.max_grad_norm = max_grad_norm
-        self.process_group = process_group
-        self.ema_decay = ema_decay
-        self.ema_warmup = ema_warmup
-        self.compact_state_dict = compact_state_dict
-        # A group gets a key of ours only where its value is not the default. Groups without our keys load into
-        # torch's SGD, and a step has fewer values to compare. add_param_group() fills these in, and takes them out.
-        self._own_defaults = {
-            "formulation": formulation,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "momentum_dtype": momentum_dtype,
-            "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-            "rounding_seed": rounding_seed,
-        }
+        self._take_options(
+            max_grad_norm,
+            process_group,
+            ema_decay,
+            ema_warmup,
+            compact_state_dict,
+            formulation=formulation,
+            decoupled_weight_decay=decoupled_weight_decay,
+            momentum_dtype=momentum_dtype,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+        )
         super().__init__(
             params,
             lr,
@@ -201,9 +190,7 @@ class FusedMomentum(FusedOptimizer, SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._own_defaults = {key: value for key, value in self._own_defaults.items() if value != OPTIONS[key]}
-        self.defaults.update(self._own_defaults)
-        self._start()
+        self._keep_defaults()
 
     @contextmanager
     def iterate_weights(self) -> Iterator[None]:
@@ -243,53 +230,44 @@ class FusedMomentum(FusedOptimizer, SGD):
             ValueError: for what torch.optim.SGD cannot do: decoupled weight decay, Nesterov in the ema formulation.
             RuntimeError: inside :meth:`ema_weights` and :meth:`iterate_weights`.
         """
-        return as_torch_state_dict(self.state_dict())
+        return as_momentum_state_dict(self.state_dict())
 
-    def _torch_step(self, positions: list[tuple[int, int]], grad_factor: float, grads: StandIns) -> None:
-        """Torch's own update of the tensors at these (group, index in group), with gradients times `grad_factor`."""
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            for g, i in positions:
-                group = self.param_groups[g]
-                param = group["params"][i]
-                grad = grads.get(param, param.grad)
-                grad = grad if grad_factor == 1.0 else grad * grad_factor
-                if needs_low_precision_step(group, param, self.state.get(param, {})):
-                    low_precision_step(group, param, grad, self.state[param], torch_step)
-                    continue
-                has_momentum = group["momentum"] != 0
-                buffer = self.state[param].get(BUFFER) if has_momentum else None
-                buffer = torch_step(group, param, grad, buffer)
-                if has_momentum:
-                    self.state[param][BUFFER] = buffer
+    def update_report(self) -> UpdateReport:
+        """How many of the last step's updates were below the resolution of what their parameters are stored in.
 
-    def _check_torch_step(self, positions: list[tuple[int, int]]) -> None:
-        """Let torch raise on one-element stand-ins what it would raise for these tensors, while nothing is written."""
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            for g, i in positions:
-                group = self.param_groups[g]
-                param = group["params"][i]
-                if param.is_cuda and not _C.HAS_CUDA_KERNELS:
-                    _warn_of_missing_kernels()
-                entry = self.state.get(param, {})
-                buffer = entry.get(BUFFER)
-                if needs_low_precision_step(group, param, self.state.get(param, {})):
-                    name = f"param_groups[{g}]['params'][{i}]"
-                    check_low_precision_step(group, param, self.defaults["differentiable"], name)
-                    if is_in_blocks(buffer, param):
-                        buffer = param.detach()  # torch gets a value of its parameter's kind
-                check_torch_step(group, param, param.grad, buffer)
+        An update is what a step subtracts from an element: the learning rate times the direction (the momentum buffer;
+        with Nesterov also the gradient), and decoupled weight decay. It is below the resolution where it is not zero
+        and the element (with its master, if it has one) would be stored as it was, rounded to nearest: where it is
+        smaller than half a unit in the last place. Weights that stall so do not train; a master, or
+        ``stochastic_rounding``, is what helps.
 
+        The step keeps no copy of what was there before, so this takes the same update once more, from where the
+        parameter is now, in registers: by the same rule, from the momentum buffer and the gradient that the step has
+        left and with the learning rate that the group has now. Where the last step left an element as it was, that is
+        what it did. One pass that reads, for each parameter that has momentum, whenever its last update was. Call it
+        before the gradients change. What they were multiplied with in an eager step (clipping, a GradScaler's scale)
+        is remembered.
 
-@functools.cache
-def _warn_of_missing_kernels() -> None:
-    """Once in a process."""
-    warnings.warn(
-        "momentum_ext was built without CUDA kernels, so FusedMomentum updates CUDA tensors by torch's for-loop: "
-        "right, but slow. Build it again where nvcc is found (set CUDA_HOME) and torch has CUDA: "
-        "FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .  (in its source tree)",
-        stacklevel=2,
-    )
+        Counted are dense tensors that the kernels update; DTensors by their local shards, on each rank its own, where
+        what is needed of their gradients lies as they do; real and imaginary parts of complex elements by themselves. A
+        step that a CUDA device has left out for an overflow counts as if it had been taken. Waits for CUDA devices.
 
+        Returns:
+            A list with a row for each group and storage, see :class:`momentum_ext.update_report.StoredUpdates`; prints
+            as a table.
 
-# Hooks see the arguments as they were given, hence step's *args; people and tools see what it takes.
-FusedMomentum.step.__signature__ = inspect.signature(FusedMomentum._step)  # type: ignore[attr-defined]
+        Raises:
+            RuntimeError: where there is nothing to count: before the first step, also after state was loaded, and for
+                Nesterov or without momentum when the gradients are gone. For an edit since that does not go with it.
+                Inside :meth:`ema_weights` and :meth:`iterate_weights`.
+        """
+        self._held_weights.check()
+        return report(self._plan, self.param_groups, self.state)
+
+    @staticmethod
+    def _states_of(group: dict[str, Any]) -> tuple[str, ...]:
+        momentum = group["momentum"]
+        return (BUFFER,) if isinstance(momentum, Tensor) or momentum != 0 else ()
+
+    def _update_by_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        update_by_torch(group, param, grad, state)

@@ -28,7 +28,9 @@ from torch import Tensor
 from momentum_ext import _C
 from momentum_ext.averaging import average_weight as _average_weight
 from momentum_ext.clipping import clip_by_norm
-from momentum_ext.formulation import check_torch_step, torch_step
+from momentum_ext.fallback import check_on_stand_ins
+from momentum_ext.formulation import torch_step, update_by_torch
+from momentum_ext.keys import BUFFER
 
 __all__: list[str] = []
 
@@ -104,7 +106,8 @@ def _step(
 
     by_torch = [(groups[g], ends[g] + i) for g, i in run.fallback()]
     for group, i in by_torch:
-        check_torch_step(group, params[i], grads[i], None if is_first_step[i] else buffers[i])
+        state = {} if is_first_step[i] else {BUFFER: buffers[i]}
+        check_on_stand_ins(update_by_torch, group, params[i], grads[i], state)
     for param, average in started:
         average.copy_(param)
     for group, i in by_torch:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from momentum_ext import _C
 from momentum_ext.dtensor import local
-from momentum_ext.keys import BUFFER, MASTER, REMAINDER, SCALE
+from momentum_ext.keys import BUFFER, COUNTERS, MASTER, REMAINDER, SCALE_OF
 
 __all__ = [
     "IN_BLOCKS",
@@ -22,11 +22,10 @@ __all__ = [
     "SCALE_BLOCK",
     "check_low_precision_step",
     "check_options",
-    "dtype_of_buffer",
+    "dtype_of_state",
     "exact_param",
     "is_in_blocks",
     "low_precision_step",
-    "momentum_dtype_of",
     "needs_low_precision_step",
     "rounds_at_random",
     "split_param",
@@ -34,33 +33,34 @@ __all__ = [
 ]
 
 INT4 = torch.int4  # type: ignore[attr-defined]  # missing in torch's stubs
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, INT4)
-_DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in MOMENTUM_DTYPES}
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, INT4)
+_DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in STATE_DTYPES}
 PACKED = torch.uint8  # int4, two in a byte
 IN_BLOCKS = (torch.int8, torch.float8_e4m3fn, PACKED)
 SCALE_BLOCK = 32  # elements of a buffer in blocks that share a scale, of two bytes
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def momentum_dtype_of(group: dict[str, Any]) -> torch.dtype | None:
-    """The group's momentum_dtype: groups hold its name, which every checkpoint format can carry.
-
-    Raises:
-        ValueError: for one that is none of those that buffers can have.
-    """
-    found = group.get("momentum_dtype")
+def _dtype_named(name: str, found: Any) -> torch.dtype | None:
     dtype = _DTYPE_OF.get(found) if isinstance(found, str) else found
-    if found is not None and dtype not in MOMENTUM_DTYPES:
+    if found is not None and dtype not in STATE_DTYPES:
         raise ValueError(
-            f"Invalid momentum_dtype: {found!r}; expected None or {', '.join(_DTYPE_OF)}, as a torch.dtype or its name"
+            f"Invalid {name}: {found!r}; expected None or {', '.join(_DTYPE_OF)}, as a torch.dtype or its name"
         )
     return dtype
 
 
-def dtype_of_buffer(group: dict[str, Any], param: Tensor) -> torch.dtype:
-    """That of the parameter's momentum buffer: fp32 beside a master, else the parameter's own; PACKED for int4."""
+def _asked_dtype(group: dict[str, Any], key: str) -> torch.dtype | None:
+    """What the group says of the state with this key: groups hold names, which every checkpoint format can carry."""
+    found = group.get("state_dtype")
+    dtype = _dtype_named("state_dtype", found.get(key) if isinstance(found, dict) else found)
+    return (_dtype_named("momentum_dtype", group.get("momentum_dtype")) if key == BUFFER else None) or dtype
+
+
+def dtype_of_state(group: dict[str, Any], param: Tensor, key: str) -> torch.dtype:
+    """That of the parameter's state: fp32 beside a master, else the parameter's own; PACKED for int4."""
     has_master = group.get("master_weights", False) and param.dtype in HALVES
-    dtype = momentum_dtype_of(group) or (torch.float32 if has_master else param.dtype)
+    dtype = _asked_dtype(group, key) or (torch.float32 if has_master else param.dtype)
     if dtype == INT4:
         return PACKED if _C.can_pack(local(param.detach())) else torch.int8
     return dtype
@@ -71,11 +71,11 @@ def is_in_blocks(buffer: Any, param: Tensor) -> bool:
     return isinstance(buffer, Tensor) and buffer.dtype in IN_BLOCKS and buffer.dtype != param.dtype
 
 
-def check_options(group: dict[str, Any]) -> None:
-    """Refuse what no step could do, when a group is made; its momentum_dtype becomes a name.
+def check_options(group: dict[str, Any], options: dict[str, Any]) -> None:
+    """Refuse what no step could do, when a group is made; dtypes become names.
 
     Raises:
-        ValueError: for a momentum_dtype that is none of those that buffers can have.
+        ValueError: for a dtype that is none of those that states can have, and for a state that there is not.
         TypeError: for a seed that is no int, and for other values of master_weights and stochastic_rounding.
     """
     masters = group.get("master_weights", False)
@@ -85,16 +85,43 @@ def check_options(group: dict[str, Any]) -> None:
         group["master_weights"] = True
     if not isinstance(group.get("stochastic_rounding"), bool | None):
         raise TypeError(f"Invalid stochastic_rounding: {group['stochastic_rounding']!r}; expected a bool or None")
-    dtype = momentum_dtype_of(group)
-    if dtype is not None:
-        group["momentum_dtype"] = str(dtype).removeprefix("torch.")
+    if "momentum_dtype" in options:
+        _move_to_momentum_dtype(group)
+    for name in ("momentum_dtype", "state_dtype"):
+        found = group.get(name)
+        if isinstance(found, dict):
+            if unknown := set(found) - set(SCALE_OF):
+                raise ValueError(f"Invalid state_dtype: {found!r}; there is no state {sorted(unknown)[0]!r}")
+            dtypes = {key: _dtype_named(name, dtype) for key, dtype in found.items()}
+            group[name] = {key: _name_of(dtype) for key, dtype in dtypes.items() if dtype is not None} or None
+        elif (dtype := _dtype_named(name, found)) is not None:
+            group[name] = _name_of(dtype)
     if not isinstance(group.get("rounding_seed", 0), int):
         raise TypeError(f"Invalid rounding_seed: {group['rounding_seed']!r}; expected an int")
 
 
+def _move_to_momentum_dtype(group: dict[str, Any]) -> None:
+    """Momentum has one state, and its own key for the dtype."""
+    found = group.pop("state_dtype", None)
+    if isinstance(found, dict):
+        if unknown := set(found) - {BUFFER}:
+            raise ValueError(f"Invalid state_dtype: {found!r}; momentum has no state {sorted(unknown)[0]!r}")
+        found = found.get(BUFFER)
+    dtype = _dtype_named("state_dtype", found)
+    if dtype is None:
+        return
+    if _dtype_named("momentum_dtype", group.get("momentum_dtype")) not in (None, dtype):
+        raise ValueError(f"state_dtype is {found!r} and momentum_dtype {group['momentum_dtype']!r}; give one of the two")
+    group["momentum_dtype"] = dtype
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def uses_low_precision(group: dict[str, Any]) -> bool:
     """Whether the group asks for anything that torch.optim.SGD does not store; a seed or a False does not."""
-    return any(group.get(name) for name in ("momentum_dtype", "master_weights", "stochastic_rounding"))
+    return any(group.get(name) for name in ("momentum_dtype", "state_dtype", "master_weights", "stochastic_rounding"))
 
 
 def rounds_at_random(group: dict[str, Any]) -> bool:
@@ -107,27 +134,32 @@ def rounds_at_random(group: dict[str, Any]) -> bool:
 
 
 def needs_low_precision_step(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> bool:
-    """True where torch's functional sgd cannot be given the tensors as they are stored."""
+    """True where torch's function cannot be given the tensors as they are stored."""
     has_master = REMAINDER in state or MASTER in state
-    return is_in_blocks(state.get(BUFFER), param) or has_master or uses_low_precision(group)
+    in_blocks = any(is_in_blocks(state.get(key), param) for key in SCALE_OF)
+    return in_blocks or has_master or uses_low_precision(group)
 
 
-def check_low_precision_step(group: dict[str, Any], param: Tensor, differentiable: bool, name: str) -> None:
+def check_low_precision_step(
+    group: dict[str, Any], param: Tensor, states: tuple[str, ...], differentiable: bool, name: str
+) -> None:
     """Raises RuntimeError for what only the kernels can do."""
     if differentiable:
-        raise RuntimeError(f"{name}: momentum_dtype, master_weights and stochastic_rounding need differentiable=False")
-    dtype = dtype_of_buffer(group, param)
-    if group.get("momentum_dtype") is not None and not (param.is_floating_point() or param.is_complex()):
+        raise RuntimeError(f"{name}: state dtypes, master_weights and stochastic_rounding need differentiable=False")
+    asked = any(_asked_dtype(group, key) is not None for key in states)
+    if asked and not (param.is_floating_point() or param.is_complex()):
         raise RuntimeError(
-            f"{name}: momentum_dtype is for floating-point parameters, got {param.dtype}; put it into a group with "
-            "momentum_dtype=None"
+            f"{name}: momentum_dtype and state_dtype are for floating-point parameters, got {param.dtype}; put it into "
+            "a group without"
         )
-    if dtype in IN_BLOCKS and type(param.data) is not Tensor:
+    dtypes = [dtype_of_state(group, param, key) for key in states]
+    if any(dtype in IN_BLOCKS for dtype in dtypes) and type(param.data) is not Tensor:
         raise RuntimeError(
-            f"{name}: momentum_dtype {group['momentum_dtype']!r} needs plain tensors, got {type(param.data).__name__}; "
-            "put it into a group with a 16- or 32-bit momentum_dtype"
+            f"{name}: momentum_dtype and state_dtype of 8 bits or fewer need plain tensors, got "
+            f"{type(param.data).__name__}; put it into a group with one of 16 or 32 bits"
         )
-    stored_randomly = param.dtype in HALVES or (group.get("stochastic_rounding") and dtype in (*HALVES, *IN_BLOCKS))
+    is_low = any(dtype in (*HALVES, *IN_BLOCKS) for dtype in dtypes)
+    stored_randomly = param.dtype in HALVES or (group.get("stochastic_rounding") and is_low)
     if rounds_at_random(group) and stored_randomly:
         raise RuntimeError(
             f"{name}: stochastic_rounding, which masters of 24 bits have unless it is False, needs tensors and "
@@ -141,26 +173,33 @@ def low_precision_step(
     param: Tensor,
     grad: Tensor,
     state: dict[str, Any],
-    step: Callable[[dict[str, Any], Tensor, Tensor, Tensor | None], Tensor | None],
+    states: tuple[str, ...],
+    step: Callable[[dict[str, Any], Tensor, Tensor, dict[str, Any]], None],
 ) -> None:
     """`step` with values in fp32, which are then stored as the group wants them."""
     has_master = group.get("master_weights", False) and param.dtype in HALVES
     is_low = param.dtype in HALVES
     value = exact_param(param, state) if has_master else param.float() if is_low else param
-    buffer = state.get(BUFFER)
-    if isinstance(buffer, Tensor):
-        in_blocks = is_in_blocks(buffer, param)
-        buffer = _C.dequantize(buffer, state[SCALE], param.shape) if in_blocks else buffer.to(value.dtype)
-    buffer = step(group, value, grad.to(value.dtype), buffer)
-    if buffer is not None:
-        dtype = dtype_of_buffer(group, param)
-        if dtype in IN_BLOCKS:
-            if buffer.layout != torch.strided:  # torch starts from a sparse gradient's copy; blocks are dense
-                buffer = buffer.to_dense()
-            state[BUFFER], state[SCALE] = _C.quantize(buffer, dtype, param)
+    values = {key: number for key, number in state.items() if key in COUNTERS}
+    for key in states:
+        stored = state.get(key)
+        if isinstance(stored, Tensor):
+            in_blocks = is_in_blocks(stored, param)
+            values[key] = (
+                _C.dequantize(stored, state[SCALE_OF[key]], param.shape) if in_blocks else stored.to(value.dtype)
+            )
+    step(group, value, grad.to(value.dtype), values)
+    for key, new in values.items():
+        dtype = dtype_of_state(group, param, key) if key in states else None
+        if dtype is None:
+            state[key] = new
+        elif dtype in IN_BLOCKS:
+            # torch starts from a sparse gradient's copy; blocks are dense.
+            dense = new.to_dense() if new.layout != torch.strided else new
+            state[key], state[SCALE_OF[key]] = _C.quantize(dense, dtype, param)
         else:
-            state[BUFFER] = buffer.to(dtype)
-            state.pop(SCALE, None)
+            state[key] = new.to(dtype)
+            state.pop(SCALE_OF[key], None)
     if has_master:
         rounded, key, master = split_param(param.dtype, value, group["master_weights"])
         param.copy_(rounded)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from momentum_ext import _C, compiled
-from momentum_ext.averaging import HeldWeights, UpdateCount
+from momentum_ext.averaging import HeldWeights, UpdateCount, check_decay
 from momentum_ext.checkpoint import (
     changed,
     check_complete,
@@ -21,7 +21,7 @@ from momentum_ext.clipping import GradFactor
 from momentum_ext.dtensor import local
 from momentum_ext.formulation import check_group
 from momentum_ext.full_precision import fp32_state_dict, load_fp32_state_dict
-from momentum_ext.keys import AVERAGE, AVERAGE_COUNT, BUFFER, BUFFER_FORMULATION, OPTIONS, ROUNDING_STEP, SCALE
+from momentum_ext.keys import AVERAGE, AVERAGE_COUNT, BUFFER, BUFFER_FORMULATION, ROUNDING_STEP, SCALE
 from momentum_ext.lookahead import restore_lookahead
 from momentum_ext.precision import rounds_at_random
 
@@ -29,7 +29,7 @@ __all__ = ["StatefulOptimizer"]
 
 
 class StatefulOptimizer(Optimizer):
-    """The state of FusedMomentum, apart from how it steps."""
+    """The state of our optimizers, apart from how they step."""
 
     # Set by the optimizer's constructor, before torch's adds the groups.
     max_grad_norm: float | None
@@ -39,10 +39,42 @@ class StatefulOptimizer(Optimizer):
     compact_state_dict: bool
     _own_defaults: dict[str, Any]
     _rule: str  # the kernels' name for what the optimizer does, in csrc/rules/
+    _options: dict[str, Any]  # of a group, that torch's optimizer does not have, with their defaults
     _plan: _C.Plan
     _held_weights: HeldWeights
     _grad_factor: GradFactor
     _step_supports_amp_scaling: bool
+
+    @staticmethod
+    def _states_of(group: dict[str, Any]) -> tuple[str, ...]:
+        """The keys of the states that a step of this group has."""
+        raise NotImplementedError
+
+    def _take_options(
+        self,
+        max_grad_norm: float | None,
+        process_group: Any,
+        ema_decay: float | None,
+        ema_warmup: bool,
+        compact_state_dict: bool,
+        **options: Any,
+    ) -> None:
+        """What torch's optimizer does not have, before its constructor is called; :meth:`_start` comes after it."""
+        check_decay(ema_decay, ema_warmup)
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        self.process_group = process_group
+        self.ema_decay = ema_decay
+        self.ema_warmup = ema_warmup
+        self.compact_state_dict = compact_state_dict
+        # A group gets a key of ours only where its value is not the default. Groups without our keys load into
+        # torch's optimizer, and a step has fewer values to compare. add_param_group() fills these in.
+        self._own_defaults = {key: value for key, value in options.items() if value != self._options[key]}
+
+    def _keep_defaults(self) -> None:
+        self.defaults.update(self._own_defaults)
+        self._start()
 
     def _start(self) -> None:
         """What is not part of the state."""
@@ -87,7 +119,7 @@ class StatefulOptimizer(Optimizer):
             group.setdefault(name, value)
         try:
             check_group(group)
-            without_defaults(group)
+            without_defaults(group, self._options)
         except (TypeError, ValueError):
             del self.param_groups[num_groups:]
             raise
@@ -129,7 +161,7 @@ class StatefulOptimizer(Optimizer):
         has_averages = any(AVERAGE in entry for entry in self.state.values())
         for g, (group, packed) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
             params.update(zip(packed["params"], group["params"], strict=True))
-            without_defaults(packed)
+            without_defaults(packed, self._options)
             if self.ema_decay is None and not has_averages:
                 packed.pop(AVERAGE_COUNT, None)
             if not rounds_at_random(packed):
@@ -167,7 +199,7 @@ class StatefulOptimizer(Optimizer):
                 group[ROUNDING_STEP] = self._plan.rounding_step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` of this class or of torch.optim.SGD has returned.
+        """Load what :meth:`state_dict` of this class or of torch's optimizer has returned.
 
         The options of this optimizer stay: formulation, momentum_dtype, master_weights, stochastic_rounding and its
         seed. State keeps the dtype and the formulation that it was saved in, and the next step converts it where that
@@ -187,12 +219,13 @@ class StatefulOptimizer(Optimizer):
             for group, old in zip(self.param_groups, old_groups, strict=True):
                 stored = group.pop(BUFFER_FORMULATION, group.get("formulation", "torch"))
                 decoupled = group.get("decoupled_weight_decay", old.get("decoupled_weight_decay", False))
-                for name in OPTIONS:
+                for name in self._options:
                     group.pop(name, None)
                     if name in old:
                         group[name] = old[name]
-                group["decoupled_weight_decay"] = decoupled
-                without_defaults(group)
+                if "decoupled_weight_decay" in self._options:
+                    group["decoupled_weight_decay"] = decoupled
+                without_defaults(group, self._options)
                 if stored != "torch" or "formulation" in group:
                     group[BUFFER_FORMULATION] = stored
                 self._add_own_keys(group)
@@ -258,7 +291,7 @@ class StatefulOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpack(state["state"])
         super().__setstate__(state)
-        self._own_defaults = {name: self.defaults[name] for name in OPTIONS if name in self.defaults}
+        self._own_defaults = {name: self.defaults[name] for name in self._options if name in self.defaults}
         for name, default in (
             ("max_grad_norm", None),
             ("process_group", None),

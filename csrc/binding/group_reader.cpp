@@ -92,6 +92,12 @@ bool as_bool(PyObject* value) {
 }
 
 bool is_immutable(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+      if (!is_immutable(PyTuple_GET_ITEM(value, i))) return false;
+    }
+    return true;
+  }
   return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
          PyUnicode_CheckExact(value) || THPDtype_Check(value) || value == Py_None;
 }
@@ -118,11 +124,10 @@ int read_master_bits(HyperparamReader& reader) {
   return 0;
 }
 
-// Groups without low-precision state have none of these keys.
-Storage read_storage(HyperparamReader& reader) {
-  Storage storage;
-  PyObject* const dtype = reader.object("momentum_dtype");
-  if (dtype != nullptr && dtype != Py_None) {
+// Checkpoints have names, an edit may have either.
+std::optional<at::ScalarType> read_state_dtype(HyperparamReader& reader, const char* key,
+                                               PyObject* dtype) {
+  if (dtype == nullptr || dtype == Py_None) return std::nullopt;
     constexpr std::pair<const char*, at::ScalarType> kDtypes[] = {
         {"float32", at::kFloat},
         {"bfloat16", at::kBFloat16},
@@ -131,21 +136,42 @@ Storage read_storage(HyperparamReader& reader) {
         {"float8_e4m3fn", at::kFloat8_e4m3fn},
         {"int4", at::ScalarType::Int4},
     };
-    for (const auto& [name, type] : kDtypes) {  // checkpoints have names, an edit may have either
+    for (const auto& [name, type] : kDtypes) {
       const bool is_it =
           THPDtype_Check(dtype)
               ? reinterpret_cast<THPDtype*>(dtype)->scalar_type == type
               : PyUnicode_Check(dtype) && PyUnicode_CompareWithASCIIString(dtype, name) == 0;
-      if (is_it) storage.momentum_dtype = type == at::ScalarType::Int4 ? kPacked : type;
+      if (is_it) return type == at::ScalarType::Int4 ? kPacked : type;
     }
-    if (!storage.momentum_dtype.has_value()) {
-      reader.refuse(
-          "momentum_dtype",
-          "expected None or float32, bfloat16, float16, int8, float8_e4m3fn or int4, as a "
-          "torch.dtype or its name, got " +
-              std::string(py::repr(dtype)));
-    }
+    reader.refuse(key,
+                  "expected None or float32, bfloat16, float16, int8, float8_e4m3fn or int4, as a "
+                  "torch.dtype or its name, got " +
+                      std::string(py::repr(dtype)));
+}
+
+// "state_dtype": one for all states, or a dict by their keys. Of momentum also "momentum_dtype".
+void read_state_dtypes(HyperparamReader& reader, StateNames states, Storage& storage) {
+  constexpr const char* kKey = "state_dtype";
+  PyObject* const found = reader.object(kKey);
+  const bool is_dict = found != nullptr && PyDict_Check(found);
+  for (int k = 0; k < states.count; ++k) {
+    PyObject* const mine = is_dict ? find(found, states.names[k]) : found;
+    storage.state_dtype[k] = read_state_dtype(reader, kKey, mine);
   }
+  if (states.count > 1) return;
+  constexpr const char* kMomentumKey = "momentum_dtype";
+  const auto of_momentum = read_state_dtype(reader, kMomentumKey, reader.object(kMomentumKey));
+  if (!of_momentum.has_value()) return;
+  if (storage.state_dtype[0].value_or(*of_momentum) != *of_momentum) {
+    reader.refuse(kMomentumKey, "state_dtype says otherwise; set one of the two");
+  }
+  storage.state_dtype[0] = of_momentum;
+}
+
+// Groups without low-precision state have none of these keys.
+Storage read_storage(HyperparamReader& reader, StateNames states) {
+  Storage storage;
+  read_state_dtypes(reader, states, storage);
   storage.master_bits = read_master_bits(reader);
   PyObject* const stochastic = reader.object("stochastic_rounding");
   const bool is_default = stochastic == nullptr || stochastic == Py_None;
@@ -193,7 +219,7 @@ PyObject* HyperparamReader::get(const char* name) {
 }
 
 void HyperparamReader::number(const char* name, double& value, MayBe may_be,
-                              DeviceNumber* on_device) {
+                              DeviceNumber* on_device, bool* is_float) {
   PyObject* const object = get(name);
   const bool any_shape = may_be == kOneElementTensor;
   const std::optional<DeviceNumber> found_on_device =
@@ -209,7 +235,26 @@ void HyperparamReader::number(const char* name, double& value, MayBe may_be,
     return;
   }
   value = *found;
+  if (is_float != nullptr && THPVariable_Check(object)) {
+    const at::ScalarType dtype = THPVariable_Unpack(object).scalar_type();
+    *is_float = dtype == at::kFloat;
+    if (dtype != at::kFloat && dtype != at::kDouble) needs_torch_ = true;
+  }
   if (name == std::string_view("lr")) lr_is_zero_ = value == 0;
+}
+
+void HyperparamReader::pair(const char* name, double& first, double& second) {
+  PyObject* const object = get(name);
+  const bool is_pair = (PyTuple_Check(object) || PyList_Check(object)) &&
+                       PySequence_Fast_GET_SIZE(object) == 2;
+  if (!is_pair) refuse(name, "expected a pair of numbers, got " + std::string(py::repr(object)));
+  double* const values[] = {&first, &second};
+  for (int k = 0; k < 2; ++k) {
+    const std::optional<double> found =
+        as_number(PySequence_Fast_GET_ITEM(object, k), false, false);
+    if (!found.has_value()) needs_torch_ = true;
+    *values[k] = found.value_or(0);
+  }
 }
 
 void HyperparamReader::flag(const char* name, bool& value) { value = as_bool(get(name)); }
@@ -269,14 +314,14 @@ PyObject* GroupReader::compare(PyObject* group) const noexcept {
   return i == items_.size() ? params : nullptr;
 }
 
-PyObject* GroupReader::parse(PyObject* group, size_t index,
+PyObject* GroupReader::parse(PyObject* group, size_t index, StateNames states,
                              const std::function<void(HyperparamReader&)>& read) {
   immutable_ = false;
   needs_torch_ = false;
   formulation_ = read_formulation(group, index, kFormulation);
   buffer_formulation_ = read_buffer_formulation(group, index);
   HyperparamReader reader(group, index, formulation_);
-  storage_ = read_storage(reader);
+  storage_ = read_storage(reader, states);
   read(reader);
   needs_torch_ = reader.needs_torch_;
   lr_is_zero_ = reader.lr_is_zero_;

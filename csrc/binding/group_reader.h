@@ -35,7 +35,10 @@ class HyperparamReader {
   // A number; in a CUDA device's memory too where there is a place for that and all parameters are
   // on the device: `value` is then 1. Anything else, from a bool to a tensor that requires grad,
   // needs torch: it gives it its meaning or its error.
-  void number(const char* name, double& value, MayBe may_be, DeviceNumber* on_device = nullptr);
+  // is_float: whether it is an fp32 tensor.
+  void number(const char* name, double& value, MayBe may_be, DeviceNumber* on_device = nullptr,
+              bool* is_float = nullptr);
+  void pair(const char* name, double& first, double& second);  // of Python numbers
   void flag(const char* name, bool& value);
   void optional_flag(const char* name, bool& value);  // false where the key is missing
   PyObject* object(const char* name);                 // nullptr where the key is missing
@@ -44,6 +47,7 @@ class HyperparamReader {
 
   // True when a hyperparameter is of a kind that only torch can read.
   bool needs_torch() const { return needs_torch_; }
+  void leave_to_torch() { needs_torch_ = true; }
 
   // "param_groups[0]['lr']".
   std::string where(const char* name) const;
@@ -65,6 +69,12 @@ class HyperparamReader {
   std::vector<PyObject*> keys_;  // interned
 };
 
+// A rule's names of its states.
+struct StateNames {
+  const char* const* names;
+  int count;
+};
+
 class GroupReader {
  public:
   // The "params", borrowed, of a dict whose keys and numbers are those that were read last; nullptr
@@ -73,7 +83,7 @@ class GroupReader {
 
   // Reads everything anew, the rule's hyperparameters by `read`; returns the dict's "params",
   // borrowed. `index` names the group in errors.
-  PyObject* parse(PyObject* group, size_t index,
+  PyObject* parse(PyObject* group, size_t index, StateNames states,
                   const std::function<void(HyperparamReader&)>& read);
 
   bool needs_torch() const { return needs_torch_; }

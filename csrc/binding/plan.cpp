@@ -114,6 +114,7 @@ void Plan::rebuild(PyObject* state) {
   }
   tensors.assign(slots.size(), {});
   entries.assign(slots.size(), {});
+  counters.assign(rule->num_counters != 0 ? slots.size() : 0, {});
   low_precision.assign(slots.size(), {});
   companion_tensors.assign(slots.size(), {});
   has_low_precision = false;

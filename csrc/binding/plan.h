@@ -90,7 +90,11 @@ class Plan : public std::enable_shared_from_this<Plan> {
     c10::TensorImpl* scales[kMaxStates] = {};
   };
   std::vector<Tensors> tensors;
+  struct CounterTensors {
+    c10::TensorImpl* each[kMaxCounters] = {};
+  };
   std::vector<TensorEntry> entries;
+  std::vector<CounterTensors> counters;  // of rules that have some
   std::vector<LowPrecision> low_precision;
   std::vector<CompanionTensors> companion_tensors;
   bool has_low_precision = false;  // else nobody looks at the two

@@ -37,6 +37,19 @@ void separate_first_steps(Plan& plan) {
   }
 }
 
+// What the tensors' counters are after the step.
+void count(Plan& plan) {
+  const RuleGroups& rule = *plan.rule;
+  for (size_t i = 0; i < plan.slots.size(); ++i) {
+    if (plan.tensors[i].param == nullptr) continue;
+    const Counters& after = rule.counters_after(plan.entries[i].group);
+    for (int k = 0; k < rule.num_counters; ++k) {
+      write_counter(*plan.counters[i].each[k], after.values[k]);
+    }
+  }
+  plan.rule->end_step();
+}
+
 // A step with lr 0 in every group is how torch.distributed.checkpoint makes a fresh optimizer's
 // state: nothing was trained.
 bool trains(const Plan& plan) {
@@ -57,6 +70,7 @@ PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::d
     options.all_by_torch = options.all_by_torch || operators_are_watched();
     plan.compare(param_groups, state);
     plan.first_steps.begin_step();
+    plan.rule->begin_step();
     SlotPreparation slots(plan, options, *vectors_);
     versions_are_bumped_ = true;
     slots.look_at_all();
@@ -121,6 +135,7 @@ py::list PreparedStep::fallback() const {
 
 bool PreparedStep::is_on_devices(const std::optional<at::Tensor>& average_count) const {
   if (needs_torch()) return false;
+  if (may_be_left_out_ && plan_->rule->num_counters != 0) return false;  // the host counts
   for (size_t i = 0; i < plan_->slots.size(); ++i) {
     if (plan_->tensors[i].param != nullptr && plan_->slots[i].device == kCpu) return false;
   }
@@ -157,6 +172,7 @@ void PreparedStep::run(const Numbers& numbers) {
     if (range->isActive()) range->before("FusedMomentum.step: " + std::to_string(bytes) + " bytes");
   }
   bump_versions();
+  plan.rule->prepare_rows();
   if (numbers.on_device.average.count.defined()) count_average(numbers.on_device);
   const StepNumbers step_numbers{numbers.average_weight, plan.rounding_step};
   for (const DeviceShare& share : vectors_->shares) {
@@ -172,6 +188,7 @@ void PreparedStep::run(const Numbers& numbers) {
     }
   }
   vectors_->changes.clear();  // from here on the step takes place
+  if (plan.rule->num_counters != 0) count(plan);
   if (plan.first_element.back() != 0) update_cpu(step_numbers);
   vectors_->averages.update_by_torch(plan, state_, numbers.average_weight);
   if (converts_) plan.note_converted();

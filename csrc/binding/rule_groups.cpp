@@ -8,8 +8,17 @@
 namespace momentum_ext::binding {
 namespace {
 
+// What a group's row depends on, besides its counters, in rules that have some.
+template <typename Rule>
+struct NumbersOf {};
+template <typename Rule>
+  requires(Rule::kCounters > 0)
+struct NumbersOf<Rule> : Rule::Numbers {};
+
 template <typename Rule>
 class GroupsOf : public RuleGroups {
+  static constexpr bool kHasCounters = Rule::kCounters > 0;
+
  public:
   GroupsOf() {
     max_states = Rule::kMaxStates;
@@ -17,22 +26,40 @@ class GroupsOf : public RuleGroups {
       state_keys[k] = PyUnicode_InternFromString(Rule::kStateKeys[k]);
       scale_keys[k] = PyUnicode_InternFromString(Rule::kScaleKeys[k]);
     }
+    if constexpr (kHasCounters) {
+      num_counters = Rule::kCounters;
+      for (int k = 0; k < num_counters; ++k) {
+        counter_keys[k] = PyUnicode_InternFromString(Rule::kCounterKeys[k]);
+        counter_starts.values[k] = Rule::kCounterStarts[k];
+      }
+    }
   }
 
   void resize(size_t count) override {
     hyperparams_.resize(count);
     signs_.resize(count);
+    numbers_.resize(count);
+    rows_.clear();
   }
 
   PyObject* parse(GroupReader& reader, PyObject* group, size_t g) override {
     Hyperparams<Rule> h;
-    PyObject* const params = reader.parse(group, g, [&](HyperparamReader& from) {
-      signs_[g] = Rule::read(from, h, h.f64, h.on_device) ? -1 : 1;
-    });
+    NumbersOf<Rule> numbers;
+    const auto read = [&](HyperparamReader& from) {
+      if constexpr (kHasCounters) {
+        signs_[g] = Rule::read(from, h, numbers, h.on_device) ? -1 : 1;
+      } else {
+        signs_[g] = Rule::read(from, h, h.f64, h.on_device) ? -1 : 1;
+      }
+    };
+    PyObject* const params =
+        reader.parse(group, g, {Rule::kStateKeys, Rule::kMaxStates}, read);
     h.stochastic_rounding = reader.storage().stochastic_rounding;
     h.rounds_masters = reader.storage().rounds_masters;
     h.rounding_seed = reader.storage().rounding_seed;
     hyperparams_[g] = h;
+    numbers_[g] = numbers;
+    rows_.forget(g);
     scale_group(g);
     return params;
   }
@@ -44,6 +71,30 @@ class GroupsOf : public RuleGroups {
   }
 
   int num_states(size_t g) const override { return Rule::num_states(hyperparams_[g]); }
+
+  uint32_t row_of(uint32_t hint, size_t g, const Counters& before) override {
+    if constexpr (!kHasCounters) return static_cast<uint32_t>(g);
+    return rows_.find(hint, g, before, [&](const Counters& from) { return advance(g, from); });
+  }
+  const Counters& counters_after(uint32_t row) const override { return rows_.all()[row].after; }
+  void begin_step() override { rows_.begin_step(); }
+
+  void prepare_rows() override {
+    if constexpr (kHasCounters) {
+      of_rows_.resize(rows_.all().size());
+      for (size_t r = 0; r < of_rows_.size(); ++r) {
+        const CounterRow& row = rows_.all()[r];
+        if (!row.is_used) continue;
+        of_rows_[r] = hyperparams_[row.group];
+        Rule::prepare(numbers_[row.group], row.after.values, of_rows_[r].f64);
+        round_to_float(of_rows_[r]);
+      }
+    }
+  }
+
+  void end_step() override {
+    rows_.end_step([this](size_t g, const Counters& from) { return advance(g, from); });
+  }
 
   void step_on_cpu(const TensorTable& table, const StepNumbers& numbers,
                    int max_threads) const override {
@@ -61,12 +112,30 @@ class GroupsOf : public RuleGroups {
     hyperparams_[g].f64.grad_coef = signs_[g] * grad_factor_;
     round_to_float(hyperparams_[g]);
   }
+  Counters advance([[maybe_unused]] size_t g, const Counters& before) const {
+    Counters after = before;
+    if constexpr (kHasCounters) {
+      if (before.is_double) {
+        Rule::count(numbers_[g], after.values);
+      } else {
+        float values[kMaxCounters];
+        for (int k = 0; k < kMaxCounters; ++k) values[k] = static_cast<float>(before.values[k]);
+        Rule::count(numbers_[g], values);
+        for (int k = 0; k < kMaxCounters; ++k) after.values[k] = values[k];
+      }
+    }
+    return after;
+  }
   StepTable<Rule> with_groups(const TensorTable& table, const StepNumbers& numbers) const {
-    return {table, hyperparams_.data(), numbers.average_weight, numbers.rounding_step};
+    const auto& groups = kHasCounters ? of_rows_ : hyperparams_;
+    return {table, groups.data(), numbers.average_weight, numbers.rounding_step};
   }
 
   std::vector<Hyperparams<Rule>> hyperparams_;
   std::vector<double> signs_;  // -1: maximize
+  std::vector<NumbersOf<Rule>> numbers_;
+  CounterRows rows_;
+  std::vector<Hyperparams<Rule>> of_rows_;
   double grad_factor_ = 1;
 };
 

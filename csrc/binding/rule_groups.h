@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../table.h"
+#include "counters.h"
 #include "device.h"
 #include "group_reader.h"
 
@@ -25,6 +26,9 @@ class RuleGroups {
   int max_states = 0;
   PyObject* state_keys[kMaxStates] = {};
   PyObject* scale_keys[kMaxStates] = {};  // of a state's scales, where it has 8 bits
+  int num_counters = 0;
+  PyObject* counter_keys[kMaxCounters] = {};
+  Counters counter_starts;
 
   virtual void resize(size_t count) = 0;
 
@@ -36,6 +40,14 @@ class RuleGroups {
 
   // Of group g's tensors.
   virtual int num_states(size_t g) const = 0;
+
+  // The index of a group's hyperparameters in the kernels' table, for tensors with these counters;
+  // `hint`: the one of the tensor's last step. Without counters it is the group's own.
+  virtual uint32_t row_of(uint32_t hint, size_t g, const Counters& before) = 0;
+  virtual const Counters& counters_after(uint32_t row) const = 0;
+  virtual void begin_step() = 0;
+  virtual void prepare_rows() = 0;  // those in use, for the kernels
+  virtual void end_step() = 0;      // which has updated their tensors
 
   virtual void step_on_cpu(const TensorTable& table, const StepNumbers& numbers,
                            int max_threads) const = 0;

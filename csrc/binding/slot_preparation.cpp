@@ -50,6 +50,9 @@ void keep_alive(StepVectors& vectors, const Plan& plan, size_t i) {
   keep(tensors.param);
   keep(tensors.grad);
   for (c10::TensorImpl* const state : tensors.states) keep(state);
+  if (plan.rule->num_counters != 0) {
+    for (c10::TensorImpl* const counter : plan.counters[i].each) keep(counter);
+  }
   keep(tensors.average);
   if (!plan.has_low_precision) return;
   keep(plan.companion_tensors[i].master);
@@ -110,6 +113,7 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
     return false;
   }
   if (slot.has_companions && !find_companions(plan, i)) return false;
+  if (plan.rule->num_counters != 0 && !has_planned_counters(i)) return false;
   plan.tensors[i] = found;
   TensorEntry& entry = plan.entries[i];
   entry.grad = const_data_of(*found.grad, slot.grad_itemsize);
@@ -228,12 +232,16 @@ void SlotPreparation::prepare(size_t i) {
   if (grad.defined()) examine();
   // Torch makes its own state on a first step.
   if (slot.path == Path::kTorch && !has_state) return vectors_.fallback.push_back(i);
+  const bool has_counters = plan.rule->num_counters != 0;  // its states start from zeros
   const bool is_first_step = num_states != 0 && !has_state;
+  for (int k = 1; k < num_states && has_state; ++k) {
+    if (found[k] == nullptr) state.refuse_missing(plan.rule->state_keys[k]);
+  }
   uint32_t cohort = has_state ? plan.first_steps.cohort_of(*found[0]) : 0;
   if (is_first_step) {
     slot.path = Path::kUnknown;
-    cohort = cohort_of_first_step(slot);
-    make_states(start, param, num_states, /*zero=*/cohort != 0);
+    cohort = has_counters ? 0 : cohort_of_first_step(slot);
+    make_states(start, param, num_states, /*zero=*/has_counters || cohort != 0);
     examine();
     if (slot.path == Path::kTorch) return vectors_.fallback.push_back(i);
     for (int k = 0; k < num_states; ++k) put(i, plan.rule->state_keys[k], start.states[k], cohort);
@@ -244,7 +252,8 @@ void SlotPreparation::prepare(size_t i) {
   }
   if (!grad.defined()) return;
   if (slot.path == Path::kTorch) return vectors_.fallback.push_back(i);
-  fill_in(i, operands, is_first_step, cohort);
+  fill_in(i, operands, is_first_step && !has_counters, cohort);
+  if (has_counters) prepare_counters(i, is_first_step);
   attach_companions(plan, i, param, start);
   remember_specs(i);
 }

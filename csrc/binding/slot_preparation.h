@@ -37,6 +37,10 @@ class SlotPreparation {
   void fill_in(size_t i, const Operands& operands, bool is_first_step, uint32_t cohort);
   void remember_specs(size_t i);
   void put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort);
+  // In counters.cpp, for rules that have some.
+  bool has_planned_counters(size_t i);
+  void prepare_counters(size_t i, bool is_first_step);
+  void choose_row(size_t i);
 
   Plan& plan_;
   const StepOptions& options_;

@@ -18,6 +18,7 @@ class StateChanges {
     PyObject* key;
     at::Tensor tensor;      // undefined: the key goes
     uint32_t cohort = 0;    // of a new momentum buffer: see FirstSteps
+    bool is_counter = false;  // a plain tensor, whatever the parameter is
     py::object replaced{};  // what the state had in its place; null: nothing
   };
 

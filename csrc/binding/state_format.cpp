@@ -122,13 +122,13 @@ void start_state(const SlotState& state, StartingState& start, int k, const at::
   const Slot& slot = state.slot();
   at::Tensor& value = start.states[k];
   const Storage& wanted = state.reader().storage();
-  if (param.is_complex() && wanted.momentum_dtype.has_value()) {
+  if (param.is_complex() && wanted.state_dtype[k].has_value()) {
     throw py::value_error(slot.name() +
-                          ": it is complex, and momentum_dtype is for real parameters; put it into "
-                          "a group with momentum_dtype=None");
+                          ": it is complex, and momentum_dtype and state_dtype are for real "
+                          "parameters; put it into a group without");
   }
   const bool is_plain = kernel_device(param).has_value() && kernel_dtype(param.scalar_type());
-  const at::ScalarType dtype = wanted.dtype_of_buffer(param);
+  const at::ScalarType dtype = wanted.dtype_of_state(k, param);
   if (!value.defined()) {
     if (is_plain && dtype != param.scalar_type()) make_state(state, start, k, param, dtype);
     return;
@@ -222,6 +222,12 @@ std::string SlotState::name_of(PyObject* key) const {
   return name_of_key(key) + " of " + slot().name();
 }
 
+void SlotState::refuse_missing(PyObject* key) const {
+  throw py::key_error("state of " + slot().name() + ": it has no \"" + name_of_key(key) +
+                      "\" beside \"" + name_of_key(plan.rule->state_keys[0]) +
+                      "\"; load a whole checkpoint, or delete the parameter's state to start anew");
+}
+
 std::string SlotState::name_of(Operand operand) const {
   if (operand == kParam) return slot().name();
   if (operand == kGrad) return "gradient of " + slot().name();
@@ -275,7 +281,7 @@ StartingState starting_state(const SlotState& state, const at::Tensor& param, in
   if (!start.changes.empty() && device.value_or(kCpu) != kCpu && is_capturing(*device)) {
     throw std::runtime_error(
         state.slot().name() +
-        ": its state is not stored yet as its group says (formulation, momentum_dtype, "
+        ": its state is not stored yet as its group says (formulation, state_dtype, "
         "master_weights), and step() is being captured into a CUDA graph, whose replays would each "
         "convert it; run one step before the capture");
   }

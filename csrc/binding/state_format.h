@@ -28,6 +28,9 @@ struct SlotState {
   // The same for state k; nullptr when it is None. Raises for what is no tensor.
   const at::Tensor* find_state(int k) const;
 
+  // Raises for a state without this key beside others.
+  [[noreturn]] void refuse_missing(PyObject* key) const;
+
   // "momentum_buffer of param_groups[0]['params'][3]".
   std::string name_of(Operand operand) const;
   std::string name_of(PyObject* key) const;

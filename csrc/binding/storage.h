@@ -5,12 +5,13 @@
 
 #include <optional>
 
+#include "../table.h"
 #include "state_layout.h"
 
 namespace momentum_ext::binding {
 
 struct Storage {
-  std::optional<at::ScalarType> momentum_dtype;  // none: see dtype_of_buffer()
+  std::optional<at::ScalarType> state_dtype[kMaxStates];  // none: see dtype_of_state()
   int master_bits = 0;                           // 24 or 32; 0: no master is kept
   bool stochastic_rounding = false;
   bool rounds_masters = false;  // by chance: of 24 bits
@@ -22,10 +23,10 @@ struct Storage {
            (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
   }
 
-  // That of the momentum buffer: fp32 beside a master, else the parameter's own.
-  at::ScalarType dtype_of_buffer(const at::Tensor& param) const {
+  // That of state k: fp32 beside a master, else the parameter's own.
+  at::ScalarType dtype_of_state(int k, const at::Tensor& param) const {
     const auto usual = has_master(param) ? at::kFloat : param.scalar_type();
-    const at::ScalarType dtype = momentum_dtype.value_or(usual);
+    const at::ScalarType dtype = state_dtype[k].value_or(usual);
     return dtype == kPacked && !can_pack(param) ? at::kChar : dtype;
   }
 

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
         opmath_t mine[kStates];
 #pragma unroll
         for (int k = 0; k < kStates; ++k) mine[k] = s[k][e];
-        Rule::template update<FusedMultiplyAdd>(variant, work.coefficients, g[e], p[e], mine);
+        Rule::template update<CudaArithmetic>(variant, work.coefficients, g[e], p[e], mine);
 #pragma unroll
         for (int k = 0; k < kStates; ++k) s[k][e] = mine[k];
       }

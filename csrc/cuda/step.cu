@@ -85,7 +85,7 @@ struct Flat {
         opmath_t new_s[kStates];
 #pragma unroll
         for (int k = 0; k < Variant::kReads; ++k) new_s[k] = load(s[k][e]);
-        Rule::template update<FusedMultiplyAdd>(variant, work.coefficients,
+        Rule::template update<CudaArithmetic>(variant, work.coefficients,
                                                 static_cast<opmath_t>(load(g[e])), new_p, new_s);
 #pragma unroll
         for (int k = 0; k < Variant::kStates; ++k) store(s[k][e], new_s[k]);

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kStridedBlocksAtOnce)
       if (k < work.num_reads) s[k] = load_as<opmath_t>(kind.dtype(o), memory[o], at[o]);
     });
     with_variant(work, [&](auto variant) {
-      Rule::template update<FusedMultiplyAdd>(variant, work.coefficients, g, p, s);
+      Rule::template update<CudaArithmetic>(variant, work.coefficients, g, p, s);
     });
     repeat<Rule::kMaxStates>([&]<int k>() {
       constexpr int o = kState + k;

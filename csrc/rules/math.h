@@ -22,7 +22,39 @@
 
 namespace momentum_ext {
 
-struct FusedMultiplyAdd {
+enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
+
+// Correctly rounded on every device.
+MOMENTUM_EXT_INLINE float square_root(float value) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(value);
+#else
+  return __builtin_sqrtf(value);
+#endif
+}
+MOMENTUM_EXT_INLINE double square_root(double value) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(value);
+#else
+  return __builtin_sqrt(value);
+#endif
+}
+
+// How torch's loop divides on the CPU.
+struct CpuDivision {
+  template <typename opmath_t>
+  static MOMENTUM_EXT_INLINE opmath_t divide_by_number(opmath_t value, opmath_t number) {
+    return value / number;
+  }
+  // torch's addcdiv
+  template <typename opmath_t>
+  static MOMENTUM_EXT_INLINE opmath_t add_quotient(opmath_t factor, opmath_t a, opmath_t b,
+                                                   opmath_t sum) {
+    return sum + factor * a / b;
+  }
+};
+
+struct FusedMultiplyAdd : CpuDivision {
   static MOMENTUM_EXT_INLINE float apply(float a, float b, float c) {
     return __builtin_fmaf(a, b, c);
   }
@@ -32,12 +64,38 @@ struct FusedMultiplyAdd {
 };
 
 // Hardware without fma rounds twice, and so does torch on it.
-struct SeparateMultiplyAdd {
+struct SeparateMultiplyAdd : CpuDivision {
   template <typename opmath_t>
   static MOMENTUM_EXT_INLINE opmath_t apply(opmath_t a, opmath_t b, opmath_t c) {
     return a * b + c;
   }
 };
+
+// torch's loop on CUDA: a number of the host divides by its reciprocal, and nvcc contracts addcdiv.
+// (Read in torch's source; unchecked on a GPU.)
+struct CudaArithmetic : FusedMultiplyAdd {
+  template <typename opmath_t>
+  static MOMENTUM_EXT_INLINE opmath_t divide_by_number(opmath_t value, opmath_t number) {
+    return value * (1 / number);
+  }
+  template <typename opmath_t>
+  static MOMENTUM_EXT_INLINE opmath_t add_quotient(opmath_t factor, opmath_t a, opmath_t b,
+                                                   opmath_t sum) {
+    return apply(factor, a / b, sum);
+  }
+};
+
+// torch's lerp from `from` to `to`, which starts from the nearer end. step: see lerp_step().
+template <typename Fma, typename opmath_t>
+MOMENTUM_EXT_INLINE opmath_t lerp(opmath_t step, opmath_t from, opmath_t to) {
+  return Fma::apply(step, to - from, step > 0 ? from : to);
+}
+// Of a weight of `to` above 0: what lerp() multiplies the distance with, rounded to opmath_t.
+template <typename opmath_t>
+opmath_t lerp_step(double weight) {
+  const auto rounded = static_cast<opmath_t>(weight);
+  return rounded < opmath_t{0.5} ? rounded : rounded - 1;
+}
 
 // Calls f.operator()<k>() for each k below n.
 MOMENTUM_EXT_CALLS_BACK

@@ -2,6 +2,7 @@
 // here: adding a rule is its header and a line.
 #pragma once
 
+#include "adam.h"
 #include "sgd.h"
 
-#define MOMENTUM_EXT_FOR_EACH_RULE(visit) visit(Sgd)
+#define MOMENTUM_EXT_FOR_EACH_RULE(visit) visit(Sgd) visit(Adam)

@@ -18,7 +18,6 @@
 
 namespace momentum_ext {
 
-enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
 // kAgain: the step that has made the buffer.
 enum class Momentum : uint8_t { kNone, kFirstStep, kLaterStep, kAgain };
 
@@ -34,6 +33,7 @@ struct Sgd {
   static constexpr int kMaxStates = 1;
   static constexpr const char* kStateKeys[kMaxStates] = {"momentum_buffer"};
   static constexpr const char* kScaleKeys[kMaxStates] = {"momentum_scale"};  // for states of 8 bits
+  static constexpr int kCounters = 0;
 
   // The options of a parameter group that choose its Variant, see below.
   struct Options {

@@ -1,0 +1,86 @@
+// The numbers in a tensor's state that change in each of its steps ("step", in Adam), and the rows of a
+// table's groups that follow from them: tensors of one group may be in different steps of their own.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <vector>
+
+namespace momentum_ext::binding {
+
+constexpr int kMaxCounters = 2;
+
+// Their values, and whether they are stored in fp64 (else in fp32).
+struct Counters {
+  double values[kMaxCounters] = {};
+  bool is_double = false;
+
+  friend bool operator==(const Counters&, const Counters&) = default;
+};
+
+// A group's hyperparameters for the tensors whose counters are the same. A row is only a cache: it holds
+// for any tensor of its group with these counters.
+struct CounterRow {
+  static constexpr size_t kNoGroup = ~size_t{0};
+  size_t group = kNoGroup;
+  Counters before;
+  Counters after;  // this step
+  bool is_used = false;  // in this step
+};
+
+class CounterRows {
+ public:
+  void begin_step() {
+    for (CounterRow& row : rows_) row.is_used = false;
+  }
+
+  // The row for a tensor of this group, which may be at `hint`. advance(before): the counters after.
+  template <typename Advance>
+  uint32_t find(uint32_t hint, size_t group, const Counters& before, const Advance& advance) {
+    if (hint >= rows_.size() || !is_row_of(rows_[hint], group, before)) {
+      hint = find_elsewhere(group, before);
+      if (rows_[hint].group == CounterRow::kNoGroup) {
+        rows_[hint].group = group;
+        rows_[hint].before = before;
+        rows_[hint].after = advance(before);
+      }
+    }
+    rows_[hint].is_used = true;
+    return hint;
+  }
+
+  // The tensors of the rows in use are one step further.
+  template <typename Advance>
+  void end_step(const Advance& advance) {
+    for (CounterRow& row : rows_) {
+      if (!row.is_used) continue;
+      row.before = row.after;
+      row.after = advance(row.group, row.before);
+    }
+  }
+
+  // What a group's rows follow from has changed.
+  void forget(size_t group);
+  void clear() { rows_.clear(); }
+
+  const std::vector<CounterRow>& all() const { return rows_; }
+
+ private:
+  static bool is_row_of(const CounterRow& row, size_t group, const Counters& before) {
+    return row.group == group && row.before == before;
+  }
+  // One that is empty where there is none.
+  uint32_t find_elsewhere(size_t group, const Counters& before);
+
+  std::vector<CounterRow> rows_;
+};
+
+// A counter of a tensor's state that the kernels' host reads: one number on the CPU in fp32 or fp64.
+bool is_counter(const at::Tensor& tensor);
+// Of such a tensor.
+double read_counter(const c10::TensorImpl& tensor);
+void write_counter(c10::TensorImpl& tensor, double value);
+
+}  // namespace momentum_ext::binding
