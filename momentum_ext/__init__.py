@@ -14,5 +14,6 @@ import_compiled_module()  # or an ImportError that says what to do, before anyth
 from momentum_ext.adam import FusedAdam, FusedAdamW  # noqa: E402
 from momentum_ext.grad_scaler import GradScaler  # noqa: E402
 from momentum_ext.momentum import FusedMomentum  # noqa: E402
+from momentum_ext.nadam import FusedNAdam  # noqa: E402
 
-__all__ = ["FusedAdam", "FusedAdamW", "FusedMomentum", "GradScaler", "__version__", "show_config"]
+__all__ = ["FusedAdam", "FusedAdamW", "FusedMomentum", "FusedNAdam", "GradScaler", "__version__", "show_config"]

@@ -70,7 +70,6 @@ bool SlotPreparation::has_planned_counters(size_t i) {
     const bool is_known = tensor->key_set() == plain_keys(kCpu) && tensor->numel() == 1 &&
                           (tensor->dtype() == caffe2::TypeMeta::Make<float>() || is_double(*tensor));
     if (!is_known || const_data_of(*tensor, 1) == nullptr) return false;
-    if (k > 0 && is_double(*tensor) != is_double(*plan.counters[i].each[0])) return false;
     plan.counters[i].each[k] = tensor;
   }
   choose_row(i);
@@ -87,7 +86,6 @@ void SlotPreparation::prepare_counters(size_t i, bool is_first_step) {
                                   ? at::kDouble
                                   : at::kFloat;
   at::Tensor tensors[kMaxCounters];
-  bool all_double = true;
   for (int k = 0; k < rule.num_counters; ++k) {
     PyObject* const key = rule.counter_keys[k];
     const StateChanges::Change* const planned =
@@ -109,17 +107,14 @@ void SlotPreparation::prepare_counters(size_t i, bool is_first_step) {
       if (!number) throw py::error_already_set();
       tensors[k] = at::scalar_tensor(PyFloat_AS_DOUBLE(number.ptr()), made);
     }
-    all_double = all_double && tensors[k].scalar_type() == at::kDouble;
-  }
-  for (int k = 0; k < rule.num_counters; ++k) {
-    // Those of a tensor are of one dtype.
-    if (!all_double && tensors[k].scalar_type() == at::kDouble) tensors[k] = tensors[k].to(at::kFloat);
     plan.counters[i].each[k] = tensors[k].unsafeGetTensorImpl();
-    const at::Tensor* const found = find_tensor(slot.state_dict, rule.counter_keys[k]);
-    if (found != nullptr && found->is_same(tensors[k])) continue;
+    if (value != nullptr && THPVariable_Check(value) &&
+        THPVariable_Unpack(value).is_same(tensors[k])) {
+      continue;
+    }
     vectors_.changes.put({py::reinterpret_borrow<py::object>(plan.param_objects[i]),
-                          py::reinterpret_borrow<py::object>(slot.state_dict),
-                          rule.counter_keys[k], tensors[k], 0, /*is_counter=*/true});
+                          py::reinterpret_borrow<py::object>(slot.state_dict), key, tensors[k], 0,
+                          /*is_counter=*/true});
   }
   choose_row(i);
 }
@@ -131,8 +126,10 @@ void SlotPreparation::choose_row(size_t i) {
   TensorEntry& entry = plan.entries[i];
   const auto& tensors = plan.counters[i].each;
   Counters before;
-  before.is_double = is_double(*tensors[0]);
-  for (int k = 0; k < plan.rule->num_counters; ++k) before.values[k] = read_counter(*tensors[k]);
+  for (int k = 0; k < plan.rule->num_counters; ++k) {
+    before.values[k] = read_counter(*tensors[k]);
+    before.is_double[k] = is_double(*tensors[k]);
+  }
   for (size_t earlier = i; slot.is_repeated && earlier-- > 0;) {
     if (plan.param_objects[earlier] != plan.param_objects[i]) continue;
     if (plan.tensors[earlier].param != nullptr) {

@@ -12,10 +12,10 @@ namespace momentum_ext::binding {
 
 constexpr int kMaxCounters = 2;
 
-// Their values, and whether they are stored in fp64 (else in fp32).
+// Their values, and which are stored in fp64; the others are in fp32.
 struct Counters {
   double values[kMaxCounters] = {};
-  bool is_double = false;
+  bool is_double[kMaxCounters] = {};
 
   friend bool operator==(const Counters&, const Counters&) = default;
 };

@@ -115,13 +115,9 @@ class GroupsOf : public RuleGroups {
   Counters advance([[maybe_unused]] size_t g, const Counters& before) const {
     Counters after = before;
     if constexpr (kHasCounters) {
-      if (before.is_double) {
-        Rule::count(numbers_[g], after.values);
-      } else {
-        float values[kMaxCounters];
-        for (int k = 0; k < kMaxCounters; ++k) values[k] = static_cast<float>(before.values[k]);
-        Rule::count(numbers_[g], values);
-        for (int k = 0; k < kMaxCounters; ++k) after.values[k] = values[k];
+      Rule::count(numbers_[g], before.is_double, after.values);
+      for (int k = 0; k < kMaxCounters; ++k) {
+        if (!before.is_double[k]) after.values[k] = static_cast<float>(after.values[k]);
       }
     }
     return after;

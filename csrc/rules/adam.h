@@ -91,9 +91,8 @@ struct Adam {
     return maximize;
   }
 
-  // The counters after a step, in their tensors' dtype.
-  template <typename counter_t>
-  static void count(const Numbers&, counter_t* counters) {
+  // The counters after a step, before they are rounded to their tensors' dtypes.
+  static void count(const Numbers&, const bool* /*is_double*/, double* counters) {
     counters[0] += 1;
   }
 

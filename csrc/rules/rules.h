@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adam.h"
+#include "nadam.h"
 #include "sgd.h"
 
-#define MOMENTUM_EXT_FOR_EACH_RULE(visit) visit(Sgd) visit(Adam)
+#define MOMENTUM_EXT_FOR_EACH_RULE(visit) visit(Sgd) visit(Adam) visit(NAdam)
