@@ -231,7 +231,9 @@ def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
 def as_torch_state_dict(state_dict: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """What torch's optimizer can load, of what ours with these options has returned; see torch_state_dict()."""
     own_keys = (*options, *_NOTES)
-    groups = [{key: value for key, value in group.items() if key not in own_keys} for group in state_dict["param_groups"]]
+    groups = [
+        {key: value for key, value in group.items() if key not in own_keys} for group in state_dict["param_groups"]
+    ]
     state = {}
     for index, entry in state_dict["state"].items():
         plain = {key: value for key, value in entry.items() if key not in _OWN_STATE}

@@ -111,7 +111,9 @@ def _move_to_momentum_dtype(group: dict[str, Any]) -> None:
     if dtype is None:
         return
     if _dtype_named("momentum_dtype", group.get("momentum_dtype")) not in (None, dtype):
-        raise ValueError(f"state_dtype is {found!r} and momentum_dtype {group['momentum_dtype']!r}; give one of the two")
+        raise ValueError(
+            f"state_dtype is {found!r} and momentum_dtype {group['momentum_dtype']!r}; give one of the two"
+        )
     group["momentum_dtype"] = dtype
 
 

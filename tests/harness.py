@@ -250,6 +250,7 @@ class Pair:
     `get` take them to and from (cuda/devices.py); the oracle's are on the CPU.
     """
 
+    kind: Any = FusedMomentum
     devices: Sequence[Any] = ("cpu",)
     put: Callable[[Tensor, Any], Tensor] = staticmethod(lambda tensor, device: tensor)
     get: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
@@ -264,7 +265,7 @@ class Pair:
     ) -> None:
         groups = params if params and isinstance(params[0], dict) else [{"params": list(params)}]
         self.generator = torch.Generator().manual_seed(seed)
-        self.mine = FusedMomentum(self._copy(groups), **copy.deepcopy(hyper), **(mine or {}))
+        self.mine = self.kind(self._copy(groups), **copy.deepcopy(hyper), **(mine or {}))
         for index, param in enumerate(dict.fromkeys(params_of(self.mine))):
             param.data = self.put(param.data, self.devices[index % len(self.devices)])
         self.theirs = oracle(self._copy(groups), **copy.deepcopy(hyper))

@@ -31,23 +31,6 @@ bool is_counter(const at::Tensor& tensor) {
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
-double read_counter(const c10::TensorImpl& tensor) {
-  const bool is_double = tensor.dtype() == caffe2::TypeMeta::Make<double>();
-  const void* const data = const_data_of(tensor, is_double ? 8 : 4);
-  return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
-}
-
-void write_counter(c10::TensorImpl& tensor, double value) {
-  const bool is_double = tensor.dtype() == caffe2::TypeMeta::Make<double>();
-  void* const data = mutable_data_of(tensor, is_double ? 8 : 4);
-  if (is_double) {
-    *static_cast<double*>(data) = value;
-  } else {
-    *static_cast<float*>(data) = static_cast<float>(value);
-  }
-  bump_version(&tensor);
-}
-
 // ---- of a slot ----------------------------------------------------------------------------------
 
 namespace {
@@ -59,18 +42,20 @@ bool is_double(const c10::TensorImpl& tensor) {
 }  // namespace
 
 // False where some are no longer what the kernels' host reads.
-bool SlotPreparation::has_planned_counters(size_t i) {
+bool SlotPreparation::has_planned_counters(size_t i, PyObject* const* values) {
   Plan& plan = plan_;
   const Slot& slot = plan.slots[i];
   if (slot.is_repeated) return false;  // they depend on an earlier slot
   for (int k = 0; k < plan.rule->num_counters; ++k) {
-    PyObject* const value = find_item(slot.state_dict, plan.rule->counter_keys[k]);
-    if (value == nullptr || !THPVariable_CheckTypeExact(Py_TYPE(value))) return false;
-    c10::TensorImpl* const tensor = THPVariable_Unpack(value).unsafeGetTensorImpl();
+    if (!THPVariable_CheckTypeExact(Py_TYPE(values[k]))) return false;
+    c10::TensorImpl* const tensor = THPVariable_Unpack(values[k]).unsafeGetTensorImpl();
     const bool is_known = tensor->key_set() == plain_keys(kCpu) && tensor->numel() == 1 &&
                           (tensor->dtype() == caffe2::TypeMeta::Make<float>() || is_double(*tensor));
-    if (!is_known || const_data_of(*tensor, 1) == nullptr) return false;
+    if (!is_known || is_lazy_copy(*tensor)) return false;
+    const void* const data = const_data_of(*tensor, static_cast<int64_t>(tensor->itemsize()));
+    if (data == nullptr) return false;
     plan.counters[i].each[k] = tensor;
+    plan.counters[i].data[k] = const_cast<void*>(data);
   }
   choose_row(i);
   return true;
@@ -108,10 +93,10 @@ void SlotPreparation::prepare_counters(size_t i, bool is_first_step) {
       tensors[k] = at::scalar_tensor(PyFloat_AS_DOUBLE(number.ptr()), made);
     }
     plan.counters[i].each[k] = tensors[k].unsafeGetTensorImpl();
-    if (value != nullptr && THPVariable_Check(value) &&
-        THPVariable_Unpack(value).is_same(tensors[k])) {
-      continue;
-    }
+    plan.counters[i].data[k] = tensors[k].mutable_data_ptr();
+    const bool is_there = planned != nullptr || (value != nullptr && THPVariable_Check(value) &&
+                                                 THPVariable_Unpack(value).is_same(tensors[k]));
+    if (is_there) continue;
     vectors_.changes.put({py::reinterpret_borrow<py::object>(plan.param_objects[i]),
                           py::reinterpret_borrow<py::object>(slot.state_dict), key, tensors[k], 0,
                           /*is_counter=*/true});
@@ -124,11 +109,11 @@ void SlotPreparation::choose_row(size_t i) {
   Plan& plan = plan_;
   const Slot& slot = plan.slots[i];
   TensorEntry& entry = plan.entries[i];
-  const auto& tensors = plan.counters[i].each;
+  const Plan::CounterTensors& tensors = plan.counters[i];
   Counters before;
   for (int k = 0; k < plan.rule->num_counters; ++k) {
-    before.values[k] = read_counter(*tensors[k]);
-    before.is_double[k] = is_double(*tensors[k]);
+    before.is_double[k] = is_double(*tensors.each[k]);
+    before.values[k] = read_counter(tensors.data[k], before.is_double[k]);
   }
   for (size_t earlier = i; slot.is_repeated && earlier-- > 0;) {
     if (plan.param_objects[earlier] != plan.param_objects[i]) continue;

@@ -79,8 +79,16 @@ class CounterRows {
 
 // A counter of a tensor's state that the kernels' host reads: one number on the CPU in fp32 or fp64.
 bool is_counter(const at::Tensor& tensor);
-// Of such a tensor.
-double read_counter(const c10::TensorImpl& tensor);
-void write_counter(c10::TensorImpl& tensor, double value);
+
+inline double read_counter(const void* data, bool is_double) {
+  return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+}
+inline void write_counter(void* data, bool is_double, double value) {
+  if (is_double) {
+    *static_cast<double*>(data) = value;
+  } else {
+    *static_cast<float*>(data) = static_cast<float>(value);
+  }
+}
 
 }  // namespace momentum_ext::binding

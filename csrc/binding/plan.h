@@ -92,6 +92,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
   std::vector<Tensors> tensors;
   struct CounterTensors {
     c10::TensorImpl* each[kMaxCounters] = {};
+    void* data[kMaxCounters] = {};
   };
   std::vector<TensorEntry> entries;
   std::vector<CounterTensors> counters;  // of rules that have some

@@ -44,7 +44,7 @@ void count(Plan& plan) {
     if (plan.tensors[i].param == nullptr) continue;
     const Counters& after = rule.counters_after(plan.entries[i].group);
     for (int k = 0; k < rule.num_counters; ++k) {
-      write_counter(*plan.counters[i].each[k], after.values[k]);
+      write_counter(plan.counters[i].data[k], after.is_double[k], after.values[k]);
     }
   }
   plan.rule->end_step();

@@ -49,6 +49,36 @@ inline PyObject* find_item(PyObject* dict, PyObject* interned_key) noexcept {
   return find_item_by_name(dict, interned_key);
 }
 
+// The items of n keys, which mostly stand in this order: one way through the dict. False where one is
+// missing.
+inline bool find_items(PyObject* dict, PyObject* const* keys, int n, PyObject** values) noexcept {
+  if (n == 1) return (values[0] = find_item(dict, keys[0])) != nullptr;
+  if (dict == nullptr || !PyDict_Check(dict)) return n == 0;
+  PyObject* key;
+  PyObject* value;
+  Py_ssize_t position = 0;
+  int found = 0;
+  int next = 0;
+  for (int k = 0; k < n; ++k) values[k] = nullptr;
+  while (found < n && PyDict_Next(dict, &position, &key, &value)) {
+    for (int tried = 0; tried < n; ++tried) {
+      const int k = next;
+      next = next + 1 == n ? 0 : next + 1;
+      if (key != keys[k]) continue;
+      values[k] = value;
+      ++found;
+      break;
+    }
+  }
+  for (int k = 0; k < n && found < n; ++k) {
+    if (values[k] != nullptr) continue;
+    values[k] = find_item_by_name(dict, keys[k]);
+    if (values[k] == nullptr) return false;
+    ++found;
+  }
+  return true;
+}
+
 // The tensor at dict[key]; nullptr when there is none. Needs the GIL.
 inline const at::Tensor* find_tensor(PyObject* dict, PyObject* key) {
   if (dict == nullptr || !PyDict_Check(dict)) return nullptr;

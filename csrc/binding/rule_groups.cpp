@@ -1,5 +1,6 @@
 #include "rule_groups.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "../cpu/backend.h"
@@ -32,6 +33,10 @@ class GroupsOf : public RuleGroups {
         counter_keys[k] = PyUnicode_InternFromString(Rule::kCounterKeys[k]);
         counter_starts.values[k] = Rule::kCounterStarts[k];
       }
+    }
+    for (int n = 0; n <= max_states; ++n) {
+      std::copy_n(state_keys, n, state_and_counter_keys[n]);
+      std::copy_n(counter_keys, num_counters, state_and_counter_keys[n] + n);
     }
   }
 

@@ -26,6 +26,9 @@ class RuleGroups {
   int max_states = 0;
   PyObject* state_keys[kMaxStates] = {};
   PyObject* scale_keys[kMaxStates] = {};  // of a state's scales, where it has 8 bits
+  // The keys of the first states, and then of the counters.
+  PyObject* const* keys_of(int num_states) const { return state_and_counter_keys[num_states]; }
+  PyObject* state_and_counter_keys[kMaxStates + 1][kMaxStates + kMaxCounters] = {};
   int num_counters = 0;
   PyObject* counter_keys[kMaxCounters] = {};
   Counters counter_starts;

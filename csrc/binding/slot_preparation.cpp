@@ -99,13 +99,17 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
     found.grad = local_grad(grad_tensor, *specs);
     if (found.grad == nullptr) return false;
   }
+  const RuleGroups& rule = *plan.rule;
+  PyObject* values[kMaxStates + kMaxCounters];
+  if (!find_items(slot.state_dict, rule.keys_of(num_states), num_states + rule.num_counters,
+                  values)) {
+    return false;
+  }
   c10::TensorImpl* counters[kMaxStates] = {};  // a DTensor counts what is written to its shard
   for (int k = 0; k < num_states; ++k) {
-    PyObject* const value = find_item(slot.state_dict, plan.rule->state_keys[k]);
-    if (value == nullptr) return false;
-    found.states[k] = local_impl(value, kIsDTensor ? specs->states[k].ptr() : nullptr);
+    found.states[k] = local_impl(values[k], kIsDTensor ? specs->states[k].ptr() : nullptr);
     if (found.states[k] == nullptr) return false;
-    if (kIsDTensor) counters[k] = THPVariable_Unpack(value).unsafeGetTensorImpl();
+    if (kIsDTensor) counters[k] = THPVariable_Unpack(values[k]).unsafeGetTensorImpl();
   }
   try {
     if (!slot.is_unchanged(*param, *found.grad, found.states, num_states)) return false;
@@ -113,7 +117,7 @@ bool SlotPreparation::is_as_planned(size_t i, int num_states, const GroupReader&
     return false;
   }
   if (slot.has_companions && !find_companions(plan, i)) return false;
-  if (plan.rule->num_counters != 0 && !has_planned_counters(i)) return false;
+  if (rule.num_counters != 0 && !has_planned_counters(i, values + num_states)) return false;
   plan.tensors[i] = found;
   TensorEntry& entry = plan.entries[i];
   entry.grad = const_data_of(*found.grad, slot.grad_itemsize);

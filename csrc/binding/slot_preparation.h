@@ -38,7 +38,7 @@ class SlotPreparation {
   void remember_specs(size_t i);
   void put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort);
   // In counters.cpp, for rules that have some.
-  bool has_planned_counters(size_t i);
+  bool has_planned_counters(size_t i, PyObject* const* values);
   void prepare_counters(size_t i, bool is_first_step);
   void choose_row(size_t i);
 

@@ -252,6 +252,10 @@ const at::Tensor* SlotState::find(PyObject* key) const {
 const at::Tensor* SlotState::find_state(int k) const {
   PyObject* const dict = slot().state_dict;
   PyObject* const key = plan.rule->state_keys[k];
+  // torch's SGD looks for the buffers of all parameters before it makes one; Adam makes state at once.
+  const bool is_made = plan.rule->num_counters != 0 && slot().is_repeated && changes != nullptr &&
+                       changes->find(plan.param_objects[i], key) != nullptr;
+  if (is_made) return find(key);
   if (dict == nullptr) return nullptr;
   if (!PyDict_Check(dict)) {
     throw py::type_error("state of " + slot().name() + ": expected a dict, got " +
