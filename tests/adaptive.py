@@ -1,7 +1,7 @@
 """The table of the adaptive rules, and their oracles: torch's for-loops with correctly rounded square roots.
 
-torch's own square root is MKL's on x86, which is an ulp off in some values, by the processor (pytorch#31250). numpy's is
-the processor's instruction, which is correctly rounded everywhere.
+torch's own square root is MKL's on x86, which is an ulp off in some values, by the processor (pytorch#31250). numpy's
+is the processor's instruction, which is correctly rounded everywhere.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from momentum_ext import FusedAdam, FusedAdamW, FusedNAdam
 @contextlib.contextmanager
 def exact_roots() -> Iterator[None]:
     def sqrt(self: Tensor) -> Tensor:
+        if type(self.detach()) is not Tensor:  # of a DTensor: torch's own
+            return torch.sqrt(self)
         return torch.from_numpy(numpy.asarray(numpy.sqrt(self.detach().numpy())))
 
     with mock.patch.object(torch.Tensor, "sqrt", sqrt):

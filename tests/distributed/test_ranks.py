@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import momentum_ext
 from momentum_ext import FusedMomentum
 from momentum_ext.dtensor import like
+from momentum_ext.keys import SCALE_OF
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 # Even, uneven, one element for two ranks, none at all.
@@ -46,12 +47,16 @@ def assert_shard(mine, whole, what="tensor"):
 
 def placed_state(param, entry):
     """With what is plain, of the local shard, as DTensors: scales, and codes of 4 bits."""
-    if not isinstance(param, DTensor) or "momentum_scale" not in entry:
+    if not isinstance(param, DTensor):
         return entry
     rows, columns = param.shape[:-1], param.shape[-1]
-    plain = {"momentum_scale": like(param, entry["momentum_scale"], (*rows, columns // 32, 2))}
-    if not isinstance(entry["momentum_buffer"], DTensor):
-        plain["momentum_buffer"] = like(param, entry["momentum_buffer"], (*rows, columns // 2))
+    plain = {}
+    for state, scale in SCALE_OF.items():
+        if scale not in entry:
+            continue
+        plain[scale] = like(param, entry[scale], (*rows, columns // 32, 2))
+        if not isinstance(entry[state], DTensor):
+            plain[state] = like(param, entry[state], (*rows, columns // 2))
     return {**entry, **plain}
 
 

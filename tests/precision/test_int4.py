@@ -32,7 +32,7 @@ def test_parameters_of_bytes_have_no_other_dtype():
     param = torch.ones(6, dtype=torch.uint8)
     param.grad = torch.ones(6, dtype=torch.uint8)
     optimizer = FusedMomentum([param], **{**INT4, "lr": 1, "momentum": 1})
-    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\]: momentum_dtype is for floating-point parameters"):
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\]: momentum_dtype and state_dtype are for floating-point"):
         optimizer.step()
     assert not optimizer.state[param]
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from adaptive import EACH_OPTION, EACH_RULE, RULES, exact_roots
+from adaptive import EACH_OPTION, EACH_RULE, RULES
 from harness import assert_all_same, refused
 from values import BF16, COPIES, EXACT_DTYPES, FP16, FP32, FP64, HALF_DTYPES, LAYOUTS, in_layout, through_file
 
@@ -62,7 +62,7 @@ def test_gradients_of_another_dtype(rule, dtype, grad_dtype, isa):
     for _ in range(4):
         for index, (mine, _) in enumerate(pair.params):
             grad = pair.random_like(mine, grad_dtype)
-            for opt, param in pair.each(index):
+            for _, param in pair.each(index):
                 param.grad_dtype = None
                 param.grad = grad.clone()
         pair.step_as_is()
