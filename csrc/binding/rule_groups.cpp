@@ -16,6 +16,7 @@ class GroupsOf : public RuleGroups {
     for (int k = 0; k < max_states; ++k) {
       state_keys[k] = PyUnicode_InternFromString(Rule::kStateKeys[k]);
       scale_keys[k] = PyUnicode_InternFromString(Rule::kScaleKeys[k]);
+      state_is_non_negative[k] = Rule::kIsNonNegative[k];
     }
   }
 

@@ -25,6 +25,7 @@ class RuleGroups {
   int max_states = 0;
   PyObject* state_keys[kMaxStates] = {};
   PyObject* scale_keys[kMaxStates] = {};  // of a state's scales, where it has 8 bits
+  bool state_is_non_negative[kMaxStates] = {};
 
   virtual void resize(size_t count) = 0;
 

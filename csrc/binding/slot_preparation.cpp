@@ -213,7 +213,7 @@ void SlotPreparation::prepare(size_t i) {
   StartingState start = starting_state(state, param, num_states, found);
   Operands operands;
   const auto examine = [&] {
-    operands = {param, grad, {}, 0};
+    operands = {param, grad, {}, 0, plan.rule->state_is_non_negative};
     for (; operands.num_states < num_states; ++operands.num_states) {
       const at::Tensor& each = start.states[operands.num_states];
       if (!each.defined()) break;

@@ -10,7 +10,7 @@
 namespace momentum_ext::binding {
 
 struct Storage {
-  std::optional<at::ScalarType> momentum_dtype;  // none: see dtype_of_buffer()
+  std::optional<at::ScalarType> momentum_dtype;  // none: see dtype_of_state()
   int master_bits = 0;                           // 24 or 32; 0: no master is kept
   bool stochastic_rounding = false;
   bool rounds_masters = false;  // by chance: of 24 bits
@@ -22,10 +22,12 @@ struct Storage {
            (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
   }
 
-  // That of the momentum buffer: fp32 beside a master, else the parameter's own.
-  at::ScalarType dtype_of_buffer(const at::Tensor& param) const {
+  // That of a state: fp32 beside a master, else the parameter's own. Of one that is never negative
+  // 8 bits have its roots, and 4 bits are refused before.
+  at::ScalarType dtype_of_state(const at::Tensor& param, bool non_negative) const {
     const auto usual = has_master(param) ? at::kFloat : param.scalar_type();
     const at::ScalarType dtype = momentum_dtype.value_or(usual);
+    if (non_negative) return dtype == at::kChar ? kRoots : dtype;
     return dtype == kPacked && !can_pack(param) ? at::kChar : dtype;
   }
 

@@ -39,6 +39,15 @@ struct SeparateMultiplyAdd {
   }
 };
 
+// Rounded to nearest, as every instruction set has it.
+MOMENTUM_EXT_INLINE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
 // Calls f.operator()<k>() for each k below n.
 MOMENTUM_EXT_CALLS_BACK
 template <int n, int k = 0, typename F>

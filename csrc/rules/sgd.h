@@ -34,6 +34,8 @@ struct Sgd {
   static constexpr int kMaxStates = 1;
   static constexpr const char* kStateKeys[kMaxStates] = {"momentum_buffer"};
   static constexpr const char* kScaleKeys[kMaxStates] = {"momentum_scale"};  // for states of 8 bits
+  // States that never are negative: 8 bits have their roots.
+  static constexpr bool kIsNonNegative[kMaxStates] = {false};
 
   // The options of a parameter group that choose its Variant, see below.
   struct Options {
