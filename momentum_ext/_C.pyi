@@ -196,10 +196,13 @@ def move_lookahead(
 def clip_by_norm(norm: float, dtype: torch.dtype, max_norm: float) -> tuple[Tensor, float]:
     """The norm as torch.nn.utils.clip_grad_norm_ returns it, and the coefficient that clips, with torch's roundings."""
 
-def quantize(value: Tensor, dtype: torch.dtype, param: Tensor) -> tuple[Tensor, Tensor]:
-    """`value` in int8, float8_e4m3fn or uint8 (int4), laid out as `param` without gaps, and the bytes of its scales."""
+def quantize(value: Tensor, dtype: torch.dtype, param: Tensor, non_negative: bool = False) -> tuple[Tensor, Tensor]:
+    """`value` in int8, float8_e4m3fn or uint8 (int4), laid out as `param` without gaps, and the bytes of its scales.
 
-def dequantize(quantized: Tensor, scale: Tensor, sizes: Sequence[int]) -> Tensor:
+    `non_negative`: of a state that never is negative; then uint8 has its roots, one in each byte.
+    """
+
+def dequantize(quantized: Tensor, scale: Tensor, sizes: Sequence[int], non_negative: bool = False) -> Tensor:
     """The values in fp32, of the parameter's sizes, in the same layout."""
 
 def can_pack(param: Tensor) -> bool:

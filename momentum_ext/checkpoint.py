@@ -19,11 +19,12 @@ from momentum_ext.keys import (
     LOOKAHEAD,
     MASTER,
     MOMENTUM_OPTIONS,
+    NON_NEGATIVE,
     REMAINDER,
     ROUNDING_STEP,
     SCALE_OF,
 )
-from momentum_ext.precision import PACKED, SCALE_BLOCK, check_options, is_in_blocks, rounds_at_random
+from momentum_ext.precision import ROOTS, SCALE_BLOCK, check_options, is_in_blocks, packs, rounds_at_random
 
 __all__ = [
     "as_momentum_state_dict",
@@ -45,6 +46,7 @@ _LEAVES_AS = {torch.int16: torch.bfloat16, torch.float8_e4m3fn: torch.uint8}
 _COMES_BACK_AS = {
     (REMAINDER, torch.bfloat16): torch.int16,
     **{(key, torch.uint8): torch.float8_e4m3fn for key in SCALE_OF},
+    **{(key, torch.int8): ROOTS for key in NON_NEGATIVE},
 }
 
 # Of a buffer in blocks, in the dict that it leaves as: what flattens a checkpoint makes keys of their own of them, so
@@ -105,14 +107,16 @@ def _travelling(param: Tensor, entry: dict[str, Any], buffer: str, compact: bool
     """State whose buffer in blocks has become codes and scales that shard alike, or its values in fp32."""
     rest = {key: value for key, value in entry.items() if key not in (buffer, SCALE_OF[buffer])}
     codes, scale = local(entry[buffer]), local(entry[SCALE_OF[buffer]])
+    is_packed = packs(buffer, codes.dtype)
     is_plain = local(param) is param
     # Of a DTensor, strides are the whole tensor's: all ranks find the same.
     in_rows = param.dim() > 1 and param.is_contiguous() and codes.is_contiguous() and not is_cut(param, SCALE_BLOCK)
     if not compact or not in_rows:
-        values = _C.dequantize(codes, scale, local(param).shape)
+        values = _C.dequantize(codes, scale, local(param).shape, buffer in NON_NEGATIVE)
         return {**rest, buffer: values if is_plain else like(param, values)}
-    in_a_row = param.shape[-1] // 2 if codes.dtype == PACKED else param.shape[-1]
-    codes = codes.view(_LEAVES_AS.get(codes.dtype, codes.dtype))
+    in_a_row = param.shape[-1] // 2 if is_packed else param.shape[-1]
+    is_root = codes.dtype == ROOTS and not is_packed
+    codes = codes.view(torch.int8 if is_root else _LEAVES_AS.get(codes.dtype, codes.dtype))
     if not is_plain:
         codes = like(param, codes, (*param.shape[:-1], in_a_row))
         scale = like(param, scale, (*param.shape[:-1], param.shape[-1] // SCALE_BLOCK, 2))
@@ -200,7 +204,7 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
                     )
                 if not isinstance(tensor, Tensor) or tensor.shape == param.shape:
                     continue
-                is_packed = in_blocks and tensor.dtype == PACKED
+                is_packed = in_blocks and packs(key, tensor.dtype)
                 if not is_packed or not _C.is_packed_of(tensor, local(param).shape):
                     raise ValueError(
                         f'{name}: its "{key}" has shape {tuple(tensor.shape)} and the parameter {tuple(param.shape)}; '
@@ -217,14 +221,14 @@ def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) ->
 # ---- for torch's optimizers -----------------------------------------------------------------------------------------
 
 
-def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
+def _decoded(key: str, codes: Tensor, scale: Tensor) -> Tensor:
     """What codes that have left beside their scales stand for, in fp32."""
     columns = scale.shape[-2] * SCALE_BLOCK
     shard = local(codes)
     sizes = (*shard.shape[:-1], local(scale).shape[-2] * SCALE_BLOCK)
-    if codes.dtype == PACKED and codes.shape[-1] == columns:
-        shard = shard.view(torch.float8_e4m3fn)
-    values = _C.dequantize(shard, local(scale), sizes)
+    if codes.shape[-1] == columns and (key, codes.dtype) in _COMES_BACK_AS:
+        shard = shard.view(_COMES_BACK_AS[key, codes.dtype])
+    values = _C.dequantize(shard, local(scale), sizes, key in NON_NEGATIVE)
     return values if local(codes) is codes else like(codes, values, (*codes.shape[:-1], columns))
 
 
@@ -242,7 +246,7 @@ def as_torch_state_dict(state_dict: dict[str, Any], options: dict[str, Any]) -> 
             if isinstance(values, dict):
                 values, scale = values[_CODES], values[_SCALE]
             if isinstance(values, Tensor):
-                plain[key] = values if scale is None else _decoded(values, scale)
+                plain[key] = values if scale is None else _decoded(key, values, scale)
         if plain:
             state[index] = plain
     return {"state": state, "param_groups": groups}

@@ -13,6 +13,7 @@ __all__ = [
     "LOOKAHEAD",
     "MASTER",
     "MOMENTUM_OPTIONS",
+    "NON_NEGATIVE",
     "OPTIONS",
     "REMAINDER",
     "ROUNDING_STEP",
@@ -29,6 +30,7 @@ SCALE_OF = {  # by the states of all rules
     "exp_avg_sq": "exp_avg_sq_scale",
     "max_exp_avg_sq": "max_exp_avg_sq_scale",
 }
+NON_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq")  # 8 bits have their roots, as uint8
 COUNTERS = ("step", "mu_product")  # torch's own: numbers on the CPU, unless a group is capturable
 REMAINDER = "param_remainder"  # of a bf16 parameter with a master: 16 or 8 more bits
 MASTER = "master_param"  # of a fp16 parameter with a master: the fp32 value

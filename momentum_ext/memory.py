@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from momentum_ext.keys import AVERAGE, MASTER, REMAINDER, SCALE_OF
-from momentum_ext.precision import IN_BLOCKS, PACKED, SCALE_BLOCK, dtype_of_state
+from momentum_ext.precision import IN_BLOCKS, SCALE_BLOCK, dtype_of_state, packs
 
 __all__ = ["MemorySummary", "summarize"]
 
@@ -71,7 +71,7 @@ def _sizes_of(
     sizes["grads"] = param.grad.numel() * param.grad.element_size() if param.grad is not None else size
     for key in states:
         dtype = dtype_of_state(group, param, key)
-        sizes[key] = (numel + 1) // 2 if dtype == PACKED else numel * dtype.itemsize
+        sizes[key] = (numel + 1) // 2 if packs(key, dtype) else numel * dtype.itemsize
         if dtype in IN_BLOCKS:
             sizes[SCALE_OF[key]] = 2 * -(-numel // SCALE_BLOCK)
     if group.get("master_weights", False):

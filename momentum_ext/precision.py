@@ -14,7 +14,7 @@ from torch import Tensor
 
 from momentum_ext import _C
 from momentum_ext.dtensor import local
-from momentum_ext.keys import BUFFER, COUNTERS, MASTER, REMAINDER, SCALE_OF
+from momentum_ext.keys import BUFFER, COUNTERS, MASTER, NON_NEGATIVE, REMAINDER, SCALE_OF
 
 __all__ = [
     "IN_BLOCKS",
@@ -27,6 +27,7 @@ __all__ = [
     "is_in_blocks",
     "low_precision_step",
     "needs_low_precision_step",
+    "packs",
     "rounds_at_random",
     "split_param",
     "uses_low_precision",
@@ -36,6 +37,7 @@ INT4 = torch.int4  # type: ignore[attr-defined]  # missing in torch's stubs
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, INT4)
 _DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in STATE_DTYPES}
 PACKED = torch.uint8  # int4, two in a byte
+ROOTS = torch.uint8  # of states that are never negative, a byte each
 IN_BLOCKS = (torch.int8, torch.float8_e4m3fn, PACKED)
 SCALE_BLOCK = 32  # elements of a buffer in blocks that share a scale, of two bytes
 HALVES = (torch.bfloat16, torch.float16)
@@ -61,9 +63,16 @@ def dtype_of_state(group: dict[str, Any], param: Tensor, key: str) -> torch.dtyp
     """That of the parameter's state: fp32 beside a master, else the parameter's own; PACKED for int4."""
     has_master = group.get("master_weights", False) and param.dtype in HALVES
     dtype = _asked_dtype(group, key) or (torch.float32 if has_master else param.dtype)
+    if key in NON_NEGATIVE:
+        return ROOTS if dtype == torch.int8 else dtype
     if dtype == INT4:
         return PACKED if _C.can_pack(local(param.detach())) else torch.int8
     return dtype
+
+
+def packs(key: str, dtype: torch.dtype) -> bool:
+    """Whether the state with this key and dtype has two codes in a byte."""
+    return dtype == PACKED and key not in NON_NEGATIVE
 
 
 def is_in_blocks(buffer: Any, param: Tensor) -> bool:
@@ -93,8 +102,13 @@ def check_options(group: dict[str, Any], options: dict[str, Any]) -> None:
             if unknown := set(found) - set(SCALE_OF):
                 raise ValueError(f"Invalid state_dtype: {found!r}; there is no state {sorted(unknown)[0]!r}")
             dtypes = {key: _dtype_named(name, dtype) for key, dtype in found.items()}
+            for key, dtype in dtypes.items():
+                if key in NON_NEGATIVE and dtype == INT4:
+                    raise ValueError(f"Invalid state_dtype: {key} is never negative, and int4 has signs; use int8")
             group[name] = {key: _name_of(dtype) for key, dtype in dtypes.items() if dtype is not None} or None
         elif (dtype := _dtype_named(name, found)) is not None:
+            if name == "state_dtype" and dtype == INT4:
+                raise ValueError('Invalid state_dtype: int4 is for states of both signs; use {"exp_avg": "int4"}')
             group[name] = _name_of(dtype)
     if not isinstance(group.get("rounding_seed", 0), int):
         raise TypeError(f"Invalid rounding_seed: {group['rounding_seed']!r}; expected an int")
@@ -188,7 +202,9 @@ def low_precision_step(
         if isinstance(stored, Tensor):
             in_blocks = is_in_blocks(stored, param)
             values[key] = (
-                _C.dequantize(stored, state[SCALE_OF[key]], param.shape) if in_blocks else stored.to(value.dtype)
+                _C.dequantize(stored, state[SCALE_OF[key]], param.shape, key in NON_NEGATIVE)
+                if in_blocks
+                else stored.to(value.dtype)
             )
     step(group, value, grad.to(value.dtype), values)
     for key, new in values.items():
@@ -198,7 +214,7 @@ def low_precision_step(
         elif dtype in IN_BLOCKS:
             # torch starts from a sparse gradient's copy; blocks are dense.
             dense = new.to_dense() if new.layout != torch.strided else new
-            state[key], state[SCALE_OF[key]] = _C.quantize(dense, dtype, param)
+            state[key], state[SCALE_OF[key]] = _C.quantize(dense, dtype, param, key in NON_NEGATIVE)
         else:
             state[key] = new.to(dtype)
             state.pop(SCALE_OF[key], None)

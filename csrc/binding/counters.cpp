@@ -49,8 +49,9 @@ bool SlotPreparation::has_planned_counters(size_t i, PyObject* const* values) {
   for (int k = 0; k < plan.rule->num_counters; ++k) {
     if (!THPVariable_CheckTypeExact(Py_TYPE(values[k]))) return false;
     c10::TensorImpl* const tensor = THPVariable_Unpack(values[k]).unsafeGetTensorImpl();
-    const bool is_known = tensor->key_set() == plain_keys(kCpu) && tensor->numel() == 1 &&
-                          (tensor->dtype() == caffe2::TypeMeta::Make<float>() || is_double(*tensor));
+    const bool is_known =
+        tensor->key_set() == plain_keys(kCpu) && tensor->numel() == 1 &&
+        (tensor->dtype() == caffe2::TypeMeta::Make<float>() || is_double(*tensor));
     if (!is_known || is_lazy_copy(*tensor)) return false;
     const void* const data = const_data_of(*tensor, static_cast<int64_t>(tensor->itemsize()));
     if (data == nullptr) return false;
@@ -67,9 +68,8 @@ void SlotPreparation::prepare_counters(size_t i, bool is_first_step) {
   const Slot& slot = plan.slots[i];
   const RuleGroups& rule = *plan.rule;
   const SlotState state{plan, i, &vectors_.changes};
-  const at::ScalarType made = at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble
-                                  ? at::kDouble
-                                  : at::kFloat;
+  const at::ScalarType made =
+      at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor tensors[kMaxCounters];
   for (int k = 0; k < rule.num_counters; ++k) {
     PyObject* const key = rule.counter_keys[k];
@@ -99,7 +99,7 @@ void SlotPreparation::prepare_counters(size_t i, bool is_first_step) {
     if (is_there) continue;
     vectors_.changes.put({py::reinterpret_borrow<py::object>(plan.param_objects[i]),
                           py::reinterpret_borrow<py::object>(slot.state_dict), key, tensors[k], 0,
-                          /*is_counter=*/true});
+                          /*lies_like_param=*/false});
   }
   choose_row(i);
 }

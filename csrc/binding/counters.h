@@ -26,7 +26,7 @@ struct CounterRow {
   static constexpr size_t kNoGroup = ~size_t{0};
   size_t group = kNoGroup;
   Counters before;
-  Counters after;  // this step
+  Counters after;        // this step
   bool is_used = false;  // in this step
 };
 

@@ -128,25 +128,25 @@ int read_master_bits(HyperparamReader& reader) {
 std::optional<at::ScalarType> read_state_dtype(HyperparamReader& reader, const char* key,
                                                PyObject* dtype) {
   if (dtype == nullptr || dtype == Py_None) return std::nullopt;
-    constexpr std::pair<const char*, at::ScalarType> kDtypes[] = {
-        {"float32", at::kFloat},
-        {"bfloat16", at::kBFloat16},
-        {"float16", at::kHalf},
-        {"int8", at::kChar},
-        {"float8_e4m3fn", at::kFloat8_e4m3fn},
-        {"int4", at::ScalarType::Int4},
-    };
-    for (const auto& [name, type] : kDtypes) {
-      const bool is_it =
-          THPDtype_Check(dtype)
-              ? reinterpret_cast<THPDtype*>(dtype)->scalar_type == type
-              : PyUnicode_Check(dtype) && PyUnicode_CompareWithASCIIString(dtype, name) == 0;
-      if (is_it) return type == at::ScalarType::Int4 ? kPacked : type;
-    }
-    reader.refuse(key,
-                  "expected None or float32, bfloat16, float16, int8, float8_e4m3fn or int4, as a "
-                  "torch.dtype or its name, got " +
-                      std::string(py::repr(dtype)));
+  constexpr std::pair<const char*, at::ScalarType> kDtypes[] = {
+      {"float32", at::kFloat},
+      {"bfloat16", at::kBFloat16},
+      {"float16", at::kHalf},
+      {"int8", at::kChar},
+      {"float8_e4m3fn", at::kFloat8_e4m3fn},
+      {"int4", at::ScalarType::Int4},
+  };
+  for (const auto& [name, type] : kDtypes) {
+    const bool is_it =
+        THPDtype_Check(dtype)
+            ? reinterpret_cast<THPDtype*>(dtype)->scalar_type == type
+            : PyUnicode_Check(dtype) && PyUnicode_CompareWithASCIIString(dtype, name) == 0;
+    if (is_it) return type == at::ScalarType::Int4 ? kPacked : type;
+  }
+  reader.refuse(key,
+                "expected None or float32, bfloat16, float16, int8, float8_e4m3fn or int4, as a "
+                "torch.dtype or its name, got " +
+                    std::string(py::repr(dtype)));
 }
 
 // "state_dtype": one for all states, or a dict by their keys. Of momentum also "momentum_dtype".
@@ -245,8 +245,8 @@ void HyperparamReader::number(const char* name, double& value, MayBe may_be,
 
 void HyperparamReader::pair(const char* name, double& first, double& second) {
   PyObject* const object = get(name);
-  const bool is_pair = (PyTuple_Check(object) || PyList_Check(object)) &&
-                       PySequence_Fast_GET_SIZE(object) == 2;
+  const bool is_pair =
+      (PyTuple_Check(object) || PyList_Check(object)) && PySequence_Fast_GET_SIZE(object) == 2;
   if (!is_pair) refuse(name, "expected a pair of numbers, got " + std::string(py::repr(object)));
   double* const values[] = {&first, &second};
   for (int k = 0; k < 2; ++k) {

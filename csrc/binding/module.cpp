@@ -192,8 +192,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("clip_by_norm", &clip_by_norm, py::arg("norm"), py::arg("dtype"), py::arg("max_norm"));
   // As torch.amp.GradScaler.unscale_ rounds it.
   m.def("inverse_scale", [](double scale) { return static_cast<float>(1 / scale); });
-  m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"));
-  m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"), py::arg("sizes"));
+  m.def("quantize", &quantize, py::arg("value"), py::arg("dtype"), py::arg("param"),
+        py::arg("non_negative") = false);
+  m.def("dequantize", &dequantize, py::arg("quantized"), py::arg("scale"), py::arg("sizes"),
+        py::arg("non_negative") = false);
   m.def("can_pack", &can_pack, py::arg("param"));
   m.def("is_packed_of", &is_packed_of, py::arg("packed"), py::arg("sizes"));
   m.def(

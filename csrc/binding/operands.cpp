@@ -31,9 +31,14 @@ void check_written(const at::Tensor& tensor, Operand operand, const NameOf& name
   }
 }
 
-void check_sizes(const at::Tensor& tensor, const at::Tensor& param, Operand operand,
+void check_sizes(const at::Tensor& tensor, const Operands& operands, Operand operand,
                  const NameOf& name_of) {
-  if (operand == kGrad ? tensor.sizes() == param.sizes() : has_sizes_beside(tensor, param)) return;
+  const at::Tensor& param = operands.param;
+  if (operand == kGrad
+          ? tensor.sizes() == param.sizes()
+          : has_sizes_beside(tensor, param, operands.is_non_negative(operand - kState))) {
+    return;
+  }
   throw std::runtime_error(
       name_of(operand) + ": expected the shape of its parameter, " + to_string(param.sizes()) +
       ", got " + to_string(tensor.sizes()) +
@@ -48,15 +53,18 @@ bool overlap(const at::Tensor& a, const at::Tensor& b) {
 }  // namespace
 
 void check_operands(const Operands& operands, const NameOf& name_of) {
-  const auto& [param, grad, states, num_states] = operands;
+  const at::Tensor& param = operands.param;
+  const at::Tensor& grad = operands.grad;
+  const auto& states = operands.states;
+  const int num_states = operands.num_states;
   bool is_nested = param.is_nested() || grad.is_nested();
   for (int k = 0; k < num_states; ++k) is_nested = is_nested || states[k].is_nested();
   if (is_nested) return;
   check_written(param, kParam, name_of);
-  check_sizes(grad, param, kGrad, name_of);
+  check_sizes(grad, operands, kGrad, name_of);
   for (int k = 0; k < num_states; ++k) {
     check_written(states[k], operand_of_state(k), name_of);
-    check_sizes(states[k], param, operand_of_state(k), name_of);
+    check_sizes(states[k], operands, operand_of_state(k), name_of);
   }
   check_memory(param, [&] { return name_of(kParam); });
   check_memory(grad, [&] { return name_of(kGrad); });
@@ -89,20 +97,21 @@ bool has_kernel(const Operands& operands) {
   return true;
 }
 
-Dtype state_dtype(const at::Tensor& state) {
-  return has_blocks(state.scalar_type()) ? dtype_of_blocks(state.scalar_type())
+Dtype state_dtype(const at::Tensor& state, bool non_negative) {
+  return has_blocks(state.scalar_type()) ? dtype_of_blocks(state.scalar_type(), non_negative)
                                          : *kernel_dtype(state.scalar_type());
 }
 
 TensorEntry entry_of(const Operands& operands, const OwnedLayout* layout) {
-  const auto& [param, grad, states, num_states] = operands;
+  const at::Tensor& param = operands.param;
+  const at::Tensor& grad = operands.grad;
   TensorEntry entry{};
   entry.param = mutable_data_of(param);
   entry.grad =
       const_data_of(*grad.unsafeGetTensorImpl(), static_cast<int64_t>(grad.element_size()));
-  for (int k = 0; k < num_states; ++k) {
-    entry.state[k] = mutable_data_of(states[k]);
-    entry.state_dtype[k] = state_dtype(states[k]);
+  for (int k = 0; k < operands.num_states; ++k) {
+    entry.state[k] = mutable_data_of(operands.states[k]);
+    entry.state_dtype[k] = state_dtype(operands.states[k], operands.is_non_negative(k));
   }
   if (layout != nullptr) entry.layout = &layout->layout;
   entry.numel = param.is_complex() ? 2 * param.numel() : param.numel();

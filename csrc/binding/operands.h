@@ -28,7 +28,7 @@ bool has_kernel(const Operands& operands);
 TensorEntry entry_of(const Operands& operands, const OwnedLayout* layout);
 
 // The kernels' dtype of a state, which may be stored in blocks.
-Dtype state_dtype(const at::Tensor& state);
+Dtype state_dtype(const at::Tensor& state, bool non_negative = false);
 
 // True where the CUDA kernels do not walk so many dimensions.
 inline bool has_too_many_dims(const OwnedLayout* layout, int16_t device) {

@@ -39,12 +39,22 @@ std::pair<at::Tensor, at::Tensor> scales_of(const at::Tensor& largest) {
 }
 
 // As bytes, two for each scale, of the shape that they have beside these codes.
-at::Tensor as_bytes(const at::Tensor& scale, const at::Tensor& codes) {
+at::Tensor as_bytes(const at::Tensor& scale, const at::Tensor& codes, bool non_negative) {
   return scale.view(at::kInt)
       .bitwise_right_shift(kCutOff)
       .to(at::kShort)
       .view(at::kByte)
-      .reshape(scale_sizes(codes));
+      .reshape(scale_sizes(codes, non_negative));
+}
+
+// rooted() and unrooted() of block8.h.
+template <typename scalar_t>
+at::Tensor roots_of(const at::Tensor& values) {
+  return detail::kIsRoot<scalar_t> ? values.abs().sqrt() : values;
+}
+template <typename scalar_t>
+at::Tensor values_of(const at::Tensor& roots) {
+  return detail::kIsRoot<scalar_t> ? roots.mul(roots) : roots;
 }
 
 // In units of the scale.
@@ -69,6 +79,9 @@ at::Tensor nearest_codes(const at::Tensor& units) {
     const at::Tensor levels = levels_of<scalar_t>(codes);
     const at::Tensor midpoints = levels.slice(0, 1).add(levels.slice(0, 0, -1)).div(2);
     const at::Tensor found = at::bucketize(units.abs(), midpoints, /*out_int32=*/true);
+    if constexpr (detail::kIsRoot<scalar_t>) {  // what is not 0 has a code that is not 0
+      return at::maximum(found, units.gt(0).to(found.scalar_type())).to(kRoots);
+    }
     return found.mul(units.sign()).to(at::kChar);
   }
 }
@@ -85,8 +98,8 @@ at::Tensor unpacked(const at::Tensor& bytes) {
 
 }  // namespace
 
-bool is_scale(const at::Tensor& scale, const at::Tensor& codes) {
-  return scale.scalar_type() == at::kByte && scale.sizes() == scale_sizes(codes);
+bool is_scale(const at::Tensor& scale, const at::Tensor& codes, bool non_negative) {
+  return scale.scalar_type() == at::kByte && scale.sizes() == scale_sizes(codes, non_negative);
 }
 
 bool is_old_scale(const at::Tensor& scale, const at::Tensor& codes) {
@@ -95,54 +108,55 @@ bool is_old_scale(const at::Tensor& scale, const at::Tensor& codes) {
 }
 
 std::pair<at::Tensor, at::Tensor> quantize(const at::Tensor& value, at::ScalarType dtype,
-                                           const at::Tensor& param) {
+                                           const at::Tensor& param, bool non_negative) {
   const at::Tensor dense = empty_state_like(param, at::kFloat).copy_(value);
   const at::Tensor blocks = as_blocks(as_flat(dense), kScaleBlock);
-  const at::Tensor largest = blocks.abs().amax({1});
-  return visit_blocks(dtype_of_blocks(dtype), [&](auto type) {
+  return visit_blocks(dtype_of_blocks(dtype, non_negative), [&](auto type) {
     using scalar_t = decltype(type);
-    const auto [scale, inverse] = scales_of<scalar_t>(largest);
-    const at::Tensor units = blocks.mul(inverse.unsqueeze(1))
+    const at::Tensor scaled = roots_of<scalar_t>(blocks);
+    const auto [scale, inverse] = scales_of<scalar_t>(scaled.abs().amax({1}));
+    const at::Tensor units = scaled.mul(inverse.unsqueeze(1))
                                  .masked_fill(inverse.eq(0).unsqueeze(1), 0)
                                  .clamp(-scalar_t::kTop, scalar_t::kTop);
     const at::Tensor codes = nearest_codes<scalar_t>(units).view({-1}).slice(0, 0, value.numel());
-    at::Tensor quantized = empty_state_like(param, dtype);
-    as_flat(quantized).copy_(dtype == kPacked ? packed(codes) : codes);
-    return std::pair(quantized, as_bytes(scale, quantized));
+    at::Tensor quantized = empty_state_like(param, dtype, non_negative);
+    as_flat(quantized).copy_(packs(dtype, non_negative) ? packed(codes) : codes);
+    return std::pair(quantized, as_bytes(scale, quantized, non_negative));
   });
 }
 
-at::Tensor dequantize(const at::Tensor& quantized, const at::Tensor& scale,
-                      c10::IntArrayRef sizes) {
-  const bool is_old = is_old_scale(scale, quantized);
-  if (!is_old && !is_scale(scale, quantized)) {
+at::Tensor dequantize(const at::Tensor& quantized, const at::Tensor& scale, c10::IntArrayRef sizes,
+                      bool non_negative) {
+  const bool is_old = is_old_scale(scale, quantized) && !non_negative;
+  if (!is_old && !is_scale(scale, quantized, non_negative)) {
     throw std::invalid_argument("momentum_scale: expected two bytes for each 32 elements of its " +
                                 std::to_string(c10::multiply_integers(sizes)) + ", got " +
                                 c10::toString(scale.scalar_type()) + " of " +
                                 std::to_string(scale.numel()) + " elements");
   }
-  const bool packs = quantized.scalar_type() == kPacked;
-  if (packs && !is_packed_of(quantized, sizes)) {
+  const bool is_packed = packs(quantized.scalar_type(), non_negative);
+  if (is_packed && !is_packed_of(quantized, sizes)) {
     throw std::invalid_argument(
         "momentum_buffer: its codes of 4 bits were made beside a parameter of another shape; "
         "delete "
         "it from the optimizer's state to start from no momentum");
   }
-  at::Tensor value = packs ? empty_unpacked(quantized, sizes)
-                           : at::empty_like(quantized, quantized.options().dtype(at::kFloat),
-                                            at::MemoryFormat::Preserve);
-  const at::Tensor codes = packs ? unpacked(as_flat(quantized)) : as_flat(quantized);
+  at::Tensor value = is_packed ? empty_unpacked(quantized, sizes)
+                               : at::empty_like(quantized, quantized.options().dtype(at::kFloat),
+                                                at::MemoryFormat::Preserve);
+  const at::Tensor codes = is_packed ? unpacked(as_flat(quantized)) : as_flat(quantized);
   const at::Tensor decoded =
       is_old ? as_blocks(codes.to(at::kFloat), kOldScaleBlock).mul(scale.unsqueeze(1))
-             : visit_blocks(dtype_of_blocks(quantized.scalar_type()), [&](auto type) {
-                 return as_blocks(levels_of<decltype(type)>(codes), kScaleBlock)
-                     .mul(scale.clone()
-                              .view(at::kShort)
-                              .to(at::kInt)
-                              .bitwise_left_shift(kCutOff)
-                              .bitwise_and(0x7fffffff)
-                              .view(at::kFloat)
-                              .view({-1, 1}));
+             : visit_blocks(dtype_of_blocks(quantized.scalar_type(), non_negative), [&](auto type) {
+                 using scalar_t = decltype(type);
+                 return values_of<scalar_t>(as_blocks(levels_of<scalar_t>(codes), kScaleBlock)
+                                                .mul(scale.clone()
+                                                         .view(at::kShort)
+                                                         .to(at::kInt)
+                                                         .bitwise_left_shift(kCutOff)
+                                                         .bitwise_and(0x7fffffff)
+                                                         .view(at::kFloat)
+                                                         .view({-1, 1})));
                });
   as_flat(value).copy_(decoded.view({-1}).slice(0, 0, value.numel()));
   return value;

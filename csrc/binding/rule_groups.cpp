@@ -26,6 +26,7 @@ class GroupsOf : public RuleGroups {
     for (int k = 0; k < max_states; ++k) {
       state_keys[k] = PyUnicode_InternFromString(Rule::kStateKeys[k]);
       scale_keys[k] = PyUnicode_InternFromString(Rule::kScaleKeys[k]);
+      state_is_non_negative[k] = Rule::kIsNonNegative[k];
     }
     if constexpr (kHasCounters) {
       num_counters = Rule::kCounters;
@@ -57,8 +58,7 @@ class GroupsOf : public RuleGroups {
         signs_[g] = Rule::read(from, h, h.f64, h.on_device) ? -1 : 1;
       }
     };
-    PyObject* const params =
-        reader.parse(group, g, {Rule::kStateKeys, Rule::kMaxStates}, read);
+    PyObject* const params = reader.parse(group, g, {Rule::kStateKeys, Rule::kMaxStates}, read);
     h.stochastic_rounding = reader.storage().stochastic_rounding;
     h.rounds_masters = reader.storage().rounds_masters;
     h.rounding_seed = reader.storage().rounding_seed;
@@ -141,6 +141,14 @@ class GroupsOf : public RuleGroups {
 };
 
 }  // namespace
+
+bool RuleGroups::lies_like_param(PyObject* key, const at::Tensor& tensor) const {
+  for (int k = 0; k < max_states; ++k) {
+    if (key == scale_keys[k]) return false;
+    if (key == state_keys[k]) return !packs(tensor.scalar_type(), state_is_non_negative[k]);
+  }
+  return true;
+}
 
 std::unique_ptr<RuleGroups> make_rule_groups(const std::string& rule) {
 #define MOMENTUM_EXT_MAKE(Rule) \

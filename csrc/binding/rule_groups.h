@@ -26,12 +26,16 @@ class RuleGroups {
   int max_states = 0;
   PyObject* state_keys[kMaxStates] = {};
   PyObject* scale_keys[kMaxStates] = {};  // of a state's scales, where it has 8 bits
+  bool state_is_non_negative[kMaxStates] = {};
   // The keys of the first states, and then of the counters.
   PyObject* const* keys_of(int num_states) const { return state_and_counter_keys[num_states]; }
   PyObject* state_and_counter_keys[kMaxStates + 1][kMaxStates + kMaxCounters] = {};
   int num_counters = 0;
   PyObject* counter_keys[kMaxCounters] = {};
   Counters counter_starts;
+
+  // Whether state with this key has its parameter's elements: no scales, no packed codes.
+  bool lies_like_param(PyObject* key, const at::Tensor& tensor) const;
 
   virtual void resize(size_t count) = 0;
 

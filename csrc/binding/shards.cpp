@@ -138,8 +138,7 @@ at::Tensor awaited_shard(const at::Tensor& grad) {
   return THPVariable_Unpack(local.ptr());
 }
 
-py::object as_state_of(PyObject* param, const at::Tensor& local) {
-  const bool lies_like_param = local.scalar_type() != kPacked;  // not scales, not packed codes
+py::object as_state_of(PyObject* param, const at::Tensor& local, bool lies_like_param) {
   if (!lies_like_param || find_shard(param).spec == nullptr) return object(local);
   return python("like")(py::handle(param), object(local));
 }

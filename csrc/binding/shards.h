@@ -102,9 +102,9 @@ std::vector<at::Tensor> redistribute(const std::vector<PyObject*>& params,
 at::Tensor awaited_shard(const at::Tensor& grad);
 
 // A tensor like what the parameter resolves to, as the object that the optimizer's state holds: a
-// DTensor of the parameter's mesh and placements for a DTensor. Scales of 8-bit state are bytes, and
-// plain: they belong to the local shard.
-py::object as_state_of(PyObject* param, const at::Tensor& local);
+// DTensor of the parameter's mesh and placements for a DTensor, unless it lies otherwise: then it is
+// plain, and belongs to the local shard.
+py::object as_state_of(PyObject* param, const at::Tensor& local, bool lies_like_param);
 
 // Where the elements of what the parameter resolves to are in the whole tensor. Raises for shards
 // that PlaceInWhole cannot tell.

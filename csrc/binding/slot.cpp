@@ -11,7 +11,8 @@ std::string Slot::name() const {
 }
 
 void Slot::examine(const Operands& operands, const NameOf& name_of, bool by_torch) {
-  const auto& [param_tensor, grad, state, count] = operands;
+  const auto& [param_tensor, grad, state, count, are_non_negative] = operands;
+  static_cast<void>(are_non_negative);
   path = Path::kUnknown;
   shapes.reset();
   companions.reset();

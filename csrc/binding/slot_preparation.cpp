@@ -221,7 +221,7 @@ void SlotPreparation::prepare(size_t i) {
   StartingState start = starting_state(state, param, num_states, found);
   Operands operands;
   const auto examine = [&] {
-    operands = {param, grad, {}, 0};
+    operands = {param, grad, {}, 0, plan.rule->state_is_non_negative};
     for (; operands.num_states < num_states; ++operands.num_states) {
       const at::Tensor& each = start.states[operands.num_states];
       if (!each.defined()) break;
@@ -339,7 +339,7 @@ uint32_t SlotPreparation::cohort_of_first_step(const Slot& slot) {
 void SlotPreparation::put(size_t i, PyObject* key, const at::Tensor& tensor, uint32_t cohort) {
   vectors_.changes.put({py::reinterpret_borrow<py::object>(plan_.param_objects[i]),
                         py::reinterpret_borrow<py::object>(plan_.slots[i].state_dict), key, tensor,
-                        cohort});
+                        cohort, plan_.rule->lies_like_param(key, tensor)});
 }
 
 }  // namespace momentum_ext::binding

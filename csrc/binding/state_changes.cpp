@@ -28,8 +28,7 @@ void StateChanges::insert(const py::object& state) {
                                   : py::dict(state[change.param]);
       if (target.contains(key)) change.replaced = target[key];
       if (change.tensor.defined()) {
-        target[key] = change.is_counter ? py::cast(change.tensor)
-                                        : as_state_of(change.param.ptr(), change.tensor);
+        target[key] = as_state_of(change.param.ptr(), change.tensor, change.lies_like_param);
       } else if (change.replaced && PyObject_DelItem(target.ptr(), key.ptr()) != 0) {
         throw py::error_already_set();
       }

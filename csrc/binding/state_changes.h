@@ -16,10 +16,10 @@ class StateChanges {
     py::object param;
     py::object state_dict;  // null: to be made
     PyObject* key;
-    at::Tensor tensor;      // undefined: the key goes
-    uint32_t cohort = 0;    // of a new momentum buffer: see FirstSteps
-    bool is_counter = false;  // a plain tensor, whatever the parameter is
-    py::object replaced{};  // what the state had in its place; null: nothing
+    at::Tensor tensor;            // undefined: the key goes
+    uint32_t cohort = 0;          // of a new momentum buffer: see FirstSteps
+    bool lies_like_param = true;  // else it is plain where the parameter is a DTensor
+    py::object replaced{};        // what the state had in its place; null: nothing
   };
 
   void put(Change change) { changes_.push_back(std::move(change)); }

@@ -61,9 +61,12 @@ at::Tensor find_scale(const SlotState& state, int k, const at::Tensor& buffer) {
                              " and there is no \"" + name_of_key(key) + "\" beside it" + remedy);
   }
   const auto name = [&] { return state.name_of(key); };
-  if ((!is_scale(*scale, buffer) && !is_old_scale(*scale, buffer)) || !scale->is_contiguous() ||
+  const bool non_negative = state.plan.rule->state_is_non_negative[k];
+  const bool is_old = is_old_scale(*scale, buffer) && !non_negative;
+  if ((!is_scale(*scale, buffer, non_negative) && !is_old) || !scale->is_contiguous() ||
       kernel_device(*scale) != kernel_device(buffer)) {
-    const at::Tensor wanted = at::empty(scale_sizes(buffer), buffer.options().dtype(at::kByte));
+    const at::Tensor wanted =
+        at::empty(scale_sizes(buffer, non_negative), buffer.options().dtype(at::kByte));
     throw std::runtime_error(name() + ": expected " + describe(wanted) + ", got " +
                              describe(*scale) + remedy);
   }
@@ -80,9 +83,11 @@ bool is_read_by_kernels(const at::Tensor& scale) {
 // A state for a first step, where it is not as torch makes it.
 void make_state(const SlotState& state, StartingState& start, int k, const at::Tensor& param,
                 at::ScalarType dtype) {
-  start.states[k] = empty_state_like(param, dtype);
+  const bool non_negative = state.plan.rule->state_is_non_negative[k];
+  start.states[k] = empty_state_like(param, dtype, non_negative);
   if (!has_blocks(dtype)) return;
-  start.scales[k] = at::empty(scale_sizes(start.states[k]), param.options().dtype(at::kByte));
+  start.scales[k] =
+      at::empty(scale_sizes(start.states[k], non_negative), param.options().dtype(at::kByte));
   start.changes.emplace_back(state.plan.rule->scale_keys[k], start.scales[k]);
 }
 
@@ -93,11 +98,12 @@ void convert_state(const SlotState& state, StartingState& start, int k, const at
   at::Tensor& scale = start.scales[k];
   PyObject* const scale_key = state.plan.rule->scale_keys[k];
   const Formulation formulation = state.reader().formulation();
+  const bool non_negative = state.plan.rule->state_is_non_negative[k];
   const bool had_blocks = has_blocks(value.scalar_type());
   if (had_blocks) scale = find_scale(state, k, value);
   const bool keeps_format =
       value.scalar_type() == dtype &&
-      (!had_blocks || (lies_beside(value, param) && is_read_by_kernels(scale)));
+      (!had_blocks || (lies_beside(value, param, non_negative) && is_read_by_kernels(scale)));
   if (keeps_format && !converts) return;
   if (had_blocks && !value.is_non_overlapping_and_dense()) {
     throw std::runtime_error(state.name_of(operand_of_state(k)) +
@@ -105,11 +111,11 @@ void convert_state(const SlotState& state, StartingState& start, int k, const at
                              "be told; delete it from the optimizer's state to start from no "
                              "momentum");
   }
-  at::Tensor exact = had_blocks ? dequantize(value, scale, param.sizes()) : value;
+  at::Tensor exact = had_blocks ? dequantize(value, scale, param.sizes(), non_negative) : value;
   if (converts) exact = converted(state, exact, formulation);
   scale = at::Tensor();
   if (has_blocks(dtype)) {
-    std::tie(value, scale) = quantize(exact, dtype, param);
+    std::tie(value, scale) = quantize(exact, dtype, param, non_negative);
     start.changes.emplace_back(scale_key, scale);
   } else {
     value = keeps_format ? exact.to(dtype) : empty_state_like(param, dtype).copy_(exact);
@@ -128,7 +134,12 @@ void start_state(const SlotState& state, StartingState& start, int k, const at::
                           "parameters; put it into a group without");
   }
   const bool is_plain = kernel_device(param).has_value() && kernel_dtype(param.scalar_type());
-  const at::ScalarType dtype = wanted.dtype_of_state(k, param);
+  const bool non_negative = state.plan.rule->state_is_non_negative[k];
+  if (non_negative && wanted.state_dtype[k] == kPacked) {
+    throw py::value_error(state.name_of(operand_of_state(k)) +
+                          ": it is never negative, and int4 is for states of both signs; use int8");
+  }
+  const at::ScalarType dtype = wanted.dtype_of_state(k, param, non_negative);
   if (!value.defined()) {
     if (is_plain && dtype != param.scalar_type()) make_state(state, start, k, param, dtype);
     return;
@@ -137,7 +148,7 @@ void start_state(const SlotState& state, StartingState& start, int k, const at::
   const bool converts = state.plan.wants_conversion(slot) && !slot.is_repeated;
   const bool is_quantized = is_plain && has_blocks(value.scalar_type());
   const bool is_ours = is_plain && kernel_device(value) == kernel_device(param) &&
-                       has_sizes_beside(value, param) &&
+                       has_sizes_beside(value, param, non_negative) &&
                        (is_quantized || kernel_dtype(value.scalar_type()).has_value()) &&
                        value.is_complex() == param.is_complex();
   if (is_ours) return convert_state(state, start, k, param, dtype, converts);
@@ -211,8 +222,11 @@ std::vector<std::pair<PyObject*, at::Tensor>> as_stored(const SlotState& state,
   if (!has_blocks(dtype)) {
     return {{rule.state_keys[0], converted(state, found, formulation).to(dtype)}};
   }
-  const at::Tensor exact = dequantize(found, find_scale(state, 0, found), param.sizes());
-  const auto [codes, scale] = quantize(converted(state, exact, formulation), dtype, param);
+  const bool non_negative = rule.state_is_non_negative[0];
+  const at::Tensor exact =
+      dequantize(found, find_scale(state, 0, found), param.sizes(), non_negative);
+  const auto [codes, scale] =
+      quantize(converted(state, exact, formulation), dtype, param, non_negative);
   return {{rule.state_keys[0], codes}, {rule.scale_keys[0], scale}};
 }
 
@@ -245,7 +259,10 @@ const at::Tensor* SlotState::find(PyObject* key) const {
   const bool is_scale =
       std::find(scale_keys, scale_keys + kMaxStates, key) != scale_keys + kMaxStates;
   // What lies otherwise than the parameter is plain: of the local shard.
-  if (found == nullptr || is_scale || is_packed(*found, plan.param(i))) return found;
+  const auto* const state_keys = plan.rule->state_keys;
+  const auto k = std::find(state_keys, state_keys + kMaxStates, key) - state_keys;
+  const bool non_negative = k < kMaxStates && plan.rule->state_is_non_negative[k];
+  if (found == nullptr || is_scale || is_packed(*found, plan.param(i), non_negative)) return found;
   return &resolve_state(plan.param_objects[i], *found, [&] { return name_of(key); });
 }
 
@@ -309,7 +326,9 @@ py::tuple pending_changes(Plan& plan, const py::list& param_groups, const py::di
       changes.append(py::make_tuple(
           py::reinterpret_borrow<py::object>(plan.param_objects[i]),
           py::reinterpret_borrow<py::object>(key),
-          tensor.defined() ? as_state_of(plan.param_objects[i], tensor) : py::object(py::none())));
+          tensor.defined()
+              ? as_state_of(plan.param_objects[i], tensor, plan.rule->lies_like_param(key, tensor))
+              : py::object(py::none())));
     };
     const int num_states = moved_only ? 0 : plan.num_states(slot);
     const at::Tensor* found[kMaxStates] = {};

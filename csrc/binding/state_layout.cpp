@@ -40,10 +40,10 @@ struct Shape {
   Sizes strides;
 };
 
-Shape shape_of_state(const at::Tensor& param, at::ScalarType dtype) {
+Shape shape_of_state(const at::Tensor& param, bool is_packed) {
   Sizes sizes = param.sizes().vec();
   const Sizes dims = dims_in_memory_order(param);
-  if (dtype == kPacked) {
+  if (is_packed) {
     if (dims.empty() || param.size(dims.back()) % 2 != 0) return {{(param.numel() + 1) / 2}, {1}};
     sizes[static_cast<size_t>(dims.back())] /= 2;
   }
@@ -70,17 +70,18 @@ int64_t halved_dim(const at::Tensor& packed, c10::IntArrayRef sizes) {
 
 }  // namespace
 
-at::Tensor empty_state_like(const at::Tensor& param, at::ScalarType dtype) {
+at::Tensor empty_state_like(const at::Tensor& param, at::ScalarType dtype, bool non_negative) {
   const auto options = param.options().dtype(dtype).requires_grad(false);
-  if (dtype != kPacked && param.is_non_overlapping_and_dense()) {
+  const bool is_packed = packs(dtype, non_negative);
+  if (!is_packed && param.is_non_overlapping_and_dense()) {
     return at::empty_like(param, options, at::MemoryFormat::Preserve);
   }
-  const Shape shape = shape_of_state(param, dtype);
+  const Shape shape = shape_of_state(param, is_packed);
   return at::empty_strided(shape.sizes, shape.strides, options);
 }
 
-bool lies_beside(const at::Tensor& state, const at::Tensor& param) {
-  const Shape shape = shape_of_state(param, state.scalar_type());
+bool lies_beside(const at::Tensor& state, const at::Tensor& param, bool non_negative) {
+  const Shape shape = shape_of_state(param, packs(state.scalar_type(), non_negative));
   if (state.sizes() != shape.sizes) return false;
   for (size_t d = 0; d < shape.sizes.size() && state.numel() != 0; ++d) {
     const int64_t stride = state.stride(static_cast<int64_t>(d));
@@ -113,15 +114,15 @@ at::Tensor empty_unpacked(const at::Tensor& packed, c10::IntArrayRef sizes) {
   return at::empty_strided(sizes, dense_strides(sizes.vec(), dims), options);
 }
 
-bool has_sizes_beside(const at::Tensor& state, const at::Tensor& param) {
-  return is_packed(state, param) ? is_packed_of(state, param.sizes())
-                                 : state.sizes() == param.sizes();
+bool has_sizes_beside(const at::Tensor& state, const at::Tensor& param, bool non_negative) {
+  return is_packed(state, param, non_negative) ? is_packed_of(state, param.sizes())
+                                               : state.sizes() == param.sizes();
 }
 
 int64_t num_scales(int64_t numel) { return (numel + kScaleBlock - 1) / kScaleBlock; }
 
-std::vector<int64_t> scale_sizes(const at::Tensor& codes) {
-  const int64_t block = codes.scalar_type() == kPacked ? kScaleBlock / 2 : kScaleBlock;
+std::vector<int64_t> scale_sizes(const at::Tensor& codes, bool non_negative) {
+  const int64_t block = packs(codes.scalar_type(), non_negative) ? kScaleBlock / 2 : kScaleBlock;
   if (codes.dim() < 2 || codes.size(-1) % block != 0 || !codes.is_contiguous()) {
     return {(codes.numel() + block - 1) / block, 2};
   }

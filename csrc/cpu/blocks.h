@@ -27,9 +27,11 @@ void load_blocks(const scalar_t* codes, const ScaleBits* scales, int64_t n, opma
   for (; at + kScaleBlock <= n; at += kScaleBlock) {
     const float scale = load_scale(scales[at / kScaleBlock]);
     MOMENTUM_EXT_INDEPENDENT_ITERATIONS
-    for (int64_t i = at; i < at + kScaleBlock; ++i) tile[i] = load<FmaPolicy>(codes[i]) * scale;
+    for (int64_t i = at; i < at + kScaleBlock; ++i) tile[i] = value_of<FmaPolicy>(codes[i], scale);
   }
-  for (; at < n; ++at) tile[at] = load<FmaPolicy>(codes[at]) * load_scale(scales[at / kScaleBlock]);
+  for (; at < n; ++at) {
+    tile[at] = value_of<FmaPolicy>(codes[at], load_scale(scales[at / kScaleBlock]));
+  }
 }
 
 // The largest magnitude of each block, as bits: of four blocks at once, whose maxima are transposed.
@@ -129,7 +131,7 @@ void store_blocks(opmath_t* tile, const RandomTile* random, int64_t n, scalar_t*
     } else if (random == nullptr) {
       MOMENTUM_EXT_INDEPENDENT_ITERATIONS
       for (int64_t i = 0; i < kScaleBlock; ++i) {
-        out[i] = encode<FmaPolicy>(scalar_t(), in[i] * inverse);
+        out[i] = encode<FmaPolicy>(scalar_t(), in_units<scalar_t>(in[i], inverse));
       }
     } else {
       const uint16_t* const bits = random->bits + b * kScaleBlock;

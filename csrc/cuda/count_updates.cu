@@ -65,7 +65,7 @@ __device__ __forceinline__ opmath_t read_state(const CountedTensor& tensor, int6
     } else {
       code = static_cast<const decltype(code)*>(memory)[i];
     }
-    return load(code) * scale;
+    return value_of(code, scale);
   });
 }
 

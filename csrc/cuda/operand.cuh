@@ -222,7 +222,7 @@ __device__ __forceinline__ void decode_block(Stored<opmath_t> stored, float scal
   if constexpr (std::is_same_v<scalar_t, Int4>) widen_nibbles(stored);
 #pragma unroll
   for (int k = 0; k < kElemsPerThread; ++k)
-    values[k] = load(element_of<scalar_t>(stored, k)) * scale;
+    values[k] = value_of(element_of<scalar_t>(stored, k), scale);
 }
 
 // The values of a warp's blocks, of which each lane has `count`; all lanes are here. Returns the
@@ -257,7 +257,8 @@ __device__ __forceinline__ ScaleBits encode_block(const opmath_t (&values)[kElem
 #pragma unroll
   for (int k = 0; k < kElemsPerThread; ++k) {
     const float value = k < count ? static_cast<float>(values[k]) : 0;
-    units[k] = randoms.are_drawn ? scaled<scalar_t>(value, found) : value * found.inverse;
+    units[k] = randoms.are_drawn ? scaled<scalar_t>(value, found)
+                                 : in_units<scalar_t>(value, found.inverse);
   }
   encode_as<kOperand, scalar_t>(units, randoms, stored);
   return found.bits;

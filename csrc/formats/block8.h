@@ -2,8 +2,8 @@
 // Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022; a companded map in
 // blocks of 32: Ortiz et al., "FlashOptim", 2026).
 //
-// A code stands for a number, its level, and a stored value is level times scale. The block's
-// largest value has the code of the largest level, kTop, so that the scale is largest / kTop. It
+// A code stands for a number, its level, and a stored value is level times scale; of Root8 it is the
+// square of that, and the root of a square is the number again. The block's largest value has the code of the largest level, kTop, so that the scale is largest / kTop. It
 // has 8 bits of exponent and 8 of mantissa: an fp32 without its sign and its last 15 bits. kTop times
 // a scale is exact, so values that are decoded encode to the same codes and scale again.
 #pragma once
@@ -39,6 +39,20 @@ struct Int4 {
   static constexpr float kAbout[] = {-0x1.ac1e32p-27f, 0x1.20ad7ep-18f, -0x1.56af5cp-11f,
                                      0x1.8ba992p-4f, 0x1.787924p-8f};
 };
+// The root of a value that is never negative: the mean of squares, which adaptive rules divide by its
+// root. y * (0.602 + 0.398 * y) for y = c / 255. What is not 0 has at least code 1, because a step
+// that is divided by 0 would be wild. A negative value is stored as its magnitude.
+struct Root8 {
+  uint8_t bits;
+  static constexpr float kSquare = 1;
+  static constexpr float kLinear = 385;
+  static constexpr int kLargestCode = 255;
+  static constexpr float kTop = kLargestCode * (kSquare * kLargestCode + kLinear);
+  static constexpr float kSmallestScale = 0x1.9bp-81f;  // 2^-63 / kTop: of a value of 2^-126
+  static constexpr float kLargestScale = 0x1.9bp+46f;   // of the largest square that is finite
+  static constexpr float kAbout[] = {-0x1.144282p-63f, 0x1.f73bdp-45f, -0x1.984c0ap-27f,
+                                     0x1.4a5054p-9f, 0x1.7326eep-3f};
+};
 struct Float8E4M3 {
   uint8_t bits;
   static constexpr float kTop = 448;
@@ -62,8 +76,28 @@ struct BlockScale {
 };
 
 namespace detail {
+MOMENTUM_EXT_INLINE float absolute(float value) {
+  return float_from_bits(bits_of(value) & 0x7fffffffu);
+}
+
+template <typename scalar_t>
+constexpr bool kIsRoot = std::is_same_v<scalar_t, Root8>;
+
+// What is scaled and has a code: the value, or its root; and the way back.
+template <typename scalar_t>
+MOMENTUM_EXT_INLINE float rooted(float value) {
+  if constexpr (kIsRoot<scalar_t>) return square_root(absolute(value));
+  return value;
+}
+template <typename scalar_t>
+MOMENTUM_EXT_INLINE float unrooted(float value) {
+  if constexpr (kIsRoot<scalar_t>) return value * value;
+  return value;
+}
+
 // An Inf or NaN makes the whole block NaN, so that an overflow is seen. A block below 2^-100
-// becomes zero: its inverse could overflow.
+// becomes zero: its inverse could overflow. Of Root8, one below 2^-126: fp32 itself has fewer bits
+// there.
 template <typename scalar_t>
 MOMENTUM_EXT_INLINE BlockScale checked_scale(uint32_t largest_bits, float rounded) {
   const float scale = rounded > scalar_t::kLargestScale ? scalar_t::kLargestScale : rounded;
@@ -79,7 +113,8 @@ MOMENTUM_EXT_INLINE BlockScale checked_scale(uint32_t largest_bits, float rounde
 // order. The scale is rounded to nearest.
 template <typename scalar_t>
 MOMENTUM_EXT_INLINE BlockScale block_scale(uint32_t largest_bits) {
-  const float exact = detail::float_from_bits(largest_bits) / scalar_t::kTop;
+  const float largest = detail::rooted<scalar_t>(detail::float_from_bits(largest_bits));
+  const float exact = largest / scalar_t::kTop;
   const uint32_t sum = detail::bits_of(exact) + (1u << (kCutOff - 1));
   return detail::checked_scale<scalar_t>(largest_bits, detail::float_from_bits(sum & kScaleMask));
 }
@@ -92,10 +127,6 @@ MOMENTUM_EXT_INLINE float clamped(float value, float largest) {
 // Where a code's arithmetic takes an Fma (math.h), it is exact: the bits are the same with any.
 
 namespace detail {
-MOMENTUM_EXT_INLINE float absolute(float value) {
-  return float_from_bits(bits_of(value) & 0x7fffffffu);
-}
-
 template <typename Fma, typename scalar_t>
 MOMENTUM_EXT_INLINE float level(float code) {
   return code * Fma::apply(scalar_t::kSquare, absolute(code), scalar_t::kLinear);
@@ -127,6 +158,14 @@ MOMENTUM_EXT_INLINE int32_t sign_of(float value) {
 MOMENTUM_EXT_INLINE int32_t with_sign_of(float value, int32_t magnitude) {
   return (magnitude ^ sign_of(value)) - sign_of(value);
 }
+
+// From the code of a magnitude.
+template <typename scalar_t>
+MOMENTUM_EXT_INLINE int32_t finished(int32_t code, float value) {
+  if constexpr (!kIsRoot<scalar_t>) return with_sign_of(value, code);
+  const int32_t least = -sign_of(0.0f - value);  // 0 for 0, else 1
+  return code > least ? code : least;
+}
 }  // namespace detail
 
 template <typename Fma = FusedMultiplyAdd, typename scalar_t, detail::IfCompanded<scalar_t> = 0>
@@ -146,7 +185,7 @@ MOMENTUM_EXT_INLINE int32_t encode(scalar_t, float value) {
   const auto low = static_cast<int32_t>(detail::about_code<Fma, scalar_t>(magnitude));
   const auto code = static_cast<float>(low);
   const float midpoint = Fma::apply(code, Fma::apply(scalar_t::kSquare, code, kGap), kGap / 2);
-  return detail::with_sign_of(value, low - detail::sign_of(midpoint - magnitude));
+  return detail::finished<scalar_t>(low - detail::sign_of(midpoint - magnitude), value);
 }
 
 template <typename Fma = FusedMultiplyAdd>
@@ -181,10 +220,20 @@ MOMENTUM_EXT_INLINE int32_t encode(Float8E4M3, float value) {
 
 template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
 MOMENTUM_EXT_INLINE void store(scalar_t& out, float value) {
-  out.bits = static_cast<int8_t>(encode(out, value));
+  out.bits = static_cast<decltype(out.bits)>(encode(out, value));
 }
 MOMENTUM_EXT_INLINE void store(Float8E4M3& out, float value) {
   out.bits = static_cast<uint8_t>(encode(out, value));
+}
+
+// A value in units of its block's scale, and the value that a code stands for.
+template <typename scalar_t>
+MOMENTUM_EXT_INLINE float in_units(float value, float inverse) {
+  return detail::rooted<scalar_t>(value) * inverse;
+}
+template <typename Fma = FusedMultiplyAdd, typename scalar_t>
+MOMENTUM_EXT_INLINE float value_of(scalar_t code, float scale) {
+  return detail::unrooted<scalar_t>(load<Fma>(code) * scale);
 }
 
 // Calls visit(scalar_t()) with the type of a dtype that has blocks.
@@ -192,6 +241,7 @@ MOMENTUM_EXT_CALLS_BACK
 template <typename Visit>
 MOMENTUM_EXT_INLINE decltype(auto) visit_blocks(Dtype dtype, const Visit& visit) {
   if (dtype == Dtype::kInt4) return visit(Int4());
+  if (dtype == Dtype::kUInt8Root) return visit(Root8());
   return dtype == Dtype::kInt8 ? visit(Int8()) : visit(Float8E4M3());
 }
 

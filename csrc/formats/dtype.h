@@ -11,7 +11,16 @@
 namespace momentum_ext {
 
 // Those of 8 and 4 bits are for states alone, in blocks, see block8.h.
-enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kFloat8E4M3, kInt4 };
+enum class Dtype : uint8_t {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kInt8,
+  kFloat8E4M3,
+  kInt4,
+  kUInt8Root
+};
 
 struct BFloat16 {
   uint16_t bits;

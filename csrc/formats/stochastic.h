@@ -29,7 +29,9 @@ MOMENTUM_EXT_INLINE void store_stochastic(Float16& out, float value, uint32_t ra
       static_cast<uint16_t>((magnitude > 0x7f800000u ? 0x7e00u : finite) | (bits >> 16 & 0x8000u));
 }
 
-// By the place between two levels. A guess is the code of the level below or the one above it.
+// By the place between two levels, or between the squares of two levels. A guess is the code of the
+// level below or the one above it. What Root8 would store as 0 has code 1: there alone the mean is
+// too large.
 template <typename Fma = FusedMultiplyAdd, typename scalar_t, detail::IfCompanded<scalar_t> = 0>
 MOMENTUM_EXT_INLINE int32_t encode_stochastic(scalar_t, float value, uint32_t random) {
   constexpr float kSquare = scalar_t::kSquare;
@@ -43,8 +45,14 @@ MOMENTUM_EXT_INLINE int32_t encode_stochastic(scalar_t, float value, uint32_t ra
   const auto code = static_cast<float>(floor);
   // Times 2^-16, for a fraction of 16 bits.
   const float gap = Fma::apply(2 * kSquare * 0x1p-16f, code, (kSquare + kLinear) * 0x1p-16f);
-  const float threshold = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * gap;
-  return detail::with_sign_of(value, floor - detail::sign_of(threshold - above_level(code)));
+  float threshold = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * gap;
+  float above = above_level(code);
+  if constexpr (detail::kIsRoot<scalar_t>) {  // a difference of squares is difference times sum
+    const float below = detail::level<Fma, scalar_t>(code);
+    threshold *= Fma::apply(0x1p16f, gap, 2 * below);
+    above *= magnitude + below;
+  }
+  return detail::finished<scalar_t>(floor - detail::sign_of(threshold - above), value);
 }
 template <typename Fma = FusedMultiplyAdd>
 MOMENTUM_EXT_INLINE int32_t encode_stochastic(Float8E4M3, float value, uint32_t random) {
@@ -57,7 +65,7 @@ MOMENTUM_EXT_INLINE int32_t encode_stochastic(Float8E4M3, float value, uint32_t 
 }
 template <typename scalar_t, detail::IfCompanded<scalar_t> = 0>
 MOMENTUM_EXT_INLINE void store_stochastic(scalar_t& out, float value, uint32_t random) {
-  out.bits = static_cast<int8_t>(encode_stochastic(out, value, random));
+  out.bits = static_cast<decltype(out.bits)>(encode_stochastic(out, value, random));
 }
 MOMENTUM_EXT_INLINE void store_stochastic(Float8E4M3& out, float value, uint32_t random) {
   out.bits = static_cast<uint8_t>(encode_stochastic(out, value, random));
@@ -77,15 +85,22 @@ template <typename scalar_t>
 MOMENTUM_EXT_INLINE RandomBlockScale block_scale_stochastic(uint32_t largest_bits,
                                                             uint32_t random) {
   const float largest = detail::float_from_bits(largest_bits);
-  const uint32_t bits = detail::bits_of(largest / scalar_t::kTop);
+  const uint32_t bits = detail::bits_of(detail::rooted<scalar_t>(largest) / scalar_t::kTop);
   const float down = detail::float_from_bits(bits & kScaleMask);
-  const float rounded = detail::float_from_bits((bits + (random & ~kScaleMask)) & kScaleMask);
+  const float knee = detail::unrooted<scalar_t>(scalar_t::kTop * down);
+  float rounded = detail::float_from_bits((bits + (random & ~kScaleMask)) & kScaleMask);
+  if constexpr (detail::kIsRoot<scalar_t>) {  // by the place between two squares
+    const float up = detail::float_from_bits((bits & kScaleMask) + (1u << kCutOff));
+    const float gap = detail::unrooted<scalar_t>(scalar_t::kTop * up) - knee;
+    const auto part = static_cast<float>(static_cast<int32_t>(random & ~kScaleMask)) + 0.5f;
+    rounded = part * 0x1p-15f * gap < largest - knee ? up : down;
+  }
   BlockScale scale = detail::checked_scale<scalar_t>(largest_bits, rounded);
-  // Not less than the exact inverse: the largest value must reach kTop.
+  // Not less than the exact inverse: the largest value must reach kTop. A root is rounded once more.
+  constexpr uint32_t kMore = detail::kIsRoot<scalar_t> ? 2 : 1;
   scale.inverse =
-      scale.inverse == 0 ? 0 : detail::float_from_bits(detail::bits_of(scale.inverse) + 1);
-  const float top = scalar_t::kTop * load_scale(scale.bits);
-  const float knee = scalar_t::kTop * down;
+      scale.inverse == 0 ? 0 : detail::float_from_bits(detail::bits_of(scale.inverse) + kMore);
+  const float top = detail::unrooted<scalar_t>(scalar_t::kTop * load_scale(scale.bits));
   return {scale, knee, top > knee ? (top - knee) / (largest - knee) : 0};
 }
 
@@ -94,8 +109,10 @@ template <typename scalar_t>
 MOMENTUM_EXT_INLINE float scaled(float value, const RandomBlockScale& scale) {
   const float magnitude = detail::absolute(value);
   const float below = magnitude > scale.knee ? scale.knee : magnitude;
-  const float units = (below + (magnitude - below) * scale.stretch) * scale.inverse;
+  const float units =
+      in_units<scalar_t>(below + (magnitude - below) * scale.stretch, scale.inverse);
   const float reached = units > scalar_t::kTop ? scalar_t::kTop : units;
+  if constexpr (detail::kIsRoot<scalar_t>) return reached;
   return detail::float_from_bits(detail::bits_of(reached) | (detail::bits_of(value) & 0x80000000u));
 }
 

@@ -30,6 +30,7 @@ struct Adam {
   static constexpr const char* kStateKeys[kMaxStates] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr const char* kScaleKeys[kMaxStates] = {"exp_avg_scale", "exp_avg_sq_scale",
                                                          "max_exp_avg_sq_scale"};
+  static constexpr bool kIsNonNegative[kMaxStates] = {false, true, true};
 
   // Numbers in a tensor's state that change in each of its steps, and where they start from.
   static constexpr int kCounters = 1;

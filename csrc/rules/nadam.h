@@ -27,6 +27,7 @@ struct NAdam {
   static constexpr int kMaxStates = 2;
   static constexpr const char* kStateKeys[kMaxStates] = {"exp_avg", "exp_avg_sq"};
   static constexpr const char* kScaleKeys[kMaxStates] = {"exp_avg_scale", "exp_avg_sq_scale"};
+  static constexpr bool kIsNonNegative[kMaxStates] = {false, true};
   static constexpr int kCounters = 2;
   static constexpr const char* kCounterKeys[kCounters] = {"step", "mu_product"};
   static constexpr double kCounterStarts[kCounters] = {0, 1};

@@ -33,6 +33,8 @@ struct Sgd {
   static constexpr int kMaxStates = 1;
   static constexpr const char* kStateKeys[kMaxStates] = {"momentum_buffer"};
   static constexpr const char* kScaleKeys[kMaxStates] = {"momentum_scale"};  // for states of 8 bits
+  // States that never are negative: 8 bits have their roots.
+  static constexpr bool kIsNonNegative[kMaxStates] = {false};
   static constexpr int kCounters = 0;
 
   // The options of a parameter group that choose its Variant, see below.

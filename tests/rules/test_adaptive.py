@@ -7,7 +7,20 @@ import pytest
 import torch
 from adaptive import EACH_OPTION, EACH_RULE, RULES
 from harness import assert_all_same, refused
-from values import BF16, COPIES, EXACT_DTYPES, FP16, FP32, FP64, HALF_DTYPES, LAYOUTS, in_layout, through_file
+from values import (
+    BF16,
+    COPIES,
+    EXACT_DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    HALF_DTYPES,
+    INT4,
+    INT8,
+    LAYOUTS,
+    in_layout,
+    through_file,
+)
 
 from momentum_ext import FusedAdam, FusedAdamW, FusedNAdam
 
@@ -390,7 +403,19 @@ def test_a_grad_scaler(rule, fused):
 
 
 @pytest.mark.parametrize(
-    "state_dtype", [BF16, {"exp_avg": BF16}, {"exp_avg_sq": "bfloat16"}, FP16, {"exp_avg": "int8"}], ids=str
+    "state_dtype",
+    [
+        BF16,
+        {"exp_avg": BF16},
+        {"exp_avg_sq": "bfloat16"},
+        FP16,
+        {"exp_avg": "int8"},
+        "int8",
+        {"exp_avg_sq": "int8"},
+        {"exp_avg": "int4"},
+        "float8_e4m3fn",
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @EACH_RULE
@@ -416,11 +441,13 @@ def test_state_dtype(rule, dtype, state_dtype, isa):
         else str(state_dtype).removeprefix("torch.")
     )
     for a, b in zip(mine.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.1 if "4" in str(state_dtype) else 0.02)
         for key in rule.states:
             usual = FP32 if dtype == BF16 else dtype
             wanted = asked.get(key, usual)
             wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+            if wanted == INT4 or (wanted == INT8 and key != "exp_avg"):
+                wanted = torch.uint8  # two in a byte, and roots
             assert mine.state[a][key].dtype == wanted
     loaded = rule.kind(
         [a.detach().clone().requires_grad_() for a in mine.param_groups[0]["params"]],
@@ -435,7 +462,9 @@ def test_state_dtype(rule, dtype, state_dtype, isa):
     assert_all_same(mine.param_groups[0]["params"], loaded.param_groups[0]["params"])
 
 
-@pytest.mark.parametrize("state_dtype", ["int3", {"exp_avg": torch.int32}, {"momentum": BF16}], ids=str)
+@pytest.mark.parametrize(
+    "state_dtype", ["int3", "int4", {"exp_avg": torch.int32}, {"exp_avg_sq": "int4"}, {"momentum": BF16}], ids=str
+)
 @EACH_RULE
 def test_state_dtypes_that_there_are_not(rule, state_dtype):
     with pytest.raises(ValueError, match="Invalid state_dtype"):
@@ -447,7 +476,7 @@ def test_memory_summary_counts_what_a_step_allocates():
         opt = rule.kind(
             [v.requires_grad_() for v in params(BF16, [(64, 32)])],
             lr=0.1,
-            state_dtype={"exp_avg": "int8"},
+            state_dtype={"exp_avg": "int4", "exp_avg_sq": "int8"},
             master_weights=True,
         )
         before = dict(opt.memory_summary())
