@@ -102,6 +102,31 @@ bool is_immutable(PyObject* value) {
          PyUnicode_CheckExact(value) || THPDtype_Check(value) || value == Py_None;
 }
 
+// A dict of what cannot change in place.
+bool is_dict_of_immutables(PyObject* value) {
+  if (!PyDict_CheckExact(value)) return false;
+  PyObject* key;
+  PyObject* each;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(value, &position, &key, &each)) {
+    if (!is_immutable(key) || !is_immutable(each)) return false;
+  }
+  return true;
+}
+
+// The same objects in the same order.
+bool has_same_items(PyObject* dict, PyObject* other) noexcept {
+  if (PyDict_GET_SIZE(dict) != PyDict_GET_SIZE(other)) return false;
+  PyObject *key, *value, *other_key, *other_value;
+  Py_ssize_t position = 0;
+  Py_ssize_t other_position = 0;
+  while (PyDict_Next(dict, &position, &key, &value) &&
+         PyDict_Next(other, &other_position, &other_key, &other_value)) {
+    if (key != other_key || value != other_value) return false;
+  }
+  return true;
+}
+
 uint64_t read_rounding_seed(HyperparamReader& reader) {
   PyObject* const seed = reader.object(kRoundingSeed);
   if (seed == nullptr) return 0;
@@ -309,6 +334,8 @@ PyObject* GroupReader::compare(PyObject* group) const noexcept {
       params = value;
     } else if (item.value && value != item.value.ptr()) {
       return nullptr;
+    } else if (item.copy && !has_same_items(value, item.copy.ptr())) {
+      return nullptr;
     }
   }
   return i == items_.size() ? params : nullptr;
@@ -347,7 +374,11 @@ void GroupReader::keep_items(PyObject* group, const std::vector<PyObject*>& read
     Item item{py::reinterpret_borrow<py::object>(key), py::object(), is_params};
     if (is_string && is_read(key)) {
       item.value = py::reinterpret_borrow<py::object>(value);
-      immutable_ = immutable_ && is_immutable(value);
+      if (is_dict_of_immutables(value)) {
+        item.copy = py::reinterpret_steal<py::object>(PyDict_Copy(value));
+      } else {
+        immutable_ = immutable_ && is_immutable(value);
+      }
     }
     items_.push_back(std::move(item));
   }

@@ -108,6 +108,7 @@ class GroupReader {
     py::object key;
     py::object value;  // null for what is not a hyperparameter
     bool is_params;
+    py::object copy{};  // of a value that is a dict
   };
   void keep_items(PyObject* group, const std::vector<PyObject*>& read_keys);
 
