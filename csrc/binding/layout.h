@@ -46,7 +46,7 @@ struct Operands {
   at::Tensor param;
   at::Tensor grad;
   at::Tensor states[kMaxStates];
-  int num_states = 0;  // those that are there
+  int num_states = 0;                      // those that are there
   const bool* are_non_negative = nullptr;  // which states; nullptr: none
 
   bool is_non_negative(int k) const { return are_non_negative != nullptr && are_non_negative[k]; }

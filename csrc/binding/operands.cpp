@@ -34,8 +34,9 @@ void check_written(const at::Tensor& tensor, Operand operand, const NameOf& name
 void check_sizes(const at::Tensor& tensor, const Operands& operands, Operand operand,
                  const NameOf& name_of) {
   const at::Tensor& param = operands.param;
-  if (operand == kGrad ? tensor.sizes() == param.sizes()
-                       : has_sizes_beside(tensor, param, operands.is_non_negative(operand - kState))) {
+  if (operand == kGrad
+          ? tensor.sizes() == param.sizes()
+          : has_sizes_beside(tensor, param, operands.is_non_negative(operand - kState))) {
     return;
   }
   throw std::runtime_error(

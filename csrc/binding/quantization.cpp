@@ -125,8 +125,8 @@ std::pair<at::Tensor, at::Tensor> quantize(const at::Tensor& value, at::ScalarTy
   });
 }
 
-at::Tensor dequantize(const at::Tensor& quantized, const at::Tensor& scale,
-                      c10::IntArrayRef sizes, bool non_negative) {
+at::Tensor dequantize(const at::Tensor& quantized, const at::Tensor& scale, c10::IntArrayRef sizes,
+                      bool non_negative) {
   const bool is_old = is_old_scale(scale, quantized) && !non_negative;
   if (!is_old && !is_scale(scale, quantized, non_negative)) {
     throw std::invalid_argument("momentum_scale: expected two bytes for each 32 elements of its " +
@@ -142,8 +142,8 @@ at::Tensor dequantize(const at::Tensor& quantized, const at::Tensor& scale,
         "it from the optimizer's state to start from no momentum");
   }
   at::Tensor value = is_packed ? empty_unpacked(quantized, sizes)
-                           : at::empty_like(quantized, quantized.options().dtype(at::kFloat),
-                                            at::MemoryFormat::Preserve);
+                               : at::empty_like(quantized, quantized.options().dtype(at::kFloat),
+                                                at::MemoryFormat::Preserve);
   const at::Tensor codes = is_packed ? unpacked(as_flat(quantized)) : as_flat(quantized);
   const at::Tensor decoded =
       is_old ? as_blocks(codes.to(at::kFloat), kOldScaleBlock).mul(scale.unsqueeze(1))
