@@ -45,14 +45,15 @@ MOMENTUM_EXT_INLINE int32_t encode_stochastic(scalar_t, float value, uint32_t ra
   const auto code = static_cast<float>(floor);
   // Times 2^-16, for a fraction of 16 bits.
   const float gap = Fma::apply(2 * kSquare * 0x1p-16f, code, (kSquare + kLinear) * 0x1p-16f);
-  float threshold = (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * gap;
+  const auto part = static_cast<float>(static_cast<int32_t>(random)) + 0.5f;
   float above = above_level(code);
+  float range = gap;
   if constexpr (detail::kIsRoot<scalar_t>) {  // a difference of squares is difference times sum
     const float below = detail::level<Fma, scalar_t>(code);
-    threshold *= Fma::apply(0x1p16f, gap, 2 * below);
-    above *= magnitude + below;
+    above = (magnitude - below) * (magnitude + below);
+    range = gap * Fma::apply(0x1p16f, gap, 2 * below);
   }
-  return detail::finished<scalar_t>(floor - detail::sign_of(threshold - above), value);
+  return detail::finished<scalar_t>(floor - detail::sign_of(part * range - above), value);
 }
 template <typename Fma = FusedMultiplyAdd>
 MOMENTUM_EXT_INLINE int32_t encode_stochastic(Float8E4M3, float value, uint32_t random) {

@@ -89,6 +89,8 @@ bool same(const Array& array, Dtype dtype) {
 void put(Array& array, Dtype dtype, int64_t i, double value) {
   if (dtype == Dtype::kInt8) {
     array.at<int8_t>(i) = static_cast<int8_t>(std::fmax(-127, std::fmin(127, 40 * value)));
+  } else if (dtype == Dtype::kUInt8Root) {
+    array.at<uint8_t>(i) = static_cast<uint8_t>(generator());
   } else if (dtype == Dtype::kFloat8E4M3) {
     store(array.at<Float8E4M3>(i), 20 * static_cast<float>(value));
   } else {
@@ -308,8 +310,9 @@ std::vector<Mix> all_mixes() {
                              {Dtype::kFloat16, Master::kCopy},
                              {Dtype::kFloat64, Master::kNone}}) {
     for (const Dtype grad : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat64}) {
-      for (const Dtype buffer : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8,
-                                 Dtype::kFloat8E4M3, Dtype::kInt4, Dtype::kFloat64}) {
+      for (const Dtype buffer :
+           {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kFloat8E4M3,
+            Dtype::kInt4, Dtype::kUInt8Root, Dtype::kFloat64}) {
         all.push_back({param.dtype, param.master, grad, buffer});
       }
     }
