@@ -12,7 +12,6 @@ import torch
 import workloads
 from contenders import (
     CONTENDERS,
-    KEYS,
     RULES,
     STEP,
     Contender,
