@@ -23,9 +23,10 @@ import report as reports
 import tables
 import torch
 import workloads
-from contenders import KEYS, WARMUP_STEPS, Settings
+from contenders import KEYS, RULES, WARMUP_STEPS, Settings
 from hogs import hogs
 from measure import CLOCKS, HOST_COST
+from peers import PEERS
 from pipelines import PIPELINES, WORKLOADS
 from report import Report
 from tqdm import tqdm
@@ -45,7 +46,8 @@ def device(name: str) -> str:
 
 def default_workloads(device: str, quick: bool) -> list[str]:
     """All that fit the device and the time, and the host cost."""
-    left_out = (workloads.NOT_QUICK if quick else ()) + (workloads.FOR_GPUS if device == "cpu" else ())
+    left_out = (*(workloads.NOT_QUICK if quick else ()), *(workloads.FOR_GPUS if device == "cpu" else ()))
+    left_out += workloads.FOR_RULES[-2:]
     return [name for name in workloads.NAMES if name not in left_out] + [HOST_COST]
 
 
@@ -69,7 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f"repeatable; of {', '.join(workloads.NAMES)}, host_cost (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--contender", action="append", choices=KEYS, metavar="NAME",
+        "--contender", action="append", choices=[*KEYS, *(peer.key for peer in PEERS)], metavar="NAME",
         help=f"repeatable; of {', '.join(KEYS)} (default: all; ours always runs)",
     )  # fmt: skip
     parser.add_argument(
@@ -85,6 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--pipeline", choices=PIPELINES, help="time the step with what trainers put around it, against torch's two ways"
     )
+    parser.add_argument("--rule", choices=RULES, default="momentum", help="whose step (default: momentum)")
     parser.add_argument(
         "--precision", action="store_true",
         help="time the step in each mode of low-precision states against our own in fp32 "
@@ -109,6 +112,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         if options.pipeline or options.contender or HOST_COST in (options.workload or ()):
             parser.error("--precision: takes no --pipeline and no --contender, and has no host_cost")
         options.workload = options.workload or ["llama3_8b" if options.device == "cuda" else "gpt2"]
+    if options.rule != "momentum":
+        if options.pipeline or options.precision or options.plot:
+            parser.error("--rule: takes no --pipeline, no --precision and no --plot")
+        options.workload = options.workload or [*workloads.FOR_RULES, HOST_COST]
     if options.pipeline and not options.workload:
         options.workload = list(WORKLOADS)
     options.workload = list(dict.fromkeys(options.workload or default_workloads(options.device, options.quick)))
@@ -139,8 +146,9 @@ def run(options: argparse.Namespace) -> Report:
             bar.set_description(name)
             torch.set_num_threads(threads)
             settings = Settings(
-                options.lr, options.momentum, options.weight_decay, options.nesterov, threads, options.device
-            )
+                options.lr, options.momentum, options.weight_decay, options.nesterov, threads, options.device,
+                RULES[options.rule],
+            )  # fmt: skip
             entry = measure.measure(name, options, settings, bar.update)
             measure.release_memory(options.device)
             result = result.with_entry(entry)

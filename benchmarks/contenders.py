@@ -22,6 +22,24 @@ MOST_TENSORS_TO_COMPILE = 200
 
 
 @dataclass(frozen=True)
+class Rule:
+    """Whose step is timed: ours by its name in momentum_ext, and torch's."""
+
+    ours: str
+    torch: type[torch.optim.Optimizer]
+    updated: int
+    """Arrays of the parameters' size that a step reads and writes: the parameter and its states."""
+    has_fused: bool = True
+
+
+RULES: dict[str, Rule] = {
+    "momentum": Rule("FusedMomentum", torch.optim.SGD, updated=2),
+    "adamw": Rule("FusedAdamW", torch.optim.AdamW, updated=3),
+    "nadam": Rule("FusedNAdam", torch.optim.NAdam, updated=3, has_fused=False),
+}
+
+
+@dataclass(frozen=True)
 class Settings:
     """What all contenders share."""
 
@@ -31,6 +49,12 @@ class Settings:
     nesterov: bool = False
     threads: int = 1
     device: str = "cpu"
+    rule: Rule = RULES["momentum"]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the rule's optimizers; Adam's betas and eps are torch's defaults."""
+        return self.sgd if self.rule.torch is torch.optim.SGD else {"lr": self.lr, "weight_decay": self.weight_decay}
 
     @property
     def sgd(self) -> dict[str, Any]:
@@ -54,6 +78,11 @@ class Pass:
 
 
 STEP = Pass("step", updated=2)
+
+
+def step_of(rule: Rule) -> Pass:
+    """The pass of a rule's step."""
+    return Pass("step", rule.updated)
 
 
 class Model:
@@ -134,6 +163,8 @@ class Contender:
     key: str
     label: str
     build: Callable[[Model, Settings], Step]
+    moves_the_pass: bool = True
+    """Whether it goes over the bytes that the pass counts: states of other dtypes are other bytes."""
 
 
 def warm(step: Step) -> Step:
@@ -144,17 +175,18 @@ def warm(step: Step) -> Step:
 
 
 def ours(model: Model, settings: Settings) -> Step:
-    """momentum_ext.FusedMomentum."""
-    from momentum_ext import FusedMomentum  # imported late, so that --help works where nothing is built
+    """The rule's optimizer of momentum_ext."""
+    import momentum_ext  # imported late, so that --help works where nothing is built
 
-    return warm(FusedMomentum(model.groups, **settings.sgd).step)
+    return warm(getattr(momentum_ext, settings.rule.ours)(model.groups, **settings.arguments).step)
 
 
-def torch_sgd(**path: Any) -> Callable[[Model, Settings], Step]:
-    """torch.optim.SGD by the given path (foreach, fused)."""
+def torch_step(**path: Any) -> Callable[[Model, Settings], Step]:
+    """The rule's optimizer of torch.optim by the given path (foreach, fused)."""
 
     def build(model: Model, settings: Settings) -> Step:
-        return warm(torch.optim.SGD(model.groups, **settings.sgd, **path).step)
+        known = {key: value for key, value in path.items() if key != "fused" or settings.rule.has_fused}
+        return warm(settings.rule.torch(model.groups, **settings.arguments, **known).step)
 
     return build
 
@@ -171,7 +203,7 @@ def flash_sgd(model: Model, settings: Settings) -> Step:
 
 
 def compiled(model: Model, settings: Settings) -> Step:
-    """torch.compile around torch.optim.SGD's step, as torch's documentation shows it. Raises NotRun."""
+    """torch.compile around the step of torch's optimizer, as torch's documentation shows it. Raises NotRun."""
     tensors = len(model.params)
     if tensors > MOST_TENSORS_TO_COMPILE:
         raise NotRun(
@@ -181,7 +213,7 @@ def compiled(model: Model, settings: Settings) -> Step:
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    optimizer = torch.optim.SGD(model.groups, **settings.sgd)
+    optimizer = settings.rule.torch(model.groups, **settings.arguments)
     optimizer.step()  # the state exists before tracing, so that one graph serves every later step
     step = torch.compile(lambda: optimizer.step())
     torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
@@ -195,11 +227,11 @@ def compiled(model: Model, settings: Settings) -> Step:
 
 
 CONTENDERS: tuple[Contender, ...] = (
-    Contender("ours", "FusedMomentum", ours),
-    Contender("default", "torch default", torch_sgd()),
-    Contender("fused", "torch fused", torch_sgd(fused=True)),
-    Contender("for-loop", "torch for-loop", torch_sgd(foreach=False, fused=False)),
-    Contender("foreach", "torch foreach", torch_sgd(foreach=True)),
+    Contender("ours", "ours", ours),
+    Contender("default", "torch default", torch_step()),
+    Contender("fused", "torch fused", torch_step(fused=True)),
+    Contender("for-loop", "torch for-loop", torch_step(foreach=False, fused=False)),
+    Contender("foreach", "torch foreach", torch_step(foreach=True)),
     Contender("compiled", "torch compiled", compiled),
 )
 
@@ -213,10 +245,10 @@ def fault_of_fused(workload: Workload, settings: Settings) -> str | None:
     model = Model.random(small, settings)
     expected = model.copy()
     try:
-        warm(torch_sgd(fused=True)(model, settings))
+        warm(torch_step(fused=True)(model, settings))
     except RuntimeError as error:
         return f"torch refuses: {first_line(error)}"
-    warm(torch_sgd(foreach=False, fused=False)(expected, settings))
+    warm(torch_step(foreach=False, fused=False)(expected, settings))
     difference = largest_difference(model.params, expected.params)
     return "its results are not those of torch's for-loop" if difference > 0.03 else None
 

@@ -12,7 +12,7 @@ import torch
 import workloads
 from contenders import (
     CONTENDERS,
-    KEYS,
+    RULES,
     STEP,
     Contender,
     Model,
@@ -22,9 +22,11 @@ from contenders import (
     fault_of_fused,
     largest_difference,
     reason_of,
+    step_of,
     warm,
 )
 from memory_limit import MemoryLimit, MemoryLimitUnavailable, Traffic, copies, copies_held
+from peers import PEERS, state_bytes
 from pipelines import PIPELINES
 from report import Entry, HostCost, LeftOut, Row, WorkloadReport
 from timing import Clock, Samples, Step, cpu_clock, cuda_clock, cuda_host_clock, interleave, median_ratio
@@ -38,7 +40,7 @@ HOST_CLOCKS: dict[str, Clock] = {"cpu": cpu_clock, "cuda": cuda_host_clock}
 LIMIT = "limit"
 HOST_COST = "host_cost"
 HOST_COST_LENGTHS = (1, 10, 100, 1000, 5000)
-HOST_COST_CONTENDERS = ("ours", "fused", "default")
+HOST_COST_CONTENDERS = ("ours", "momentum", "fused", "default")
 USABLE = 0.9
 """The share of the free memory that is filled."""
 
@@ -47,12 +49,19 @@ Progress = Callable[[float], object]
 
 def chosen(options: argparse.Namespace) -> list[Contender]:
     """The contenders to run, ours among them, in their fixed order."""
-    wanted = {"ours", *(options.contender or KEYS)}
+    peers = {"momentum": (), "adamw": PEERS}.get(options.rule, PEERS[:1])
+    known = [each for each in (*CONTENDERS, *peers) if each.key != "fused" or RULES[options.rule].has_fused]
+    wanted = {"ours", *(options.contender or [each.key for each in known])}
     if options.pipeline:
         return [contender for contender in PIPELINES[options.pipeline][1] if contender.key in wanted]
     if not options.compiled and "compiled" not in (options.contender or ()):
         wanted.discard("compiled")
-    return [contender for contender in CONTENDERS if contender.key in wanted]
+    return [contender for contender in known if contender.key in wanted]
+
+
+def label_of(contender: Contender, settings: Settings) -> str:
+    """A contender's name in tables; ours is named by its rule."""
+    return settings.rule.ours if contender.key == "ours" else contender.label
 
 
 def free_bytes(device: str) -> float:
@@ -77,7 +86,7 @@ def room_for_models(workload: workloads.Workload, traffic: Traffic, device: str)
     if each + limit > USABLE * free:
         raise NotRun(f"not run: it needs {(each + limit) / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} are free")
     temporaries = 2 * workload.elements * workload.itemsize  # torch's foreach makes lists of the parameters' size
-    return 1 + int(min(max(0, (USABLE * free - limit - each - temporaries) / each), len(CONTENDERS)))
+    return 1 + int(max(0, (USABLE * free - limit - each - temporaries) / each))
 
 
 def fits_in_caches(workload: workloads.Workload, device: str) -> bool:
@@ -153,9 +162,10 @@ def make_row(
     samples: dict[str, Samples],
     reasons: dict[str, str],
     workload: workloads.Workload,
-    traffic: Traffic,
+    traffic: Traffic | None,
+    state_bytes: int | None,
 ) -> Row:
-    """The row of one contender, or the reason why it has no figures."""
+    """The row of one contender, or the reason why it has no figures; without `traffic` its bytes are not known."""
     if key not in samples:
         return Row(contender=key, label=label, reason=reasons[key])
     mine = samples[key]
@@ -165,8 +175,9 @@ def make_row(
         label=label,
         median_ms=mine.median / 1e6,
         quartiles_ms=(first / 1e6, third / 1e6),
-        gb_per_s=workload.elements * traffic.moved / mine.median,
-        of_memory_limit=median_ratio(samples[LIMIT], mine) if LIMIT in samples else None,
+        gb_per_s=workload.elements * traffic.moved / mine.median if traffic else None,
+        of_memory_limit=median_ratio(samples[LIMIT], mine) if traffic and LIMIT in samples else None,
+        state_bytes=None if state_bytes is None else state_bytes / workload.elements,
         ours_times_faster=median_ratio(mine, samples["ours"]) if "ours" in samples else None,
         ns_per_tensor=mine.median / workload.tensors,
         steps_per_repetition=mine.steps_per_repetition,
@@ -178,13 +189,15 @@ def measure_workload(name: str, options: argparse.Namespace, settings: Settings,
     """Every chosen contender on one workload."""
     workload = workloads.build(name)
     contenders = chosen(options)
-    timed: Pass = PIPELINES[options.pipeline][0] if options.pipeline else STEP
+    timed: Pass = PIPELINES[options.pipeline][0] if options.pipeline else step_of(settings.rule)
     traffic = timed.traffic(workload.itemsize)
     steps, reasons, difference = prepare(workload, contenders, settings, traffic)
+    held = {key: state_bytes(step) for key, step in steps.items()}
     samples = take_turns(steps, options, progress, warm=fits_in_caches(workload, options.device), clocks=CLOCKS)
+    others = {contender.key for contender in contenders if not contender.moves_the_pass}
     labels = {
         LIMIT: "memory limit" if options.device == "cpu" else "copy",
-        **{contender.key: contender.label for contender in contenders},
+        **{contender.key: label_of(contender, settings) for contender in contenders},
     }
     return WorkloadReport(
         workload=name,
@@ -198,8 +211,9 @@ def measure_workload(name: str, options: argparse.Namespace, settings: Settings,
         pipeline=options.pipeline,
         device=settings.device,
         dtype=workload.dtype,
+        rule=options.rule,
         rows=tuple(
-            make_row(key, label, samples, reasons, workload, traffic)
+            make_row(key, label, samples, reasons, workload, traffic if key not in others else None, held.get(key))
             for key, label in labels.items()
             if key in samples or key in reasons
         ),
@@ -217,11 +231,13 @@ def measure_host_cost(options: argparse.Namespace, settings: Settings, progress:
             steps[f"{contender.key} {length}"] = contender.build(model.copy(), settings)
     samples = take_turns(steps, options, progress, warm=True, clocks=HOST_CLOCKS)
     curves = {
-        contender.label: {length: samples[f"{contender.key} {length}"].median / 1e3 for length in HOST_COST_LENGTHS}
+        label_of(contender, settings): {
+            length: samples[f"{contender.key} {length}"].median / 1e3 for length in HOST_COST_LENGTHS
+        }
         for contender in contenders
     }
     shortest, longest = HOST_COST_LENGTHS[0], HOST_COST_LENGTHS[-1]
-    ours = curves["FusedMomentum"]
+    ours = curves[settings.rule.ours]
     slope_us = (ours[longest] - ours[shortest]) / (longest - shortest)
     return HostCost(
         settings.threads, curves, ns_per_tensor=slope_us * 1e3, fixed_us=ours[shortest] - slope_us * shortest

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import workloads
-from contenders import Model, Settings, fault_of_fused, flash_sgd, reason_of, torch_sgd, warm
+from contenders import Model, Settings, fault_of_fused, flash_sgd, reason_of, torch_step, warm
 from memory_limit import MemoryLimit, MemoryLimitUnavailable, Traffic, copies, copies_held, make_arena
 from report import ModeRow, PrecisionReport
 from timing import Clock, Samples, Step, interleave, median_ratio
@@ -85,8 +85,8 @@ MODES: tuple[Mode, ...] = (
     Mode("24-int8-flash", "FlashOptim, 24 bits, int8", BF16, BF16, 1, None, flash_sgd, 1),
     Mode("bf16", "bf16", BF16, BF16, 2, {}),
     Mode("bf16-sr", "bf16, stochastic", BF16, BF16, 2, SR),
-    Mode("bf16-for-loop", "torch for-loop, bf16", BF16, BF16, 2, None, torch_sgd(foreach=False, fused=False)),
-    Mode("bf16-fused", "torch fused, bf16", BF16, BF16, 2, None, torch_sgd(fused=True)),
+    Mode("bf16-for-loop", "torch for-loop, bf16", BF16, BF16, 2, None, torch_step(foreach=False, fused=False)),
+    Mode("bf16-fused", "torch fused, bf16", BF16, BF16, 2, None, torch_step(fused=True)),
 )  # fmt: skip
 
 

@@ -42,6 +42,8 @@ class Row(Timing):
     ours_times_faster: float | None = None
     """Median over rounds of this one's time over ours."""
     ns_per_tensor: float | None = None
+    state_bytes: float | None = None
+    """Of the optimizer's state for each element, measured."""
     steps_per_repetition: int | None = None
 
 
@@ -65,6 +67,7 @@ class WorkloadReport:
     """What is timed around the step, if anything."""
     dtype: str = "float32"
     """torch's name for the dtype of parameters, gradients and momentum buffers."""
+    rule: str = "momentum"
 
     def row(self, contender: str) -> Row | None:
         """The row of a contender, if it has one with figures."""

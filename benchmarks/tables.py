@@ -43,7 +43,7 @@ def number(value: float | None, pattern: str) -> str:
     return "" if value is None else format(value, pattern)
 
 
-WORKLOAD_HEADER = ("contender", "ms", "IQR", "GB/s", "of limit", "ns/tensor", "ours faster by")
+WORKLOAD_HEADER = ("contender", "ms", "IQR", "GB/s", "of limit", "ns/tensor", "B state", "ours faster by")
 
 
 def row_cells(row: Row) -> list[str]:
@@ -55,6 +55,7 @@ def row_cells(row: Row) -> list[str]:
         number(row.gb_per_s, ".1f"),
         number(row.of_memory_limit, ".3f"),
         number(row.ns_per_tensor, ",.0f"),
+        number(row.state_bytes, ".2f"),
         "" if row.contender == "ours" else ratio_text(row.ours_times_faster),
     ]
 
@@ -73,7 +74,12 @@ def workload_text(report: WorkloadReport) -> str:
     details = f"{counts}, {megabytes(report.bytes_per_step)} to move a step, {counted(report.threads, 'thread')}"
     table = aligned(WORKLOAD_HEADER, [row_cells(row) for row in report.rows if row.median_ms is not None])
     notes = [f"  {row.label}: {row.reason}" for row in report.rows if row.reason]
-    if report.difference_from_default:
+    if report.difference_from_default and report.rule != "momentum":
+        difference = report.difference_from_default
+        notes.append(
+            f"  results: within {difference:.2g} of torch's default, whose square roots are not rounded exactly"
+        )
+    elif report.difference_from_default:
         notes.append(
             f"  results: NOT those of torch's default, largest difference {report.difference_from_default:.3g}"
         )
@@ -108,7 +114,7 @@ def summary_text(report: Report) -> str:
         ])  # fmt: skip
     best = "vs best" if report.options.get("pipeline") else "vs fused"
     header = ["workload", "threads", "ms", "GB/s", "vs default", best, "of limit"]
-    title = "In short: FusedMomentum, times faster than torch's, and share of the memory limit"
+    title = "In short: ours, times faster than torch's, and share of the memory limit"
     return "\n".join([title, aligned(header, rows), *(f"  {left_out_text(entry)}" for entry in report.left_out)])
 
 
@@ -120,7 +126,7 @@ def host_cost_text(cost: HostCost) -> str:
         [label, *(number(curve.get(length), ",.1f") for length in lengths)] for label, curve in cost.step_us.items()
     ]
     title = f"host cost: lists of one-element tensors, {counted(cost.threads, 'thread')}"
-    ours = f"FusedMomentum: {cost.ns_per_tensor:.1f} ns for each tensor more, {cost.fixed_us:.1f} us whatever the list"
+    ours = f"{next(iter(cost.step_us))}: {cost.ns_per_tensor:.1f} ns for each tensor more, {cost.fixed_us:.1f} us whatever the list"
     return "\n".join([title, aligned(header, rows), f"  {ours}"])
 
 
@@ -168,7 +174,9 @@ def entry_text(entry: Entry) -> str:
 def header_text(report: Report) -> str:
     """The environment and the options that matter, one per line."""
     hyperparameters = ", ".join(
-        f"{key}={report.options[key]}" for key in ("lr", "momentum", "weight_decay", "nesterov")
+        f"{key}={report.options[key]}"
+        for key in ("rule", "lr", "momentum", "weight_decay", "nesterov")
+        if key in report.options
     )
     dtype = "each mode's dtypes" if report.options.get("precision") else "fp32 unless a workload says otherwise"
     lines = {**report.environment, "step": f"{dtype}, {hyperparameters}"}

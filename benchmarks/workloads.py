@@ -222,6 +222,8 @@ _BUILDERS: dict[str, Callable[[], Workload]] = {
     "small_1000x1024": lambda: same(1000, 1024),
     "small_5000x64": lambda: same(5000, 64),
     "small_200x16": lambda: same(200, 16),
+    "small_1000x64": lambda: same(1000, 64),
+    "small_300x64": lambda: same(300, 64),
     "groups_465": lambda: Workload(
         "groups_465",
         f"a detector at 1/{DETECTOR_DIVISOR} of its width, 465 groups",
@@ -255,6 +257,8 @@ EXPECTED: dict[str, tuple[int, int]] = {
     "small_1000x1024": (1000, 1_024_000),
     "small_5000x64": (5000, 320_000),
     "small_200x16": (200, 3_200),
+    "small_1000x64": (1000, 64_000),
+    "small_300x64": (300, 19_200),
     "groups_465": (465, 121_402),
     "groups_465_full": (465, 30_467_298),
     "gpt2_xl": (580, 1_557_611_200),
@@ -269,6 +273,9 @@ NOT_QUICK = ("gpt2_bf16", "gpt2_transposed", "resnet50_channels_last")
 
 FOR_GPUS = ("gpt2_xl", "llama3_8b", "moe_6000")
 """Only chosen by default on a GPU."""
+
+FOR_RULES = ("one_64m", "gpt2", "resnet50", "small_1000x1024", "small_1000x64", "small_300x64")
+"""Chosen by default with --rule; the last two only there."""
 
 
 def build(name: str) -> Workload:

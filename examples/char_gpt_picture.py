@@ -16,10 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from char_gpt_training import Run, Settings
+from char_gpt_training import ADAPTIVE, ADAPTIVE_LR, Run, Settings
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from picture_style import BLUE, GREEN, GRID, HALO, INK, ORANGE, QUIET, headline, style
+from picture_style import BLUE, GREEN, GRID, HALO, INK, ORANGE, PURPLE, QUIET, headline, style
 
 import momentum_ext
 
@@ -39,6 +39,8 @@ LOOKS = {
     "torch": Look(BLUE, "-", 4.5),
     "classical": Look(ORANGE, (0, (4, 1.6)), 1.6),
     "ema": Look(INK, (0, (1.2, 1.6)), 1.6),
+    "adamw": Look(PURPLE, "-", 1.8),
+    "nadam": Look(PURPLE, (0, (3, 1, 1, 1, 1, 1)), 1.6),
 }
 NESTEROV_LOOK = Look(GREEN, (0, (6, 1.5, 1.2, 1.5)), 1.6)
 
@@ -49,7 +51,9 @@ def look(settings: Settings) -> Look:
 
 
 def label(settings: Settings) -> str:
-    """ "torch", "torch, Nesterov"."""
+    """ "torch", "torch, Nesterov", "AdamW"."""
+    if adaptive := ADAPTIVE.get(settings.formulation):
+        return adaptive.__name__.removeprefix("Fused")
     return settings.formulation + ", Nesterov" * settings.nesterov
 
 
@@ -80,7 +84,8 @@ def final_loss(run: Run) -> float:
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Writes the picture. The second panel needs a run with torch's form, without Nesterov, to compare with."""
     base = next((run for run in runs if run.settings.name == "torch"), None)
-    others = [run for run in runs if run is not base] if base else []
+    others = [run for run in runs if run is not base and run.settings.formulation not in ADAPTIVE] if base else []
+    adaptive = any(run.settings.formulation in ADAPTIVE for run in runs)
     figure, panels = plt.subplots(
         1, 1 + bool(others), figsize=(13.5, 6.2), squeeze=False,
         width_ratios=(1.15, 1)[: 1 + bool(others)],
@@ -91,10 +96,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     settings = first.settings
     headline(
         figure,
-        "A small GPT learns Python's standard library, with each form of momentum",
+        "A small GPT learns Python's standard library, with each form of momentum" + ", AdamW and NAdam" * adaptive,
         f"{parameters:,} parameters, {settings.steps:,} steps of {settings.batch} x {settings.context} characters, "
         f"{len(first.corpus.train):,} characters of source; momentum {settings.momentum:g}, one cycle of the learning "
-        f"rate up to {settings.lr:g}\n(ema: divided by 1 - momentum); the same weights and batches in all runs. "
+        f"rate up to {settings.lr:g}\n(ema: divided by 1 - momentum{f'; AdamW and NAdam: {ADAPTIVE_LR:g}' * adaptive}); the same weights and batches in all runs. "
         f"torch {torch.__version__}; momentum_ext {momentum_ext.__version__}",
     )
     draw_losses(panels[0, 0], runs)

@@ -1,4 +1,4 @@
-"""How train_char_gpt.py trains: one run for each form of momentum, and checkpoints from which a killed run goes on.
+"""How train_char_gpt.py trains: one run for each form of momentum and each adaptive rule, and checkpoints from which a killed run goes on.
 
 A run that was killed and resumed gives the losses of a run that was not, bit for bit: a checkpoint holds everything
 that the next step depends on, and is replaced in one piece or not at all.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ from char_gpt_model import CharGPT
 from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
 
-from momentum_ext import FusedMomentum
+from momentum_ext import FusedAdamW, FusedMomentum, FusedNAdam
 
-FORMULATIONS = ("torch", "classical", "ema")
+ADAPTIVE = {"adamw": FusedAdamW, "nadam": FusedNAdam}
+ADAPTIVE_LR = 3e-3
+"""Their peak learning rate; it was not searched for."""
+
+FORMULATIONS = ("torch", "classical", "ema", *ADAPTIVE)
 VALIDATION_SEED = 1
 """Validation sees the same pieces of text in every run and at every step."""
 
@@ -60,6 +64,8 @@ class Settings:
     @property
     def formulation_lr(self) -> float:
         """The peak in the formulation's own units: an average of gradients is 1 - momentum times their sum."""
+        if self.formulation in ADAPTIVE:
+            return ADAPTIVE_LR
         return self.lr / (1 - self.momentum) if self.formulation == "ema" else self.lr
 
 
@@ -70,7 +76,7 @@ class Run:
     settings: Settings
     corpus: Corpus
     model: CharGPT
-    optimizer: FusedMomentum
+    optimizer: FusedMomentum | FusedAdamW | FusedNAdam
     schedule: OneCycleLR
     generator: torch.Generator
     """Draws the batches; its state is the position in the data."""
@@ -91,13 +97,16 @@ class Run:
         torch.manual_seed(settings.seed)
         model = CharGPT(len(char_gpt_data.ALPHABET), settings.context, settings.width, settings.heads, settings.layers)
         model = wrap(model)
-        optimizer = make_optimizer(
-            model.parameters(),
-            lr=settings.formulation_lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            formulation=settings.formulation,
-        )
+        if adaptive := ADAPTIVE.get(settings.formulation):
+            optimizer = adaptive(model.parameters(), lr=settings.formulation_lr, betas=(settings.momentum, 0.999))
+        else:
+            optimizer = make_optimizer(
+                model.parameters(),
+                lr=settings.formulation_lr,
+                momentum=settings.momentum,
+                nesterov=settings.nesterov,
+                formulation=settings.formulation,
+            )
         schedule = OneCycleLR(
             optimizer, settings.formulation_lr, total_steps=settings.steps + 1, pct_start=0.1, cycle_momentum=False
         )
@@ -142,8 +151,9 @@ class Run:
     def evaluating(self) -> Iterator[None]:
         """With Nesterov's momentum the parameters stand at the look-ahead point in training; here they leave it."""
         self.model.eval()
+        iterates = self.optimizer.iterate_weights if isinstance(self.optimizer, FusedMomentum) else nullcontext
         try:
-            with self.optimizer.iterate_weights():
+            with iterates():
                 yield
         finally:
             self.model.train()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a small GPT on the sources of Python's standard library, once with each form of momentum.
+"""Trains a small GPT on the sources of Python's standard library, once with each form of momentum, AdamW and NAdam.
 
     python examples/train_char_gpt.py            several minutes; needs matplotlib and tqdm
     python examples/train_char_gpt.py --quick    seconds, and nothing learned
@@ -24,7 +24,7 @@ import char_gpt_picture
 import char_gpt_training
 import torch
 from char_gpt_data import Corpus
-from char_gpt_training import FORMULATIONS, Run, Settings
+from char_gpt_training import ADAPTIVE, FORMULATIONS, Run, Settings
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--formulation", nargs="+", choices=FORMULATIONS,
-        help="the forms to train (default: all without Nesterov, and torch's with it)",
+        help="the forms and rules to train (default: all without Nesterov, and torch's form with it)",
     )  # fmt: skip
     parser.add_argument(
         "--nesterov", action="store_true", help="with Nesterov's momentum (torch's form, if none is named)"
@@ -128,7 +128,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     if options.steps is not None:
         common = replace(common, steps=options.steps)
     if options.formulation is None and not options.nesterov:
-        chosen = [*((name, False) for name in FORMULATIONS), ("torch", True)]
+        chosen = [(name, False) for name in FORMULATIONS if name not in ADAPTIVE]
+        chosen += [("torch", True), *((name, False) for name in ADAPTIVE)]
+    elif options.nesterov and not ADAPTIVE.keys().isdisjoint(options.formulation or ()):
+        parser.error("--nesterov: is a form of momentum; NAdam has it without")
     else:
         chosen = [(name, options.nesterov) for name in options.formulation or ["torch"]]
     return options, [replace(common, formulation=name, nesterov=nesterov) for name, nesterov in chosen]

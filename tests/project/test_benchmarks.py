@@ -94,7 +94,7 @@ def test_what_fits_into_80_gb_is_known_before(programs, monkeypatch):
 
     assert room("llama3_8b", 84) == 1
     assert room("gpt2_xl", 84) == 3
-    assert room("gpt2", 84) == 1 + len(measure.CONTENDERS)
+    assert room("gpt2", 84) > len(measure.CONTENDERS)
     with pytest.raises(NotRun, match=r"not run: it needs 52.5 GB of memory, 50.0 are free"):
         room("llama3_8b", 50)
 
