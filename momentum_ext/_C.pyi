@@ -46,7 +46,7 @@ class PreparedStep:
 class Plan:
     """What a step needs to know about every parameter, built once and brought up to date by comparing."""
 
-    def __init__(self, rule: str) -> None: ...
+    def __init__(self, rule: str, name: str) -> None: ...
     def step(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], all_by_torch: bool = False
     ) -> PreparedStep | None:

@@ -104,9 +104,9 @@ class FusedOptimizer(StatefulOptimizer):
         hooks, GradScaler's attributes, ``differentiable=True``, an edited formulation and a parameter that is listed
         twice are left to the eager step between two graphs; with ``fullgraph=True`` torch's error says which it was.
 
-        While ``torch.profiler`` is active, each step has a range ``FusedMomentum.step: N bytes``: N bytes must move, to
-        read parameter, gradient and momentum buffer (which a tensor's first step does not read), write parameter and
-        buffer, and read and write the average. It counts what the kernels update, not what is left to torch.
+        While ``torch.profiler`` is active, each step has a range ``FusedMomentum.step: N bytes``, by the class's name: N
+        bytes must move, to read parameter, gradient and states (momentum's buffer is not read in a tensor's first
+        step), write parameter and states, and read and write the average. It counts what the kernels update, not what is left to torch.
 
         Returns:
             The closure's loss, or None.

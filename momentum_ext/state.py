@@ -79,7 +79,7 @@ class StatefulOptimizer(Optimizer):
     def _start(self) -> None:
         """What is not part of the state."""
         before = self.__dict__.get("_plan")
-        self._plan = _C.Plan(self._rule)
+        self._plan = _C.Plan(self._rule, type(self).__name__)
         if before is not None:  # other ranks go on agreeing with this one
             self._plan.redistributing_meshes = before.redistributing_meshes
         self._plan.adopt(self.param_groups)

@@ -90,7 +90,7 @@ void define_steps(py::module_& m) {
            })
       .def("__exit__", [](PreparedStep& step, const py::args&) { step.discard(); });
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
-      .def(py::init<const std::string&>(), py::arg("rule"))
+      .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("name"))
       .def("step", &step, py::arg("param_groups"), py::arg("state"),
            py::arg("all_by_torch") = false)
       // Apart from step(), to which more arguments would cost a tenth of a microsecond.

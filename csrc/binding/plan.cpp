@@ -7,8 +7,10 @@
 
 namespace momentum_ext::binding {
 
-Plan::Plan(const std::string& rule_name)
-    : rule(make_rule_groups(rule_name)), spare_vectors(std::make_unique<StepVectors>()) {}
+Plan::Plan(const std::string& rule_name, std::string name_)
+    : name(std::move(name_)),
+      rule(make_rule_groups(rule_name)),
+      spare_vectors(std::make_unique<StepVectors>()) {}
 Plan::~Plan() = default;
 
 void Plan::compare(const py::list& param_groups, const py::dict& state) {

@@ -36,7 +36,8 @@ struct StepVectors;
 class Plan : public std::enable_shared_from_this<Plan> {
  public:
   // `rule`: see make_rule_groups().
-  explicit Plan(const std::string& rule);
+  // `name`: the optimizer's, for profilers.
+  Plan(const std::string& rule, std::string name);
   ~Plan();
 
   // Brings the plan up to the optimizer's groups, parameter lists and state.
@@ -65,6 +66,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
     return slot.formulation != reader(slot).formulation();
   }
 
+  const std::string name;
   StepMutex mutex;
 
   // The groups, as they were read in this step.

@@ -169,7 +169,7 @@ void PreparedStep::run(const Numbers& numbers) {
   if (at::hasCallbacks()) {
     range.emplace(at::RecordScope::USER_SCOPE);
     const int64_t bytes = range->isActive() ? bytes_to_move(plan, vectors_->averages) : 0;
-    if (range->isActive()) range->before("FusedMomentum.step: " + std::to_string(bytes) + " bytes");
+    if (range->isActive()) range->before(plan.name + ".step: " + std::to_string(bytes) + " bytes");
   }
   bump_versions();
   plan.rule->prepare_rows();

@@ -16,11 +16,14 @@ int64_t bytes_to_move(const Plan& plan, const StepAverages& averages) {
     }
     if (entry.average != nullptr) per_element += 2 * itemsize(entry.param_dtype);
     if (const LowPrecision* const low = entry.low_precision; low != nullptr) {
-      if (low->master_kind != Master::kNone) {
-        per_element += low->master_kind == Master::kRemainder ? 4 : 8;
+      const Master master = low->master_kind;
+      per_element += master == Master::kNone            ? 0
+                     : master == Master::kByteRemainder ? 2
+                     : master == Master::kRemainder     ? 4
+                                                        : 8;
+      for (const ScaleBits* const scale : low->scale) {
+        if (scale != nullptr) bytes += (entry.is_first_step ? 2 : 4) * num_scales(entry.numel);
       }
-      if (low->scale[0] != nullptr)
-        bytes += (entry.is_first_step ? 2 : 4) * num_scales(entry.numel);
     }
     bytes += per_element * entry.numel;
   }

@@ -8,16 +8,24 @@ import pytest
 import torch
 from values import in_layout
 
-from momentum_ext import FusedMomentum
+from momentum_ext import FusedAdamW, FusedMomentum, FusedNAdam
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 
 
-def warm(shapes, dtype=torch.float32, layout="contiguous", grad_layout="contiguous"):
+def momentum(params):
+    return FusedMomentum(params, **HYPER)
+
+
+def adamw(params):
+    return FusedAdamW(params, amsgrad=True, state_dtype={"exp_avg": "float32"})
+
+
+def warm(shapes, dtype=torch.float32, layout="contiguous", grad_layout="contiguous", make=momentum):
     params = [torch.nn.Parameter(in_layout(torch.randn(shape).to(dtype), layout)) for shape in shapes]
     for param in params:
         param.grad = in_layout(torch.randn(param.shape).to(dtype) * 1e-6, grad_layout)
-    opt = FusedMomentum(params, **HYPER)
+    opt = make(params)
     for _ in range(5):
         opt.step()
     return opt
@@ -31,6 +39,8 @@ CASES = {
     "fp64": lambda: warm([(1000,)] * 30, torch.float64),
     "permuted": lambda: warm([(30, 40)] * 30, layout="permuted", grad_layout="permuted"),
     "strided": lambda: warm([(30, 40)] * 30, layout="column", grad_layout="permuted"),
+    "adamw": lambda: warm([(17,)] * 500, make=adamw),
+    "nadam": lambda: warm([(70_001,), (300, 300), (5,)], make=FusedNAdam),
     "complex": lambda: warm([(300,)] * 30, torch.complex64),
 }
 

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import SWALR, AveragedModel
 
-from momentum_ext import FusedMomentum
+from momentum_ext import FusedAdamW, FusedMomentum
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
@@ -410,6 +410,17 @@ def test_profiler_range_of_16_bit():
     with torch.profiler.profile() as profile:
         opt.step()
     assert "FusedMomentum.step: 330 bytes" in [event.name for event in profile.events()]
+
+
+def test_profiler_range_of_adamw_in_8_bits():
+    """Parameter, gradient, 8 more bits of the parameter, two states of a byte, each with two bytes for 32 elements."""
+    param = torch.nn.Parameter(torch.randn(64).bfloat16())
+    param.grad = torch.randn(64).bfloat16()
+    opt = FusedAdamW([param], lr=0.1, state_dtype="int8", master_weights=24)
+    with torch.profiler.profile() as profile:
+        opt.step()
+    bytes_moved = 64 * (2 * 2 + 2 + 2 * 1 + 2 * 2) + 2 * 2 * (64 // 32) * 2
+    assert f"FusedAdamW.step: {bytes_moved} bytes" in [event.name for event in profile.events()]
 
 
 def test_results_under_the_profiler():
