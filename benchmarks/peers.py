@@ -1,4 +1,4 @@
-"""What stands beside another rule's step, for --rule: FusedMomentum, and 8-bit AdamW of other packages where installed."""
+"""What stands beside another rule's step, for --rule: FusedMomentum, and 8-bit AdamW of other packages."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ def host_cost_text(cost: HostCost) -> str:
         [label, *(number(curve.get(length), ",.1f") for length in lengths)] for label, curve in cost.step_us.items()
     ]
     title = f"host cost: lists of one-element tensors, {counted(cost.threads, 'thread')}"
-    ours = f"{next(iter(cost.step_us))}: {cost.ns_per_tensor:.1f} ns for each tensor more, {cost.fixed_us:.1f} us whatever the list"
-    return "\n".join([title, aligned(header, rows), f"  {ours}"])
+    ours = f"{cost.ns_per_tensor:.1f} ns for each tensor more, {cost.fixed_us:.1f} us whatever the list"
+    return "\n".join([title, aligned(header, rows), f"  {next(iter(cost.step_us))}: {ours}"])
 
 
 MODE_HEADER = ("mode", "ms", "IQR", "GB/s", "of limit", "B moved", "B state", "vs fp32")

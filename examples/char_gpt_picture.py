@@ -91,6 +91,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         width_ratios=(1.15, 1)[: 1 + bool(others)],
         gridspec_kw={"left": 0.045, "right": 0.985, "top": 0.73, "bottom": 0.085, "wspace": 0.14},
     )  # fmt: skip
+    adaptive_lr = f"; AdamW and NAdam: {ADAPTIVE_LR:g}" * adaptive
     first = runs[0]
     parameters = sum(parameter.numel() for parameter in first.model.parameters())
     settings = first.settings
@@ -99,8 +100,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         "A small GPT learns Python's standard library, with each form of momentum" + ", AdamW and NAdam" * adaptive,
         f"{parameters:,} parameters, {settings.steps:,} steps of {settings.batch} x {settings.context} characters, "
         f"{len(first.corpus.train):,} characters of source; momentum {settings.momentum:g}, one cycle of the learning "
-        f"rate up to {settings.lr:g}\n(ema: divided by 1 - momentum{f'; AdamW and NAdam: {ADAPTIVE_LR:g}' * adaptive}); the same weights and batches in all runs. "
-        f"torch {torch.__version__}; momentum_ext {momentum_ext.__version__}",
+        f"rate up to {settings.lr:g}\n(ema: divided by 1 - momentum{adaptive_lr}); the same weights and batches in all "
+        f"runs. torch {torch.__version__}; momentum_ext {momentum_ext.__version__}",
     )
     draw_losses(panels[0, 0], runs)
     if base and others:

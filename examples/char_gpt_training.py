@@ -1,4 +1,4 @@
-"""How train_char_gpt.py trains: one run for each form of momentum and each adaptive rule, and checkpoints from which a killed run goes on.
+"""How train_char_gpt.py trains: one run for each form of momentum, AdamW and NAdam, and checkpoints to go on from.
 
 A run that was killed and resumed gives the losses of a run that was not, bit for bit: a checkpoint holds everything
 that the next step depends on, and is replaced in one piece or not at all.

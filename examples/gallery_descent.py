@@ -1,4 +1,4 @@
-"""How gallery.py descends: three methods, all of them FusedMomentum, and what theory says of them."""
+"""How gallery.py descends: three methods that are FusedMomentum, Adam and NAdam, and what theory says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from momentum_ext import FusedMomentum
+from momentum_ext import FusedAdam, FusedMomentum, FusedNAdam
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Method:
     momentum: float = 0.0
     nesterov: bool = False
 
-    def optimizer(self, parameter: Tensor) -> FusedMomentum:
+    def optimizer(self, parameter: Tensor) -> torch.optim.Optimizer:
         """The optimizer of one tensor."""
         return FusedMomentum([parameter], lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
@@ -30,9 +30,19 @@ class Method:
         return f"lr {self.lr:.2g}" + (f", momentum {self.momentum:.3g}" if self.momentum else "")
 
 
+class Adaptive(Method):
+    """Adam; with Nesterov's momentum NAdam. beta1 is the momentum, all else as torch has it."""
+
+    def optimizer(self, parameter: Tensor) -> torch.optim.Optimizer:
+        """The optimizer of one tensor."""
+        return (FusedNAdam if self.nesterov else FusedAdam)([parameter], lr=self.lr, betas=(self.momentum, 0.999))
+
+
 GRADIENT_DESCENT = "Gradient descent"
 MOMENTUM = "Momentum"
 NESTEROV = "Nesterov"
+ADAM = "Adam"
+NADAM = "NAdam"
 SMALLER_STEPS = "Gradient descent, smaller steps"
 """Gradient descent a second time, where there are two learning rates to show."""
 
@@ -44,6 +54,11 @@ def alike(lr: float, momentum: float = 0.9) -> tuple[Method, Method, Method]:
         Method(MOMENTUM, lr, momentum),
         Method(NESTEROV, lr, momentum, nesterov=True),
     )
+
+
+def adaptive(lr: float) -> tuple[Adaptive, Adaptive]:
+    """Adam and NAdam at one learning rate."""
+    return Adaptive(ADAM, lr, 0.9), Adaptive(NADAM, lr, 0.9, nesterov=True)
 
 
 def best(smallest: float, largest: float) -> tuple[Method, Method, Method]:

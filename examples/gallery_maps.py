@@ -35,13 +35,19 @@ class Card(NamedTuple):
 
 
 def draw_landscape(landscape: Landscape, paths: Sequence[Path], steps: int, card: Card, path: FilePath) -> None:
-    """Three maps with the first steps of each method, and below the losses of the whole descents."""
+    """A map with the first steps of each method, three or two in a row, and below the losses of the whole descents."""
+    columns = 3 if len(paths) % 3 == 0 else 2
+    rows = len(paths) // columns
+    maps: list[Any] = [[str(row * columns + column) for column in range(columns)] for row in range(rows)]
     figure, panels = plt.subplot_mosaic(
-        [["0", "1", "2"], ["losses", "losses", "losses"]],
-        figsize=(13.5, 9.2),
-        height_ratios=(1.75, 1),
-        gridspec_kw={"left": 0.045, "right": 0.985, "top": 0.815, "bottom": 0.065, "hspace": 0.32, "wspace": 0.05},
-    )
+        [*maps, ["losses"] * columns],
+        figsize=(13.5, 9.2 + 5.2 * (rows - 1)),
+        height_ratios=(*[1.75] * rows, 1 if rows == 1 else 1.4),
+        gridspec_kw={
+            "left": 0.045, "right": 0.985, "top": 0.815 if rows == 1 else 0.88, "bottom": 0.065 if rows == 1 else 0.045,
+            "hspace": 0.32, "wspace": 0.05,
+        },
+    )  # fmt: skip
     headline(figure, card.title, card.subtitle)
     for place, descent in enumerate(paths):
         axes = panels[str(place)]

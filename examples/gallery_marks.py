@@ -15,12 +15,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from gallery_descent import GRADIENT_DESCENT, MOMENTUM, NESTEROV, SMALLER_STEPS
+from gallery_descent import ADAM, GRADIENT_DESCENT, MOMENTUM, NADAM, NESTEROV, SMALLER_STEPS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
-from picture_style import BLUE, GREEN, GRID, HALO, ORANGE, QUIET
+from picture_style import BLUE, CRIMSON, GREEN, GRID, HALO, ORANGE, PURPLE, QUIET
 from PIL import Image
 
 
@@ -36,6 +36,8 @@ LOOKS = {
     GRADIENT_DESCENT: Look(ORANGE, (0, (4, 1.6)), "o"),
     MOMENTUM: Look(BLUE, "-", "s"),
     NESTEROV: Look(GREEN, (0, (6, 1.5, 1.2, 1.5)), "D"),
+    ADAM: Look(PURPLE, "-", "^"),
+    NADAM: Look(CRIMSON, (0, (6, 1.5, 1.2, 1.5)), "v"),
     SMALLER_STEPS: Look(QUIET, (0, (1.2, 1.2)), "v"),
 }
 COLORS = 192

@@ -13,6 +13,7 @@ BLUE = "#0b4f8a"
 ORANGE = "#c8641b"
 GREEN = "#3f8f5b"
 PURPLE = "#7b4fa3"
+CRIMSON = "#a8324a"
 GRAY = "#8c8c8c"
 HALO = [withStroke(linewidth=3.5, foreground="white")]
 """Drawn around labels, so that no line runs through them."""

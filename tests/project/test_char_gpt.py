@@ -10,7 +10,14 @@ from harness import ROOT, run_program
 EXAMPLES = ROOT / "examples"
 STEPS = 30
 CHECKPOINT_EVERY = 8
-RUNS = ("torch", "classical", "ema", "torch-nesterov")
+RUNS = {
+    "torch": "torch",
+    "classical": "classical",
+    "ema": "ema",
+    "torch-nesterov": "torch, Nesterov",
+    "adamw": "AdamW",
+    "nadam": "NAdam",
+}
 
 # Kills itself after so many of its own steps, or when it is about to move so many checkpoints of a run into place.
 PROGRAM = f"""
@@ -56,7 +63,7 @@ def test_killed_and_resumed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = train(whole)
     assert result.returncode == 0, result.stderr
-    assert all(f"---- {name.replace('-n', ', N')} writes ----" in result.stdout for name in RUNS), result.stdout
+    assert all(f"---- {label} writes ----" in result.stdout for label in RUNS.values()), result.stdout
     assert (whole / "char_gpt.png").stat().st_size > 10_000
 
     # In the second run, between two checkpoints.
