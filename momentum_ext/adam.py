@@ -13,12 +13,58 @@ from torch.optim.optimizer import ParamsT, _get_scalar_dtype
 from momentum_ext.checkpoint import as_torch_state_dict
 from momentum_ext.fused import FusedOptimizer
 from momentum_ext.keys import OPTIONS
+from momentum_ext.rule_operator import RULES, TracedRule
 
 __all__ = ["FusedAdam", "FusedAdamW", "StateDtype"]
 
 StateDtype = torch.dtype | str | dict[str, torch.dtype | str | None] | None
 
 _STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def _states_of(group: dict[str, Any]) -> tuple[str, ...]:
+    return _STATES if group["amsgrad"] else _STATES[:2]
+
+
+def _update_by_torch(group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    """Of one tensor, which on a first step has no state."""
+    if grad.is_sparse:
+        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+    states = _states_of(group)
+    if states[0] not in state:
+        device = param.device if group["capturable"] else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=device)
+        for key in states:
+            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    adam(
+        [param],
+        [grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [state["max_exp_avg_sq"]] if group["amsgrad"] else [],
+        [state["step"]],
+        foreach=False,
+        fused=False,
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        has_complex=param.is_complex(),
+        amsgrad=group["amsgrad"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+    )
+
+
+RULES["adam"] = TracedRule(
+    ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
+    _states_of,
+    {"step": 0.0},
+    _update_by_torch,
+)
 
 
 class FusedAdam(FusedOptimizer, Adam):
@@ -143,40 +189,8 @@ class FusedAdam(FusedOptimizer, Adam):
         """
         return as_torch_state_dict(self.state_dict(), self._options)
 
-    @staticmethod
-    def _states_of(group: dict[str, Any]) -> tuple[str, ...]:
-        return _STATES if group["amsgrad"] else _STATES[:2]
-
-    def _update_by_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        if grad.is_sparse:
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        states = self._states_of(group)
-        if states[0] not in state:
-            device = param.device if group["capturable"] else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=device)
-            for key in states:
-                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        adam(
-            [param],
-            [grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [state["max_exp_avg_sq"]] if group["amsgrad"] else [],
-            [state["step"]],
-            foreach=False,
-            fused=False,
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-            has_complex=param.is_complex(),
-            amsgrad=group["amsgrad"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-        )
+    _states_of = staticmethod(_states_of)
+    _update_by_torch = staticmethod(_update_by_torch)
 
 
 class FusedAdamW(FusedAdam, AdamW):

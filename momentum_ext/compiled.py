@@ -21,6 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from momentum_ext import operators  # noqa: F401  # registers them
 from momentum_ext.averaging import UpdateCount
+from momentum_ext.compiled_rule import rule_step, why_not
 from momentum_ext.keys import AVERAGE, BUFFER, BUFFER_FORMULATION, MASTER, REMAINDER, SCALE
 from momentum_ext.precision import uses_low_precision
 
@@ -58,7 +59,12 @@ def step(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any
     reason = _why_not(optimizer, args, kwargs)
     if reason is not None:
         return _EAGER_STEPS[reason](optimizer, args, kwargs)
-    return _step(optimizer)
+    if optimizer._rule == "sgd":
+        return _step(optimizer)
+    if optimizer.max_grad_norm is not None:
+        optimizer._traced.grad_norm = _clip(optimizer, optimizer.max_grad_norm, 2.0, False)
+    rule_step(optimizer, optimizer._grad_factor.traced)
+    return _clear_factor(optimizer)
 
 
 @torch.no_grad()
@@ -215,7 +221,7 @@ def _tensor(value: Any) -> Tensor | None:
 # ----------------------------------------------------------------------------------- what is left to the eager step
 
 _REASONS = {
-    "rule": "its rule has no operator for graphs",
+    "rule": "averages of the weights have no operator beside this rule",
     "closure": "a closure is called by the eager step",
     "hooks": "step hooks are called by the eager step",
     "scaler": "a GradScaler has left grad_scale or found_inf on the optimizer",
@@ -235,8 +241,6 @@ _REASONS = {
 def _why_not(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """A key of _REASONS where no graph can be made of the step."""
     groups = optimizer.__dict__["param_groups"]
-    if optimizer._rule != "sgd":
-        return "rule"
     if args or kwargs:
         return "closure"
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
@@ -254,23 +258,30 @@ def _why_not(optimizer: FusedOptimizer, args: tuple[Any, ...], kwargs: dict[str,
         return "clipped"
     if optimizer.ema_decay is not None and optimizer._traced.ema_count.is_on_device:
         return "count"
-    if any(map(uses_low_precision, groups)) or _has_other_state(optimizer):
+    if any(map(uses_low_precision, groups)) or (optimizer._rule == "sgd" and _has_other_state(optimizer)):
         return "options"
     if any(group.get("formulation", "torch") != group.get(BUFFER_FORMULATION, "torch") for group in groups):
         return "formulation"
     if all(_is_number(group["lr"]) and group["lr"] == 0 for group in groups):
         return "idle"
-    for group in groups:
-        if not (_is_number(group["momentum"]) and _is_number(group["dampening"])):
-            return "hyperparameters"
-        if not (_is_plain(group["lr"]) and _is_plain(group["weight_decay"])):
-            return "hyperparameters"
+    reason = _why_not_momentum(groups) if optimizer._rule == "sgd" else why_not(optimizer, groups)
+    if reason is not None:
+        return reason
     seen = set()
     for group in groups:
         for param in group["params"]:
             if param in seen:
                 return "repeated"
             seen.add(param)
+    return None
+
+
+def _why_not_momentum(groups: list[dict[str, Any]]) -> str | None:
+    for group in groups:
+        if not (_is_number(group["momentum"]) and _is_number(group["dampening"])):
+            return "hyperparameters"
+        if not (_is_plain(group["lr"]) and _is_plain(group["weight_decay"])):
+            return "hyperparameters"
     return None
 
 

@@ -50,7 +50,8 @@ class _Numbers:
 class FusedOptimizer(StatefulOptimizer):
     """The steps of our optimizers, apart from torch's own path."""
 
-    def _update_by_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    @staticmethod
+    def _update_by_torch(group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         """Torch's own update of one tensor and its state, which on a first step has nothing."""
         raise NotImplementedError
 
@@ -104,9 +105,10 @@ class FusedOptimizer(StatefulOptimizer):
         hooks, GradScaler's attributes, ``differentiable=True``, an edited formulation and a parameter that is listed
         twice are left to the eager step between two graphs; with ``fullgraph=True`` torch's error says which it was.
 
-        While ``torch.profiler`` is active, each step has a range ``FusedMomentum.step: N bytes``, by the class's name: N
-        bytes must move, to read parameter, gradient and states (momentum's buffer is not read in a tensor's first
-        step), write parameter and states, and read and write the average. It counts what the kernels update, not what is left to torch.
+        While ``torch.profiler`` is active, each step has a range ``FusedMomentum.step: N bytes``, by the class's name.
+        N bytes must move, to read parameter, gradient and states (momentum's buffer is not read in a tensor's first
+        step), write parameter and states, and read and write the average. It counts what the
+        kernels update, not what is left to torch.
 
         Returns:
             The closure's loss, or None.

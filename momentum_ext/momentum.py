@@ -269,5 +269,4 @@ class FusedMomentum(FusedOptimizer, SGD):
         momentum = group["momentum"]
         return (BUFFER,) if isinstance(momentum, Tensor) or momentum != 0 else ()
 
-    def _update_by_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        update_by_torch(group, param, grad, state)
+    _update_by_torch = staticmethod(update_by_torch)

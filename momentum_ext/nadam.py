@@ -14,8 +14,53 @@ from momentum_ext.adam import StateDtype
 from momentum_ext.checkpoint import as_torch_state_dict
 from momentum_ext.fused import FusedOptimizer
 from momentum_ext.keys import OPTIONS
+from momentum_ext.rule_operator import RULES, TracedRule
 
 __all__ = ["FusedNAdam"]
+
+
+def _states_of(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq")
+
+
+def _update_by_torch(group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    """Of one tensor, which on a first step has no state."""
+    if grad.is_sparse:
+        raise RuntimeError("NAdam does not support sparse gradients")
+    if "exp_avg" not in state:
+        device = param.device if group["capturable"] else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=device)
+        state["mu_product"] = torch.ones((), dtype=_get_scalar_dtype(), device=device)
+        for key in _states_of(group):
+            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    nadam(
+        [param],
+        [grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [state["mu_product"]],
+        [state["step"]],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        foreach=False,
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        has_complex=param.is_complex(),
+        maximize=group["maximize"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        momentum_decay=group["momentum_decay"],
+        eps=group["eps"],
+    )
+
+
+RULES["nadam"] = TracedRule(
+    ("lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled_weight_decay"),
+    _states_of,
+    {"step": 0.0, "mu_product": 1.0},
+    _update_by_torch,
+)
 
 
 class FusedNAdam(FusedOptimizer, NAdam):
@@ -112,36 +157,5 @@ class FusedNAdam(FusedOptimizer, NAdam):
         """The state as torch.optim.NAdam takes it, see :meth:`FusedAdam.torch_state_dict`."""
         return as_torch_state_dict(self.state_dict(), self._options)
 
-    @staticmethod
-    def _states_of(group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
-    def _update_by_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        if grad.is_sparse:
-            raise RuntimeError("NAdam does not support sparse gradients")
-        if "exp_avg" not in state:
-            device = param.device if group["capturable"] else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=device)
-            state["mu_product"] = torch.ones((), dtype=_get_scalar_dtype(), device=device)
-            for key in self._states_of(group):
-                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        nadam(
-            [param],
-            [grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [state["mu_product"]],
-            [state["step"]],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            foreach=False,
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-            has_complex=param.is_complex(),
-            maximize=group["maximize"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum_decay=group["momentum_decay"],
-            eps=group["eps"],
-        )
+    _states_of = staticmethod(_states_of)
+    _update_by_torch = staticmethod(_update_by_torch)

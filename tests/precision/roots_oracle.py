@@ -16,7 +16,7 @@ LARGEST = cut(F32(2.0**64) / TOP)[0]
 
 
 def quantize(values: np.ndarray, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 codes, and the scales as bytes, [blocks, 2]). `random`: 16 bits for each element of all blocks, whole ones."""
+    """(uint8 codes, the scales as bytes, [blocks, 2]). `random`: 16 bits for each element of all blocks, whole ones."""
     blocks = np.zeros((-(-len(values) // BLOCK), BLOCK), F32)
     blocks.reshape(-1)[: len(values)] = values
     blocks = np.abs(blocks)

@@ -1,4 +1,4 @@
-"""Second moments in 8 bits, by the kernels of every instruction set and by torch's operators, against an oracle in NumPy."""
+"""Second moments in 8 bits, by the kernels of every instruction set and by torch's operators, against a NumPy oracle."""
 
 import ctypes
 import shutil
@@ -183,7 +183,9 @@ def test_the_error_is_half_a_gap_of_the_roots():
     top = roots.max(1, keepdims=True)
     gap = top / TOP * (np.sqrt(385**2 + 4 * roots / top * TOP) + 3)
     is_small = roots < top / TOP * LEVELS[1] / 2  # not 0
-    assert (np.abs(roots - found) <= np.where(is_small, 1.002 * top * LEVELS[1] / TOP, gap / 2) + roots * 2.0**-8.9).all()
+    assert (
+        np.abs(roots - found) <= np.where(is_small, 1.002 * top * LEVELS[1] / TOP, gap / 2) + roots * 2.0**-8.9
+    ).all()
 
 
 def test_random_rounding_has_the_right_mean():

@@ -489,14 +489,56 @@ def test_memory_summary_counts_what_a_step_allocates():
 
 
 @EACH_RULE
-def test_under_torch_compile_the_step_is_eager(rule):
-    pair = rule.pair(params(), lr=0.01)
-    mine = torch.compile(lambda: pair.mine.step(), backend="eager")
-    for _ in range(3):
-        pair.new_grads()
-        mine()
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_under_torch_compile(rule, lr, backend):
+    """One graph for all steps after the first, whose state is there; the eager step goes on with what it has left."""
+    options = {"amsgrad": True} if rule.name == "adam" else {}
+    pair = rule.pair(params(), lr=lr, weight_decay=0.1, **options)
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters
+    counts.clear()
+    step = torch.compile(lambda: pair.mine.step(), backend=backend, fullgraph=True)
+    for _ in range(5):
+        pair.new_grads(missing={2})
+        step()
         pair.theirs.step()
         pair.check()
+    assert counts["stats"]["unique_graphs"] <= 3
+    pair.step(2)
+
+
+@EACH_RULE
+def test_a_norm_is_clipped_in_the_graph(rule):
+    values = params()
+    pairs = [[v.clone().requires_grad_() for v in values] for _ in range(2)]
+    opts = [rule.kind(mine, lr=0.01, max_grad_norm=1.0) for mine in pairs]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: opts[1].step(), backend="eager", fullgraph=True)
+    for _ in range(3):
+        for a, b in zip(*pairs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        opts[0].step()
+        compiled()
+        assert_all_same(*pairs)
+
+
+@EACH_RULE
+@pytest.mark.parametrize("options", [{"state_dtype": "int8"}, {"ema_decay": 0.9}], ids=str)
+def test_what_a_graph_leaves_to_the_eager_step(rule, options):
+    values = params()
+    pairs = [[v.clone().requires_grad_() for v in values] for _ in range(2)]
+    opts = [rule.kind(mine, lr=0.01, **options) for mine in pairs]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: opts[1].step(), backend="eager")
+    for _ in range(3):
+        for a, b in zip(*pairs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        opts[0].step()
+        compiled()
+        assert_all_same(*pairs)
 
 
 def test_fused_nadam_is_no_adam():
