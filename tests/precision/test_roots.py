@@ -1,4 +1,4 @@
-"""Second moments in 8 bits, by the kernels of every instruction set and by torch's operators, against a NumPy oracle."""
+"""Second moments in 8 bits, by every instruction set's kernels and by torch's operators, against a NumPy oracle."""
 
 import ctypes
 import shutil
