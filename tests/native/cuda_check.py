@@ -29,10 +29,10 @@ SOURCES = tuple(ROOT / f"csrc/cuda/{name}.cu" for name in NAMES)
 ARCHS = (80, 90, 100)
 FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
 
-# For each of three rules and two sizes of parameter, 16 flat kernels (half of them keep averages) and 2 strided, or 3 of
-# low-precision state (flat, strided, in double); an instance for each mode of a rule (Sgd has 7 of fp32 parameters and 13
-# of bf16, Adam 2 and 8, NAdam none); 4 norms; and by themselves record_settled and count_update and count_one, or
-# conclude_alone, or count_updates_of in float and in double.
+# For each of three rules and two sizes of parameter, 16 flat kernels (half of them keep averages) and 2 strided, or 3
+# of low-precision state (flat, strided, in double); an instance for each mode of a rule (Sgd has 7 of fp32 parameters
+# and 13 of bf16, Adam 2 and 8, NAdam none); 4 norms; and by themselves record_settled and count_update and count_one,
+# or conclude_alone, or count_updates_of in float and in double.
 NUM_KERNELS = {"step": 111, "low_precision": 18, "modes_fp32": 18, "modes_bf16": 42, "norm": 9, "count_updates": 2}
 NUM_WITHOUT_TABLE = {"step": 3, "norm": 1, "count_updates": 2}
 FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
@@ -44,8 +44,8 @@ STRIDED_REGISTERS = 48
 LOW_PRECISION_REGISTERS = 128  # two blocks at once; in double one, with as many registers as a thread can have
 LOW_PRECISION_DOUBLE_REGISTERS = 255
 MODE_REGISTERS = 64  # four blocks at once
-# Rules with several states have four or five operands in the place of three, and more coefficients. 64 leave four blocks
-# at once, whose threads have more loads on their way: 64 KB of a multiprocessor, as much as eight blocks of Sgd's.
+# Rules with several states have four or five operands in the place of three, and more coefficients. 64 leave four
+# blocks at once, whose threads have more loads on their way: 64 KB of a multiprocessor.
 MANY_FLAT_REGISTERS = 64
 MANY_STRIDED_REGISTERS = 64
 MANY_STRIDED_DOUBLE_REGISTERS = 128  # two blocks at once
