@@ -6,16 +6,19 @@
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
+#include <unordered_map>
 #include <vector>
 
-namespace momentum_ext::binding {
+#include "../step_scalars.h"
 
-constexpr int kMaxCounters = 2;
+namespace momentum_ext::binding {
 
 // Their values, and which are stored in fp64; the others are in fp32.
 struct Counters {
   double values[kMaxCounters] = {};
   bool is_double[kMaxCounters] = {};
+  double* derived =
+      nullptr;  // of counters on a device: see CountedOnDevice; their values are not known
 
   friend bool operator==(const Counters&, const Counters&) = default;
 };
@@ -26,7 +29,7 @@ struct CounterRow {
   static constexpr size_t kNoGroup = ~size_t{0};
   size_t group = kNoGroup;
   Counters before;
-  Counters after;  // this step
+  Counters after;        // this step
   bool is_used = false;  // in this step
 };
 
@@ -77,8 +80,20 @@ class CounterRows {
   std::vector<CounterRow> rows_;
 };
 
-// A counter of a tensor's state that the kernels' host reads: one number on the CPU in fp32 or fp64.
-bool is_counter(const at::Tensor& tensor);
+// Memory for what a device derives of its counters, for each slot of a plan. It stays, as a captured
+// graph may write there.
+class DerivedNumbers {
+ public:
+  double* of_slot(int16_t device, size_t slot, size_t num_slots);
+
+ private:
+  std::unordered_map<int16_t, at::Tensor> memory_;
+  std::vector<at::Tensor> outgrown_;
+};
+
+// A counter of a tensor's state that the host reads, or kernels on this device: one number in fp32 or
+// fp64.
+bool is_counter(const at::Tensor& tensor, int16_t device);
 
 inline double read_counter(const void* data, bool is_double) {
   return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);

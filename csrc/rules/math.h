@@ -92,7 +92,7 @@ MOMENTUM_EXT_INLINE opmath_t lerp(opmath_t step, opmath_t from, opmath_t to) {
 }
 // Of a weight of `to` above 0: what lerp() multiplies the distance with, rounded to opmath_t.
 template <typename opmath_t>
-opmath_t lerp_step(double weight) {
+MOMENTUM_EXT_INLINE opmath_t lerp_step(double weight) {
   const auto rounded = static_cast<opmath_t>(weight);
   return rounded < opmath_t{0.5} ? rounded : rounded - 1;
 }

@@ -54,17 +54,34 @@ struct NAdam {
     opmath_t step;
   };
 
+  // Where the counters are on a device, what is derived of them: see CountedOnDevice.
   struct OnDevice {
-    DeviceNumber none;  // all is known on the host
-    bool any() const { return false; }
+    const double* derived = nullptr;
+    bool any() const { return derived != nullptr; }
   };
+  static MOMENTUM_EXT_INLINE void keep_derived(const Coefficients<double>& c, double* derived) {
+    derived[0] = c.weight_decay;
+    derived[1] = c.bias;
+    derived[2] = c.grad_step;
+    derived[3] = c.step;
+  }
 
   struct Numbers {
     double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0, momentum_decay = 0;
     bool lr_is_float = false;  // torch computes with an fp32 tensor in fp32
     bool is_decoupled = false;
+    bool counts_on_device = false;  // of tensors on a device
+    DeviceNumber lr_on_device;      // there, in the place of lr
 
-    double mu(double step) const {
+    MOMENTUM_EXT_INLINE void read_on_device() {
+      if (lr_on_device.data == nullptr) return;
+      lr_is_float = lr_on_device.dtype != Dtype::kFloat64;
+      lr = visit_dtype<double>(lr_on_device.dtype, [this](auto type) -> double {
+        return load(*static_cast<const decltype(type)*>(lr_on_device.data));
+      });
+    }
+
+    MOMENTUM_EXT_INLINE double mu(double step) const {
       return beta1 * (1.0 - 0.5 * std::pow(0.96, step * momentum_decay));
     }
   };
@@ -72,15 +89,17 @@ struct NAdam {
   template <typename Reader>
   static bool read(Reader& group, Options& options, Numbers& numbers, OnDevice&) {
     bool maximize, capturable;
-    group.number("lr", numbers.lr, Reader::kOneElementTensor, nullptr, &numbers.lr_is_float);
+    group.optional_flag("capturable", capturable);
+    numbers.counts_on_device = capturable;
+    if (capturable && !group.is_on_device()) group.leave_to_torch();
+    group.number("lr", numbers.lr, Reader::kOneElementTensor,
+                 numbers.counts_on_device ? &numbers.lr_on_device : nullptr, &numbers.lr_is_float);
     group.pair("betas", numbers.beta1, numbers.beta2);
     group.number("eps", numbers.eps, Reader::kNumber);
     group.number("weight_decay", numbers.weight_decay, Reader::kNumber);
     group.number("momentum_decay", numbers.momentum_decay, Reader::kNumber);
     group.optional_flag("decoupled_weight_decay", numbers.is_decoupled);
     group.optional_flag("maximize", maximize);
-    group.optional_flag("capturable", capturable);
-    if (capturable) group.leave_to_torch();
     options.weight_decay = numbers.weight_decay == 0 ? WeightDecay::kNone
                            : numbers.is_decoupled    ? WeightDecay::kDecoupled
                                                      : WeightDecay::kL2;
@@ -88,13 +107,14 @@ struct NAdam {
   }
 
   // A product of two fp32 numbers is exact before it is rounded, as torch's is.
-  static void count(const Numbers& n, const bool* is_double, double* counters) {
+  static MOMENTUM_EXT_INLINE void count(const Numbers& n, const bool* is_double, double* counters) {
     counters[0] += 1;
     const double mu = n.mu(is_double[0] ? counters[0] : static_cast<float>(counters[0]));
     counters[1] *= is_double[1] ? mu : static_cast<float>(mu);
   }
 
-  static void prepare(const Numbers& n, const double* counters, Coefficients<double>& c) {
+  static MOMENTUM_EXT_INLINE void prepare(const Numbers& n, const double* counters,
+                                          Coefficients<double>& c) {
     const double step = counters[0];
     const double mu = n.mu(step);
     const double next_mu = n.mu(step + 1);
@@ -168,8 +188,14 @@ struct NAdam {
   }
 
   template <typename opmath_t, typename Read>
-  static MOMENTUM_EXT_INLINE void read_on_device(const OnDevice&, const Read&, Options&,
-                                                 Coefficients<opmath_t>&) {}
+  static MOMENTUM_EXT_INLINE void read_on_device(const OnDevice& numbers, const Read&, Options&,
+                                                 Coefficients<opmath_t>& c) {
+    if (numbers.derived == nullptr) return;
+    c.weight_decay = static_cast<opmath_t>(numbers.derived[0]);
+    c.bias = static_cast<opmath_t>(numbers.derived[1]);
+    c.grad_step = static_cast<opmath_t>(numbers.derived[2]);
+    c.step = static_cast<opmath_t>(numbers.derived[3]);
+  }
 
   template <typename Arithmetic, typename Variant, typename opmath_t>
   static MOMENTUM_EXT_INLINE void update(Variant, const Coefficients<opmath_t>& c, opmath_t grad,
