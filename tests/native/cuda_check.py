@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("step", "low_precision", "modes_fp32", "modes_bf16", "norm", "count_updates")
+NAMES = ("step", "count_steps", "low_precision", "modes_fp32", "modes_bf16", "norm", "count_updates")
 SOURCES = tuple(ROOT / f"csrc/cuda/{name}.cu" for name in NAMES)
 ARCHS = (80, 90, 100)
 FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
@@ -32,9 +32,17 @@ FLAGS = ["-std=c++20", "-O3", "--fmad=false"]  # setup.py's NVCC_FLAGS
 # For each of three rules and two sizes of parameter, 16 flat kernels (half of them keep averages) and 2 strided, or 3
 # of low-precision state (flat, strided, in double); an instance for each mode of a rule (Sgd has 7 of fp32 parameters
 # and 13 of bf16, Adam 2 and 8, NAdam none); 4 norms; and by themselves record_settled and count_update and count_one,
-# or conclude_alone, or count_updates_of in float and in double.
-NUM_KERNELS = {"step": 111, "low_precision": 18, "modes_fp32": 18, "modes_bf16": 42, "norm": 9, "count_updates": 2}
-NUM_WITHOUT_TABLE = {"step": 3, "norm": 1, "count_updates": 2}
+# or conclude_alone, or count_updates_of in float and in double, or count_steps_of for Adam and NAdam and two sizes.
+NUM_KERNELS = {
+    "step": 111,
+    "low_precision": 18,
+    "modes_fp32": 18,
+    "modes_bf16": 42,
+    "norm": 9,
+    "count_updates": 2,
+    "count_steps": 4,
+}
+NUM_WITHOUT_TABLE = {"step": 3, "norm": 1, "count_updates": 2, "count_steps": 4}
 FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
 FLAT_DOUBLE_REGISTERS = 36  # 35 on sm_100; the others have 31
 FLAT_16_BIT_REGISTERS = 32
@@ -96,8 +104,9 @@ class Kernel:
             or self.is_norm
             or "count_updateE" in name
             or "count_updates_ofIdE" in name
+            or "count_steps_of" in name
         )
-        self.is_count = "count_updates_of" in name
+        self.is_count = "count_updates_of" in name or "count_steps_of" in name
         self.is_16_bit = self.is_flat and re.search(r"ENS_\d+(BFloat16|Float16)ES\d?_S\d?_E", name) is not None
         found = re.search(r"Li(\d+)EEEv", name)
         self.table = int(found[1]) if found else 0
