@@ -1,4 +1,5 @@
-"""The tests of CUDA devices on devices that are not there: the binding's CUDA path, from param_groups to the last element.
+"""The tests of CUDA devices on devices that are not there: the binding's CUDA path, from param_groups to the last
+element.
 
 The extension is built a second time, its kernels compiled for the host, and the tests run in a process of their own
 that imports that build. It needs a torch without CUDA.

@@ -42,7 +42,7 @@ NUM_KERNELS = {
     "count_updates": 2,
     "count_steps": 4,
 }
-NUM_WITHOUT_TABLE = {"step": 3, "norm": 1, "count_updates": 2, "count_steps": 4}
+NUM_WITHOUT_TABLE = {"step": 3, "norm": 1, "count_updates": 2}
 FLAT_REGISTERS = 32  # for every thread that a multiprocessor can hold: 65,536 registers, 2,048 threads
 FLAT_DOUBLE_REGISTERS = 36  # 35 on sm_100; the others have 31
 FLAT_16_BIT_REGISTERS = 32
@@ -170,6 +170,7 @@ def check_resources(arch: int, file: str, log: str) -> str:
         )
         if kernel.table:
             sort = "averaged" if kernel.is_averaged else "flat" if kernel.is_flat else "strided" * kernel.is_strided
+            sort = "of counts" if kernel.is_count else sort
             if kernel.is_low_precision:
                 sort = "mode" if kernel.is_mode else "low-precision" + ", in double" * kernel.is_double
             sort += ", Adam and NAdam" * kernel.has_many_states
