@@ -12,6 +12,16 @@ struct DeviceNumber {
   uint8_t zeros[7] = {};  // launch tables compare groups as words
 };
 
+// A tensor that counts its own steps in a device's memory, where the host does not know the counters: a
+// kernel before those of the step advances them and derives what depends on them, in double.
+constexpr int kMaxCounters = 2;  // of a tensor, as many as a rule may have
+constexpr int kMaxDerived = 4;   // numbers
+struct CountedOnDevice {
+  void* counters[kMaxCounters];
+  double* derived;
+  uint64_t is_double;  // bit k: counter k is in fp64, else in fp32
+};
+
 // What torch.amp.GradScaler hands over, the coefficient of a clipping, the weight of an average.
 // nullptr where there is none.
 //

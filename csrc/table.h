@@ -110,6 +110,13 @@ static_assert(sizeof(TensorEntry) == 88);
 // other were joined.
 constexpr int kMaxStridedDimsCuda = 8;
 
+// What a group's coefficients follow from besides counters, in rules that have some.
+template <typename Rule>
+struct NumbersOf {};
+template <typename Rule>
+  requires(Rule::kCounters > 0)
+struct NumbersOf<Rule> : Rule::Numbers {};
+
 // A parameter group, as a backend wants it: what chooses a kernel, and numbers for it.
 template <typename Rule>
 struct Hyperparams : Rule::Options {

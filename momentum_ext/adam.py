@@ -99,10 +99,13 @@ class FusedAdam(FusedOptimizer, Adam):
         amsgrad: divide by the largest ``exp_avg_sq`` so far (default: False).
         foreach: accepted for compatibility with torch; has no effect.
         maximize: maximize the objective instead of minimizing (default: False).
-        capturable: as in torch: counts steps on the device; takes torch's path (default: False).
+        capturable: count steps on the device, for CUDA graphs. torch computes otherwise then (it divides by the step
+            size); ours keeps its formula and is within a few ulps of torch's. On the CPU it takes torch's path
+            (default: False).
         differentiable: step through autograd; takes torch's path (default: False).
         fused: True lets torch.amp.GradScaler hand over its scale, as in torch, so that the step unscales; without it
-            the scaler unscales the gradients and leaves steps out. The step is the same.
+            the scaler unscales the gradients and leaves steps out. On CUDA devices steps are counted there, as with
+            torch's. The step is the same.
         decoupled_weight_decay: decay the parameter instead of adding to the gradient: AdamW (default: False).
         state_dtype: dtype of ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``: float32, bfloat16, float16, int8 or
             float8_e4m3fn, as a torch.dtype or its name (which groups and checkpoints hold), or a dict of them by key;
@@ -124,6 +127,7 @@ class FusedAdam(FusedOptimizer, Adam):
 
     _rule = "adam"
     _options = OPTIONS
+    _counters = ("step",)
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ __all__ = [
     "as_torch_state_dict",
     "changed",
     "check_complete",
+    "check_counters",
     "keep_dtypes",
     "with_changes",
     "without_defaults",
@@ -186,6 +187,19 @@ def unpack(state: dict[Any, Any]) -> None:
                 elif dtype is not None:
                     tensor = _view(tensor, dtype)
                 entry[name] = tensor.to(param.device) if isinstance(param, Tensor) else tensor
+
+
+def check_counters(param_groups: list[dict[str, Any]], state: dict[Any, Any], counters: tuple[str, ...]) -> None:
+    """Raises ValueError for state without what torch's optimizer counts steps with, by name."""
+    for g, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            entry = state.get(param)
+            for key in counters if entry else ():
+                if key not in entry:
+                    raise ValueError(
+                        f"state of param_groups[{g}]['params'][{i}]: it has no \"{key}\", but {sorted(entry)}; load a "
+                        "checkpoint of this kind of optimizer"
+                    )
 
 
 def check_complete(param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:

@@ -102,6 +102,7 @@ class FusedNAdam(FusedOptimizer, NAdam):
 
     _rule = "nadam"
     _options = OPTIONS
+    _counters = ("step", "mu_product")
 
     def __init__(
         self,

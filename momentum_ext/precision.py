@@ -103,15 +103,23 @@ def check_options(group: dict[str, Any], options: dict[str, Any]) -> None:
                 raise ValueError(f"Invalid state_dtype: {found!r}; there is no state {sorted(unknown)[0]!r}")
             dtypes = {key: _dtype_named(name, dtype) for key, dtype in found.items()}
             for key, dtype in dtypes.items():
-                if key in NON_NEGATIVE and dtype == INT4:
-                    raise ValueError(f"Invalid state_dtype: {key} is never negative, and int4 has signs; use int8")
+                if key in NON_NEGATIVE:
+                    _check_second_moment(dtype, f"{key} in {found[key]}", "")
             group[name] = {key: _name_of(dtype) for key, dtype in dtypes.items() if dtype is not None} or None
         elif (dtype := _dtype_named(name, found)) is not None:
-            if name == "state_dtype" and dtype == INT4:
-                raise ValueError('Invalid state_dtype: int4 is for states of both signs; use {"exp_avg": "int4"}')
+            if name == "state_dtype":
+                _check_second_moment(dtype, str(found), f' or {{"exp_avg": {_name_of(dtype)!r}}}')
             group[name] = _name_of(dtype)
     if not isinstance(group.get("rounding_seed", 0), int):
         raise TypeError(f"Invalid rounding_seed: {group['rounding_seed']!r}; expected an int")
+
+
+def _check_second_moment(dtype: torch.dtype | None, what: str, remedy: str) -> None:
+    if dtype in (INT4, torch.float16, torch.float8_e4m3fn):
+        raise ValueError(
+            f"Invalid state_dtype: {what} would store small second moments as 0, whose steps would be wild; use int8, "
+            f"bfloat16, float32{remedy}"
+        )
 
 
 def _move_to_momentum_dtype(group: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from momentum_ext import _C, compiled
 from momentum_ext.averaging import HeldWeights, UpdateCount, check_decay
 from momentum_ext.checkpoint import (
     changed,
+    check_counters,
     check_complete,
     keep_dtypes,
     unpack,
@@ -39,6 +40,7 @@ class StatefulOptimizer(Optimizer):
     compact_state_dict: bool
     _own_defaults: dict[str, Any]
     _rule: str  # the kernels' name for what the optimizer does, in csrc/rules/
+    _counters: tuple[str, ...] = ()  # torch's keys of numbers in a parameter's state
     _options: dict[str, Any]  # of a group, that torch's optimizer does not have, with their defaults
     _plan: _C.Plan
     _held_weights: HeldWeights
@@ -213,8 +215,8 @@ class StatefulOptimizer(Optimizer):
         self._held_weights.check()
         before = dict(self.__dict__)
         old_groups = self.param_groups
-        keep_dtypes(self, lambda: super(StatefulOptimizer, self).load_state_dict(state_dict))
         try:
+            keep_dtypes(self, lambda: super(StatefulOptimizer, self).load_state_dict(state_dict))
             check_complete(self.param_groups, self.state)
             for group, old in zip(self.param_groups, old_groups, strict=True):
                 stored = group.pop(BUFFER_FORMULATION, group.get("formulation", "torch"))
@@ -290,6 +292,7 @@ class StatefulOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpack(state["state"])
+        check_counters(state["param_groups"], state["state"], self._counters)
         super().__setstate__(state)
         self._own_defaults = {name: self.defaults[name] for name in self._options if name in self.defaults}
         for name, default in (

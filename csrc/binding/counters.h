@@ -6,16 +6,19 @@
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
+#include <unordered_map>
 #include <vector>
 
-namespace momentum_ext::binding {
+#include "../step_scalars.h"
 
-constexpr int kMaxCounters = 2;
+namespace momentum_ext::binding {
 
 // Their values, and which are stored in fp64; the others are in fp32.
 struct Counters {
   double values[kMaxCounters] = {};
   bool is_double[kMaxCounters] = {};
+  double* derived =
+      nullptr;  // of counters on a device: see CountedOnDevice; their values are not known
 
   friend bool operator==(const Counters&, const Counters&) = default;
 };
@@ -61,8 +64,13 @@ class CounterRows {
     }
   }
 
-  // What a group's rows follow from has changed.
-  void forget(size_t group);
+  // What the counters of a group follow from has changed.
+  template <typename Advance>
+  void advance_anew(size_t group, const Advance& advance) {
+    for (CounterRow& row : rows_) {
+      if (row.group == group) row.after = advance(row.before);
+    }
+  }
   void clear() { rows_.clear(); }
 
   const std::vector<CounterRow>& all() const { return rows_; }
@@ -77,8 +85,20 @@ class CounterRows {
   std::vector<CounterRow> rows_;
 };
 
-// A counter of a tensor's state that the kernels' host reads: one number on the CPU in fp32 or fp64.
-bool is_counter(const at::Tensor& tensor);
+// Memory for what a device derives of its counters, for each slot of a plan. It stays, as a captured
+// graph may write there.
+class DerivedNumbers {
+ public:
+  double* of_slot(int16_t device, size_t slot, size_t num_slots);
+
+ private:
+  std::unordered_map<int16_t, at::Tensor> memory_;
+  std::vector<at::Tensor> outgrown_;
+};
+
+// A counter of a tensor's state that the host reads, or kernels on this device: one number in fp32 or
+// fp64.
+bool is_counter(const at::Tensor& tensor, int16_t device);
 
 inline double read_counter(const void* data, bool is_double) {
   return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);

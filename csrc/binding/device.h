@@ -150,6 +150,11 @@ template <typename Rule>
 void launch(const StepTable<Rule>& table, const DeviceShare& share, const ScalerTensors& scaler,
             FirstSteps& first_steps, bool one_by_one);
 
+// Before the launches of a step: advances counters that are on a device, and derives numbers of them.
+template <typename Rule>
+void count_on_device(const NumbersOf<Rule>& numbers, const std::vector<CountedOnDevice>& tensors,
+                     int16_t device, const at::Tensor& found_inf);
+
 // Counts on a device, see cpu::count_updates(). Throws std::runtime_error.
 void count_updates(const StepTable<Sgd>& table, int16_t device, const GradFactors& factors);
 

@@ -191,6 +191,22 @@ void launch(const StepTable<Rule>& table, const DeviceShare& share, const Scaler
                        FirstSteps&, bool);
 MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_INSTANTIATE)
 
+template <typename Rule>
+void count_on_device(const NumbersOf<Rule>& numbers, const std::vector<CountedOnDevice>& tensors,
+                     int16_t device, const at::Tensor& found_inf) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  at::Tensor here = found_inf;
+  check(cuda::count_on_device<Rule>(numbers, tensors.data(), static_cast<int64_t>(tensors.size()),
+                                    device, value_on<float>(device, here),
+                                    c10::cuda::getCurrentCUDAStream()),
+        device, "counting the tensors' steps");
+}
+
+#define MOMENTUM_EXT_COUNT(Rule)                                                                   \
+  template void count_on_device<Rule>(const NumbersOf<Rule>&, const std::vector<CountedOnDevice>&, \
+                                      int16_t, const at::Tensor&);
+MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_COUNT)
+
 void count_average(const ScalerTensors& scaler) {
   const DeviceAverage& average = scaler.average;
   const auto device = static_cast<int16_t>(average.count.device().index());

@@ -34,6 +34,13 @@ void launch(const StepTable<Rule>&, const DeviceShare&, const ScalerTensors&, Fi
   template void launch(const StepTable<Rule>&, const DeviceShare&, const ScalerTensors&, \
                        FirstSteps&, bool);
 MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_INSTANTIATE)
+template <typename Rule>
+void count_on_device(const NumbersOf<Rule>&, const std::vector<CountedOnDevice>&, int16_t,
+                     const at::Tensor&) {}
+#define MOMENTUM_EXT_COUNT(Rule)                                                                   \
+  template void count_on_device<Rule>(const NumbersOf<Rule>&, const std::vector<CountedOnDevice>&, \
+                                      int16_t, const at::Tensor&);
+MOMENTUM_EXT_FOR_EACH_RULE(MOMENTUM_EXT_COUNT)
 std::string cuda_build_info() { return "none"; }
 
 }  // namespace momentum_ext::binding

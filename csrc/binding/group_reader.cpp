@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "device.h"
 #include "layout.h"
 
 namespace momentum_ext::binding {
@@ -266,6 +267,15 @@ void HyperparamReader::number(const char* name, double& value, MayBe may_be,
     if (dtype != at::kFloat && dtype != at::kDouble) needs_torch_ = true;
   }
   if (name == std::string_view("lr")) lr_is_zero_ = value == 0;
+}
+
+bool HyperparamReader::is_on_device() const {
+  if (!kHasCudaKernels || !PyList_Check(params_)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params_); ++i) {
+    PyObject* const param = PyList_GET_ITEM(params_, i);
+    if (!THPVariable_Check(param) || !THPVariable_Unpack(param).is_cuda()) return false;
+  }
+  return true;
 }
 
 void HyperparamReader::pair(const char* name, double& first, double& second) {

@@ -49,6 +49,9 @@ class HyperparamReader {
   bool needs_torch() const { return needs_torch_; }
   void leave_to_torch() { needs_torch_ = true; }
 
+  // True where all parameters are on CUDA devices that have kernels.
+  bool is_on_device() const;
+
   // "param_groups[0]['lr']".
   std::string where(const char* name) const;
 

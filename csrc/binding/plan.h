@@ -95,9 +95,11 @@ class Plan : public std::enable_shared_from_this<Plan> {
   struct CounterTensors {
     c10::TensorImpl* each[kMaxCounters] = {};
     void* data[kMaxCounters] = {};
+    double* derived = nullptr;  // not nullptr: they are on the parameter's device
   };
   std::vector<TensorEntry> entries;
   std::vector<CounterTensors> counters;  // of rules that have some
+  DerivedNumbers derived;                // of those on devices
   std::vector<LowPrecision> low_precision;
   std::vector<CompanionTensors> companion_tensors;
   bool has_low_precision = false;  // else nobody looks at the two

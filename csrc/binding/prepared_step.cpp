@@ -42,6 +42,7 @@ void count(Plan& plan) {
   const RuleGroups& rule = *plan.rule;
   for (size_t i = 0; i < plan.slots.size(); ++i) {
     if (plan.tensors[i].param == nullptr) continue;
+    if (plan.counters[i].derived != nullptr) continue;  // the device has counted
     const Counters& after = rule.counters_after(plan.entries[i].group);
     for (int k = 0; k < rule.num_counters; ++k) {
       write_counter(plan.counters[i].data[k], after.is_double[k], after.values[k]);
@@ -75,6 +76,7 @@ PreparedStep::PreparedStep(Plan& plan, const py::list& param_groups, const py::d
     versions_are_bumped_ = true;
     slots.look_at_all();
     converts_ = slots.prepare_changed();
+    slots.check_capture();
     std::vector<DeviceShare>& shares = vectors_->shares;
     if (!shares.empty()) count_for_rounding(plan, shares);
     if (std::any_of(shares.begin(), shares.end(),
@@ -135,9 +137,13 @@ py::list PreparedStep::fallback() const {
 
 bool PreparedStep::is_on_devices(const std::optional<at::Tensor>& average_count) const {
   if (needs_torch()) return false;
-  if (may_be_left_out_ && plan_->rule->num_counters != 0) return false;  // the host counts
   for (size_t i = 0; i < plan_->slots.size(); ++i) {
-    if (plan_->tensors[i].param != nullptr && plan_->slots[i].device == kCpu) return false;
+    if (plan_->tensors[i].param == nullptr) continue;
+    if (plan_->slots[i].device == kCpu) return false;
+    if (may_be_left_out_ && plan_->rule->num_counters != 0 &&
+        plan_->counters[i].derived == nullptr) {
+      return false;  // the host counts
+    }
   }
   if (average_count.has_value()) {
     for (const DeviceShare& share : vectors_->shares) {
@@ -175,6 +181,7 @@ void PreparedStep::run(const Numbers& numbers) {
   plan.rule->prepare_rows();
   if (numbers.on_device.average.count.defined()) count_average(numbers.on_device);
   const StepNumbers step_numbers{numbers.average_weight, plan.rounding_step};
+  if (plan.rule->num_counters != 0) count_on_devices(numbers.on_device.found_inf);
   for (const DeviceShare& share : vectors_->shares) {
     plan.rule->launch({plan.entries.data(), nullptr, static_cast<int64_t>(plan.slots.size())},
                       step_numbers, share, numbers.on_device, plan.first_steps, in_order_);
@@ -194,6 +201,33 @@ void PreparedStep::run(const Numbers& numbers) {
   if (converts_) plan.note_converted();
   if (counts) ++plan.rounding_step;
   finish();
+}
+
+// The counters that are on devices, a group's and device's together.
+void PreparedStep::count_on_devices(const at::Tensor& found_inf) {
+  const Plan& plan = *plan_;
+  const int num_counters = plan.rule->num_counters;
+  std::vector<CountedOnDevice>& list = vectors_->counted;
+  for (size_t g = 0; g < plan.readers.size(); ++g) {
+    int16_t device = kCpu;
+    const auto launch = [&] {
+      if (!list.empty()) plan.rule->count_on_device(g, list, device, found_inf);
+      list.clear();
+    };
+    for (size_t i = plan.first_slot[g]; i < plan.first_slot[g + 1]; ++i) {
+      const Plan::CounterTensors& counters = plan.counters[i];
+      if (plan.tensors[i].param == nullptr || counters.derived == nullptr) continue;
+      if (in_order_ || plan.slots[i].device != device) launch();  // the same counter may come again
+      device = plan.slots[i].device;
+      CountedOnDevice counted{{}, counters.derived, 0};
+      for (int k = 0; k < num_counters; ++k) {
+        counted.counters[k] = counters.data[k];
+        counted.is_double |= uint64_t{counters.each[k]->dtype().itemsize() == 8} << k;
+      }
+      list.push_back(counted);
+    }
+    launch();
+  }
 }
 
 void PreparedStep::discard() noexcept {

@@ -67,6 +67,7 @@ class PreparedStep {
   bool some_grad_meets_another_slot() const;
   void bump_versions();
   void update_cpu(const StepNumbers& numbers);
+  void count_on_devices(const at::Tensor& found_inf);
   void keep_alive();
 
   std::shared_ptr<Plan> kept_plan_;

@@ -9,13 +9,6 @@
 namespace momentum_ext::binding {
 namespace {
 
-// What a group's row depends on, besides its counters, in rules that have some.
-template <typename Rule>
-struct NumbersOf {};
-template <typename Rule>
-  requires(Rule::kCounters > 0)
-struct NumbersOf<Rule> : Rule::Numbers {};
-
 template <typename Rule>
 class GroupsOf : public RuleGroups {
   static constexpr bool kHasCounters = Rule::kCounters > 0;
@@ -64,7 +57,7 @@ class GroupsOf : public RuleGroups {
     h.rounding_seed = reader.storage().rounding_seed;
     hyperparams_[g] = h;
     numbers_[g] = numbers;
-    rows_.forget(g);
+    rows_.advance_anew(g, [&](const Counters& from) { return advance(g, from); });
     scale_group(g);
     return params;
   }
@@ -82,6 +75,18 @@ class GroupsOf : public RuleGroups {
     return rows_.find(hint, g, before, [&](const Counters& from) { return advance(g, from); });
   }
   const Counters& counters_after(uint32_t row) const override { return rows_.all()[row].after; }
+  bool counts_on_device([[maybe_unused]] size_t g) const override {
+    if constexpr (kHasCounters) return numbers_[g].counts_on_device;
+    return false;
+  }
+  void count_on_device([[maybe_unused]] size_t g,
+                       [[maybe_unused]] const std::vector<CountedOnDevice>& tensors,
+                       [[maybe_unused]] int16_t device,
+                       [[maybe_unused]] const at::Tensor& found_inf) const override {
+    if constexpr (kHasCounters) {
+      binding::count_on_device<Rule>(numbers_[g], tensors, device, found_inf);
+    }
+  }
   void begin_step() override { rows_.begin_step(); }
 
   void prepare_rows() override {
@@ -93,6 +98,7 @@ class GroupsOf : public RuleGroups {
         of_rows_[r] = hyperparams_[row.group];
         Rule::prepare(numbers_[row.group], row.after.values, of_rows_[r].f64);
         round_to_float(of_rows_[r]);
+        of_rows_[r].on_device.derived = row.after.derived;
       }
     }
   }
@@ -120,6 +126,7 @@ class GroupsOf : public RuleGroups {
   Counters advance([[maybe_unused]] size_t g, const Counters& before) const {
     Counters after = before;
     if constexpr (kHasCounters) {
+      if (before.derived != nullptr) return before;
       Rule::count(numbers_[g], before.is_double, after.values);
       for (int k = 0; k < kMaxCounters; ++k) {
         if (!before.is_double[k]) after.values[k] = static_cast<float>(after.values[k]);

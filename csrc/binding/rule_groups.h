@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "../table.h"
 #include "counters.h"
@@ -52,6 +53,11 @@ class RuleGroups {
   // `hint`: the one of the tensor's last step. Without counters it is the group's own.
   virtual uint32_t row_of(uint32_t hint, size_t g, const Counters& before) = 0;
   virtual const Counters& counters_after(uint32_t row) const = 0;
+  // Whether group g wants the counters of tensors on CUDA devices to be there, too.
+  virtual bool counts_on_device(size_t g) const = 0;
+  // Advances counters of group g's tensors on a device, unless the step is left out.
+  virtual void count_on_device(size_t g, const std::vector<CountedOnDevice>& tensors,
+                               int16_t device, const at::Tensor& found_inf) const = 0;
   virtual void begin_step() = 0;
   virtual void prepare_rows() = 0;  // those in use, for the kernels
   virtual void end_step() = 0;      // which has updated their tensors

@@ -198,6 +198,7 @@ void SlotPreparation::start_anew(size_t i) {
   plan_.tensors[i] = {};
   plan_.companion_tensors[i] = {};
   plan_.entries[i] = {};
+  if (plan_.rule->num_counters != 0) plan_.counters[i] = {};
   if (THPVariable_Check(plan_.param_objects[i])) return;
   throw py::type_error(slot.name() + ": expected a tensor, got " +
                        Py_TYPE(plan_.param_objects[i])->tp_name);
@@ -244,7 +245,8 @@ void SlotPreparation::prepare(size_t i) {
   uint32_t cohort = has_state ? plan.first_steps.cohort_of(*found[0]) : 0;
   if (is_first_step) {
     slot.path = Path::kUnknown;
-    cohort = has_counters ? 0 : cohort_of_first_step(slot);
+    cohort = cohort_of_first_step(slot);
+    if (has_counters) cohort = 0;  // its first step is like all others
     make_states(start, param, num_states, /*zero=*/has_counters || cohort != 0);
     examine();
     if (slot.path == Path::kTorch) return vectors_.fallback.push_back(i);
@@ -330,7 +332,7 @@ uint32_t SlotPreparation::cohort_of_first_step(const Slot& slot) {
   if (is_capturing(slot.device)) {
     throw std::runtime_error(
         slot.name() +
-        ": it has no momentum_buffer yet, and step() is being captured into a CUDA graph, "
+        ": it has no state yet, and step() is being captured into a CUDA graph, "
         "whose replays would each be its first step; run one step before the capture");
   }
   return options_.may_be_left_out ? plan_.first_steps.new_cohort(slot.device) : 0;

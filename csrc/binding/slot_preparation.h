@@ -23,6 +23,9 @@ class SlotPreparation {
   // another formulation.
   bool prepare_changed();
 
+  // Raises where a step is captured whose tensors' steps the host counts. In counters.cpp.
+  void check_capture() const;
+
  private:
   template <bool kIsDTensor>
   bool is_as_planned(size_t i, int num_states, const GroupReader& reader);
@@ -40,7 +43,9 @@ class SlotPreparation {
   // In counters.cpp, for rules that have some.
   bool has_planned_counters(size_t i, PyObject* const* values);
   void prepare_counters(size_t i, bool is_first_step);
+  bool counts_on_device(const Slot& slot) const;
   void choose_row(size_t i);
+  [[noreturn]] void refuse_capture(size_t i, int counter) const;
 
   Plan& plan_;
   const StepOptions& options_;

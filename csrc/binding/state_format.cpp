@@ -135,9 +135,11 @@ void start_state(const SlotState& state, StartingState& start, int k, const at::
   }
   const bool is_plain = kernel_device(param).has_value() && kernel_dtype(param.scalar_type());
   const bool non_negative = state.plan.rule->state_is_non_negative[k];
-  if (non_negative && wanted.state_dtype[k] == kPacked) {
+  const auto asked = wanted.state_dtype[k];
+  if (non_negative && (asked == kPacked || asked == at::kHalf || asked == at::kFloat8_e4m3fn)) {
     throw py::value_error(state.name_of(operand_of_state(k)) +
-                          ": it is never negative, and int4 is for states of both signs; use int8");
+                          ": int4, float16 and float8_e4m3fn would store small values as 0, whose "
+                          "steps would be wild; use int8, bfloat16 or float32");
   }
   const at::ScalarType dtype = wanted.dtype_of_state(k, param, non_negative);
   if (!value.defined()) {

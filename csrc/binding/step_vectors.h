@@ -24,9 +24,10 @@ struct StepOptions {
 // A plan lends them to its step, so that they keep their capacity and a step allocates nothing once
 // warm.
 struct StepVectors {
-  std::vector<size_t> changed;       // slots that are not as the plan says
-  std::vector<size_t> shared_grads;  // slots whose gradient's storage has other owners
-  std::vector<DeviceShare> shares;   // one for each CUDA device that has tensors in this step
+  std::vector<size_t> changed;           // slots that are not as the plan says
+  std::vector<size_t> shared_grads;      // slots whose gradient's storage has other owners
+  std::vector<DeviceShare> shares;       // one for each CUDA device that has tensors in this step
+  std::vector<CountedOnDevice> counted;  // on one of them
   std::vector<size_t> fallback;
   std::vector<at::Tensor> redistributed_grads;  // empty, or one for each slot
   std::vector<at::Tensor> resolved_grads;

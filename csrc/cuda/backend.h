@@ -18,6 +18,12 @@ template <typename Rule>
 cudaError_t step(const StepTable<Rule>& table, int device, const StepScalars& scalars,
                  bool one_by_one, cudaStream_t stream);
 
+// Before a step: advances the counters of tensors that have them on the device, unless found_inf says
+// that the step is left out, and derives the numbers that the step's kernels read.
+template <typename Rule>
+cudaError_t count_on_device(const NumbersOf<Rule>& numbers, const CountedOnDevice* tensors,
+                            int64_t count, int device, const float* found_inf, cudaStream_t stream);
+
 // As cpu::count_updates(), of what lies on the device, in a launch for each tensor.
 cudaError_t count_updates(const StepTable<Sgd>& table, int device, const StepScalars& scalars,
                           cudaStream_t stream);

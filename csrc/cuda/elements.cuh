@@ -69,6 +69,40 @@ struct Places<true, kOperands> {
   }
 };
 
+// The same, of one operand at a time: found again each time it is asked for, where there are not enough
+// registers for all.
+template <int kOperands>
+struct PlacesWhenAsked {
+  const uint64_t* dims;
+  int ndim;
+  int64_t first;
+  int count;
+
+  __device__ __forceinline__ void find(const uint64_t* dims_, int ndim_, int64_t first_,
+                                       int count_) {
+    dims = dims_;
+    ndim = ndim_;
+    first = first_;
+    count = count_;
+  }
+  __device__ __forceinline__ EachElsewhere operator[](int operand) const {
+    constexpr int kDimWords = 1 + kOperands;
+    EachElsewhere found;
+#pragma unroll
+    for (int e = 0; e < kElemsPerThread; ++e) {
+      uint64_t index = static_cast<uint64_t>(first) + static_cast<uint64_t>(e < count ? e : 0);
+      found.offsets[e] = 0;
+#pragma unroll 1
+      for (int d = ndim - 1; d >= 0; --d) {
+        const auto [inside, outside] = split_index(index, dims[kDimWords * d]);
+        found.offsets[e] += inside * static_cast<int64_t>(dims[kDimWords * d + 1 + operand]);
+        index = outside;
+      }
+    }
+    return found;
+  }
+};
+
 // ---- eight elements as they are stored ----------------------------------------------------------
 
 // As words of 32 bits, of which smaller dtypes use the first. They are taken apart by shifts: the

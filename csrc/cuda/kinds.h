@@ -1,6 +1,10 @@
 // Which kernel takes which tensors of a step.
 #pragma once
 
+#include <array>
+#include <type_traits>
+
+#include "../rules/rules.h"
 #include "backend.h"
 #include "launch_table.h"
 
@@ -23,21 +27,34 @@ constexpr Dtypes kFlatDtypes[] = {
 };
 constexpr int kNumFlat = static_cast<int>(sizeof(kFlatDtypes) / sizeof(Dtypes));
 
-// The ways to store flat tensors that have an instance of the low-precision kernel: those of
-// docs/precision.md, with a state and without an average.
+// The ways to store flat tensors that have an instance of the low-precision kernel: with as many states
+// as this, and without an average.
+template <int kStates_>
 struct Mode {
-  Dtype param, state;  // the gradient has the parameter's
+  static constexpr int kStates = kStates_;
+  Dtype param;  // the gradient has it, too
+  Dtype state[kStates];
   Master master;
   bool param_is_random, state_is_random;  // rounded by chance; with a master, that one is
 
   // Among those that there could be, of fp32 and bf16 parameters.
-  static constexpr int kCount = 256;
+  static constexpr int kCount = 1 << (5 + 3 * kStates);
   constexpr int index() const {
-    return static_cast<int>(state) | static_cast<int>(master) << 3 | int{param_is_random} << 5 |
-           int{state_is_random} << 6 | int{param == Dtype::kBFloat16} << 7;
+    int bits = static_cast<int>(master) | int{param_is_random} << 2 | int{state_is_random} << 3 |
+               int{param == Dtype::kBFloat16} << 4;
+    for (int k = 0; k < kStates; ++k) bits |= (static_cast<int>(state[k]) & 7) << (5 + 3 * k);
+    return bits;
   }
 };
-constexpr Mode kModes[] = {
+
+// A rule's, those of fp32 parameters first. A rule that nothing is said of has none: a kernel that learns
+// dtypes when it runs takes all of its tensors.
+template <typename Rule>
+inline constexpr std::array<Mode<1>, 0> kModes{};
+
+// Those of docs/precision.md.
+template <>
+inline constexpr std::array<Mode<1>, 20> kModes<Sgd>{{
     // fp32 parameters
     {Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, false},
     {Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, true},
@@ -62,22 +79,52 @@ constexpr Mode kModes[] = {
     {Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, false},
     {Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, true},
     {Dtype::kBFloat16, Dtype::kInt4, Master::kByteRemainder, true, true},
-};
-constexpr int kNumModes = static_cast<int>(sizeof(kModes) / sizeof(Mode));
-constexpr int kNumModesOfFp32 = 7;  // the first ones
-static_assert(kModes[kNumModesOfFp32 - 1].param == Dtype::kFloat32 &&
-              kModes[kNumModesOfFp32].param == Dtype::kBFloat16);
+}};
+
+// Without amsgrad.
+template <>
+inline constexpr std::array<Mode<2>, 10> kModes<Adam>{{
+    // fp32 parameters
+    {Dtype::kFloat32, {Dtype::kBFloat16, Dtype::kFloat32}, Master::kNone, false, false},
+    {Dtype::kFloat32, {Dtype::kInt8, Dtype::kInt8}, Master::kNone, false, false},
+    // bf16 parameters without a master
+    {Dtype::kBFloat16, {Dtype::kBFloat16, Dtype::kBFloat16}, Master::kNone, true, true},
+    {Dtype::kBFloat16, {Dtype::kFloat32, Dtype::kFloat32}, Master::kNone, true, false},
+    // with one of 32 bits
+    {Dtype::kBFloat16, {Dtype::kFloat32, Dtype::kFloat32}, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, {Dtype::kBFloat16, Dtype::kFloat32}, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, {Dtype::kInt8, Dtype::kInt8}, Master::kRemainder, false, false},
+    // with one of 24
+    {Dtype::kBFloat16, {Dtype::kFloat32, Dtype::kFloat32}, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, {Dtype::kBFloat16, Dtype::kBFloat16}, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, {Dtype::kInt8, Dtype::kInt8}, Master::kByteRemainder, true, false},
+}};
+
+template <typename Rule>
+constexpr int kNumModes = static_cast<int>(kModes<Rule>.size());
+
+template <typename Rule>
+constexpr int count_modes_of_fp32() {
+  int count = 0;
+  for (const auto& mode : kModes<Rule>) count += mode.param == Dtype::kFloat32 ? 1 : 0;
+  return count;
+}
+template <typename Rule>
+constexpr int kNumModesOfFp32 = count_modes_of_fp32<Rule>();  // the first ones
 
 // The place of a mode in kModes; -1: it has none. A table, because each step asks for each tensor.
+template <typename Rule>
 struct ModeNumbers {
+  using Mode = typename std::remove_const_t<decltype(kModes<Rule>)>::value_type;
   int8_t of[Mode::kCount];
 
   constexpr ModeNumbers() : of() {
     for (int8_t& number : of) number = -1;
-    for (int k = 0; k < kNumModes; ++k) of[kModes[k].index()] = static_cast<int8_t>(k);
+    for (int k = 0; k < kNumModes<Rule>; ++k) of[kModes<Rule>[k].index()] = static_cast<int8_t>(k);
   }
 };
-constexpr ModeNumbers kModeNumbers;
+template <typename Rule>
+constexpr ModeNumbers<Rule> kModeNumbers;
 
 // Kernels by number: the flat ones by their dtypes; once more, for tensors whose average is kept;
 // and these. Tensors with low-precision state, and flat ones of other dtypes, have instances for
@@ -88,14 +135,18 @@ enum Kind : int {
   kLowPrecisionFlat,
   kLowPrecisionStrided32,
   kLowPrecisionStrided64,  // flat ones too
-  kFirstMode,
-  kNumKinds = kFirstMode + kNumModes
+  kFirstMode
 };
+template <typename Rule>
+constexpr int kNumKinds = kFirstMode + kNumModes<Rule>;
 
 // Of a flat tensor that is not stored as it is computed.
 template <typename Rule>
 int kind_of_mode(const TensorEntry& entry, const Hyperparams<Rule>& h) {
-  if (entry.average != nullptr || entry.state[0] == nullptr) return kLowPrecisionFlat;
+  using Mode = typename ModeNumbers<Rule>::Mode;
+  if (kNumModes<Rule> == 0 || entry.average != nullptr || Rule::num_states(h) != Mode::kStates) {
+    return kLowPrecisionFlat;
+  }
   const LowPrecision* const low = entry.low_precision;
   const Master master = low != nullptr ? low->master_kind : Master::kNone;
   const bool is_random = low != nullptr && h.stochastic_rounding;
@@ -105,10 +156,16 @@ int kind_of_mode(const TensorEntry& entry, const Hyperparams<Rule>& h) {
       entry.param_dtype == entry.grad_dtype &&
       (entry.param_dtype == Dtype::kFloat32 || entry.param_dtype == Dtype::kBFloat16);
   if (!has_modes) return kLowPrecisionFlat;
-  const Mode mine = {entry.param_dtype, entry.state_dtype[0], master,
-                     master == Master::kByteRemainder ? h.rounds_masters : rounds_param,
-                     is_random && itemsize(entry.state_dtype[0]) <= 2};
-  const int number = kModeNumbers.of[mine.index()];
+  Mode mine = {entry.param_dtype,
+               {},
+               master,
+               master == Master::kByteRemainder ? h.rounds_masters : rounds_param,
+               false};
+  for (int k = 0; k < Mode::kStates; ++k) {
+    mine.state[k] = entry.state_dtype[k];
+    mine.state_is_random = mine.state_is_random || (is_random && itemsize(mine.state[k]) <= 2);
+  }
+  const int number = kModeNumbers<Rule>.of[mine.index()];
   return number < 0 ? kLowPrecisionFlat : kFirstMode + number;
 }
 
@@ -128,8 +185,7 @@ int kind_of(const TensorEntry& entry, const Hyperparams<Rule>& h) {
   if (entry.low_precision != nullptr) {
     return in_double                 ? kLowPrecisionStrided64
            : entry.layout != nullptr ? kLowPrecisionStrided32
-           : alike                   ? kind_of_mode(entry, h)
-                                     : kLowPrecisionFlat;
+                                     : kind_of_mode(entry, h);
   }
   if (entry.layout == nullptr) {
     for (int k = 0; k < kNumFlat && alike; ++k) {
@@ -137,7 +193,7 @@ int kind_of(const TensorEntry& entry, const Hyperparams<Rule>& h) {
       const bool is_mine = p == mine.param && g == mine.grad && (s == mine.state || !has_state);
       if (is_mine) return entry.average != nullptr ? kNumFlat + k : k;
     }
-    if (!in_double) return alike ? kind_of_mode(entry, h) : kLowPrecisionFlat;
+    if (!in_double) return kind_of_mode(entry, h);
   }
   return in_double ? kStrided64 : kStrided32;
 }

@@ -33,22 +33,53 @@ constexpr int kPasses = 2;  // of a block through its chunk
 struct AnyMode {
   using ParamFormat = LearntFormat;
   using GradFormat = LearntFormat;
+  template <int k>
   using StateFormat = LearntFormat;
+  static constexpr int kStates = kMaxStates;  // at most
   static constexpr bool kHasAverages = true;
   // Of a multiprocessor: as few blocks as this have enough loads on their way, eight elements a
-  // thread, and leave registers for all that may be asked for. Doubles are not for speed.
-  static constexpr int kBlocksAtOnce = 2;
+  // thread, and leave registers for all that may be asked for. A thread with more states has more on
+  // its way, and needs more registers for what it learns of each. Doubles are not for speed.
+  static constexpr int blocks_at_once(int num_states) { return num_states == 1 ? 2 : 1; }
 };
-// Of kModes[kNumber].
-template <int kNumber>
+// Of a rule's kModes[kNumber].
+template <typename Rule, int kNumber>
 struct OneMode {
-  static constexpr Mode kMode = kModes[kNumber];
+  static constexpr auto kMode = kModes<Rule>[kNumber];
   using ParamFormat = KnownFormat<kMode.param, kMode.master, kMode.param_is_random>;
   using GradFormat = KnownFormat<kMode.param, Master::kNone, false>;
-  using StateFormat = KnownFormat<kMode.state, Master::kNone, kMode.state_is_random>;
+  template <int k>
+  using StateFormat = KnownFormat<kMode.state[k], Master::kNone,
+                                  kMode.state_is_random && itemsize(kMode.state[k]) <= 2>;
+  static constexpr int kStates = kMode.kStates;
   static constexpr bool kHasAverages = false;
-  static constexpr int kBlocksAtOnce = 4;
+
+  // As many as have some 48 KB on their way to a multiprocessor: few where a thread has many bytes, which
+  // take as many registers.
+  static constexpr int blocks_at_once(int num_states) {
+    int64_t bytes = 2 * itemsize(kMode.param) + (kMode.master == Master::kRemainder ? 2 : 1);
+    for (const Dtype each : kMode.state) bytes += itemsize(each);
+    return num_states == 1 ? 4 : bytes <= 10 ? 3 : 2;
+  }
 };
+
+// A thread's elements of all states, which may be stored each in a way of its own.
+template <typename opmath_t, typename Mode, int kCount, int k = 0>
+struct StoredStates {
+  StoredOperand<opmath_t, typename Mode::template StateFormat<k>> first;
+  StoredStates<opmath_t, Mode, kCount, k + 1> others;
+
+  template <int n>
+  __device__ __forceinline__ auto& get() {
+    if constexpr (n == 0) {
+      return first;
+    } else {
+      return others.template get<n - 1>();
+    }
+  }
+};
+template <typename opmath_t, typename Mode, int kCount>
+struct StoredStates<opmath_t, Mode, kCount, kCount> {};
 
 template <typename Rule_, typename opmath_t_, bool kIsStrided_, typename Mode_ = AnyMode>
 struct LowPrecisionKind {
@@ -57,8 +88,12 @@ struct LowPrecisionKind {
   using Mode = Mode_;
   using Fields = Record<Rule>;
   static constexpr bool kIsStrided = kIsStrided_;
-  static constexpr int kBlocksAtOnce = sizeof(opmath_t) == 8 ? 1 : Mode::kBlocksAtOnce;
+  static constexpr int kStates = std::min(Rule::kMaxStates, Mode::kStates);
+  static constexpr int kBlocksAtOnce = sizeof(opmath_t) == 8 ? 1 : Mode::blocks_at_once(kStates);
   static constexpr int kRecord = kIsStrided ? Fields::kStridedLowPrecision : Fields::kLowPrecision;
+  static constexpr bool kHasManyDoubles = sizeof(opmath_t) == 8 && kStates > 1;
+  using PlacesOfAll = std::conditional_t<kHasManyDoubles, PlacesWhenAsked<Fields::kOperands>,
+                                         Places<kIsStrided, Fields::kOperands>>;
   static constexpr int kReserved = 1 + kWordsOf<AverageWeight>;
   static constexpr int kRoundingWords = kWordsOf<GroupRounding>;
   static constexpr int kChunk = kThreads * kElemsPerThread * kPasses;
@@ -108,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
   using Rule = typename Kind::Rule;
   using Fields = typename Kind::Fields;
   using opmath_t = typename Kind::opmath_t;
-  constexpr int kStates = Rule::kMaxStates;
+  constexpr int kStates = Kind::kStates;
   if (overflowed(table)) return;
   const Chunk chunk = find_chunk<Kind>(table);
   const uint64_t* const record = table.words + chunk.tensor * Kind::kRecord;
@@ -121,20 +156,20 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
 
   StoredOperand<opmath_t, typename Kind::Mode::ParamFormat> param;
   StoredOperand<opmath_t, typename Kind::Mode::GradFormat> grad;
-  StoredOperand<opmath_t, typename Kind::Mode::StateFormat> state[kStates];
+  StoredStates<opmath_t, typename Kind::Mode, kStates> states;
   param.memory = memory(kParam);
   param.master = memory(Fields::kMaster);
   param.learn(kind.dtype(kParam), kind.master(), at_random);
   grad.memory = memory(kGrad);
   grad.learn(kind.dtype(kGrad), Master::kNone, 0);
   bool draws = param.is_random;
-#pragma unroll
-  for (int k = 0; k < kStates; ++k) {
-    state[k].memory = memory(kState + k);
-    state[k].scales = static_cast<ScaleBits*>(memory(Fields::kScale + k));
-    state[k].learn(kind.dtype(kState + k), Master::kNone, at_random);
-    draws = draws || (k < work.num_states && state[k].is_random);
-  }
+  repeat<kStates>([&]<int k>() {
+    auto& state = states.template get<k>();
+    state.memory = memory(kState + k);
+    state.scales = static_cast<ScaleBits*>(memory(Fields::kScale + k));
+    state.learn(kind.dtype(kState + k), Master::kNone, at_random);
+    draws = draws || (k < work.num_states && state.is_random);
+  });
 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp_begin = static_cast<int>(threadIdx.x) / kWarp * kWarpElems;
@@ -145,34 +180,43 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
     const int count = left < 0 ? 0 : left < kElemsPerThread ? left : kElemsPerThread;
     const int64_t first = chunk.begin + at + (count == 0 ? 0 : lane * kElemsPerThread);
     const Span span = {first, count, lane};
-    Places<Kind::kIsStrided, Fields::kOperands> places;
+    typename Kind::PlacesOfAll places;
     places.find(record + Fields::kFirstDimBehindPlace, kind.ndim(), first, count);
 
-    param.read(places[kParam], span);
-    grad.read(places[kGrad], span);
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) {
-      if (k < work.num_reads) state[k].read(places[kState + k], span);
-    }
     opmath_t p[kElemsPerThread];
     opmath_t g[kElemsPerThread];
     opmath_t s[kStates][kElemsPerThread] = {};
-    param.decode(p);
-    grad.decode(g);
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) {
-      if (k < work.num_reads) state[k].decode(s[k]);
+    // All loads are on their way before the first value is made; but of many doubles one operand after
+    // the other.
+    constexpr bool kAllAtOnce = !Kind::kHasManyDoubles;
+    param.read(places[kParam], span);
+    if constexpr (!kAllAtOnce) param.decode(p);
+    grad.read(places[kGrad], span);
+    if constexpr (!kAllAtOnce) grad.decode(g);
+    repeat<kStates>([&]<int k>() {
+      if (k >= work.num_reads) return;
+      states.template get<k>().read(places[kState + k], span);
+      if constexpr (!kAllAtOnce) states.template get<k>().decode(s[k]);
+    });
+    if constexpr (kAllAtOnce) {
+      param.decode(p);
+      grad.decode(g);
+      repeat<kStates>([&]<int k>() {
+        if (k < work.num_reads) states.template get<k>().decode(s[k]);
+      });
     }
 
     with_variant(work, [&](auto variant) {
+      if constexpr (decltype(variant)::kStates <= kStates) {
 #pragma unroll
-      for (int e = 0; e < kElemsPerThread; ++e) {
-        opmath_t mine[kStates];
+        for (int e = 0; e < kElemsPerThread; ++e) {
+          opmath_t mine[kStates];
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) mine[k] = s[k][e];
-        Rule::template update<CudaArithmetic>(variant, work.coefficients, g[e], p[e], mine);
+          for (int k = 0; k < kStates; ++k) mine[k] = s[k][e];
+          Rule::template update<CudaArithmetic>(variant, work.coefficients, g[e], p[e], mine);
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) s[k][e] = mine[k];
+          for (int k = 0; k < kStates; ++k) s[k][e] = mine[k];
+        }
       }
     });
 
@@ -184,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocksAtOnce)
     }
     repeat<kStates>([&]<int k>() {
       if (k >= work.num_states) return;
-      state[k].template write<kState + k>(s[k], randoms, places[kState + k], span);
+      states.template get<k>().template write<kState + k>(s[k], randoms, places[kState + k], span);
     });
     param.template write<kParam>(p, randoms, places[kParam], span);
     // Not before: what was read is in fewer registers now.

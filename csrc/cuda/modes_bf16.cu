@@ -5,10 +5,16 @@ namespace momentum_ext::cuda {
 
 template <typename Rule>
 cudaError_t launch_bf16_mode(const Launching<Rule>& launching) {
-  constexpr int kFirst = kNumModesOfFp32;
-  return choose<kNumModes - kNumModesOfFp32>(launching.kind - kFirstMode - kFirst, [&]<int k>() {
-    return launch_kind<LowPrecisionKind<Rule, float, false, OneMode<kFirst + k>>>(launching);
-  });
+  constexpr int kFirst = kNumModesOfFp32<Rule>;
+  constexpr int kMine = kNumModes<Rule> - kFirst;
+  if constexpr (kMine == 0) {
+    return cudaErrorInvalidValue;  // kind_of() knows of none
+  } else {
+    return choose<kMine>(launching.kind - kFirstMode - kFirst, [&]<int k>() {
+      return launch_kind<LowPrecisionKind<Rule, float, false, OneMode<Rule, kFirst + k>>>(
+          launching);
+    });
+  }
 }
 #define MOMENTUM_EXT_LAUNCH_BF16(Rule) \
   template cudaError_t launch_bf16_mode(const Launching<Rule>& launching);

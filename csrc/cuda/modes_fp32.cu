@@ -6,9 +6,15 @@ namespace momentum_ext::cuda {
 template <typename Rule>
 cudaError_t launch_fp32_mode(const Launching<Rule>& launching) {
   constexpr int kFirst = 0;
-  return choose<kNumModesOfFp32>(launching.kind - kFirstMode - kFirst, [&]<int k>() {
-    return launch_kind<LowPrecisionKind<Rule, float, false, OneMode<kFirst + k>>>(launching);
-  });
+  constexpr int kMine = kNumModesOfFp32<Rule>;
+  if constexpr (kMine == 0) {
+    return cudaErrorInvalidValue;  // kind_of() knows of none
+  } else {
+    return choose<kMine>(launching.kind - kFirstMode - kFirst, [&]<int k>() {
+      return launch_kind<LowPrecisionKind<Rule, float, false, OneMode<Rule, kFirst + k>>>(
+          launching);
+    });
+  }
 }
 #define MOMENTUM_EXT_LAUNCH_FP32(Rule) \
   template cudaError_t launch_fp32_mode(const Launching<Rule>& launching);

@@ -86,7 +86,7 @@ struct Flat {
 #pragma unroll
         for (int k = 0; k < Variant::kReads; ++k) new_s[k] = load(s[k][e]);
         Rule::template update<CudaArithmetic>(variant, work.coefficients,
-                                                static_cast<opmath_t>(load(g[e])), new_p, new_s);
+                                              static_cast<opmath_t>(load(g[e])), new_p, new_s);
 #pragma unroll
         for (int k = 0; k < Variant::kStates; ++k) store(s[k][e], new_s[k]);
         store(p[e], new_p);
@@ -184,7 +184,7 @@ auto kernel_of(Strided<Rule, opmath_t>, const LaunchTable<kBytes>&) {
 template <typename Rule>
 cudaError_t launch_one_kind(const Launching<Rule>& launching) {
   const int kind = launching.kind;
-  if (kind >= kFirstMode + kNumModesOfFp32) return launch_bf16_mode(launching);
+  if (kind >= kFirstMode + kNumModesOfFp32<Rule>) return launch_bf16_mode(launching);
   if (kind >= kFirstMode) return launch_fp32_mode(launching);
   if (kind >= kLowPrecisionFlat) return launch_any_mode(launching);
   if (kind == kStrided32) return launch_kind<Strided<Rule, float>>(launching);
@@ -200,14 +200,15 @@ cudaError_t launch_one_kind(const Launching<Rule>& launching) {
 // ---- launching ----------------------------------------------------------------------------------
 
 // What a table holds for one device.
+template <typename Rule>
 struct Census {
-  int64_t of_kind[kNumKinds] = {};
+  int64_t of_kind[kNumKinds<Rule>] = {};
   bool has_device_numbers = false;
 };
 
 template <typename Rule>
-Census count_tensors(const StepTable<Rule>& table, int device) {
-  Census census;
+Census<Rule> count_tensors(const StepTable<Rule>& table, int device) {
+  Census<Rule> census;
   for (int64_t i = 0; i < table.num_entries; ++i) {
     const TensorEntry& entry = table.entries[i];
     if (!lies_on(entry, device)) continue;
@@ -221,8 +222,8 @@ Census count_tensors(const StepTable<Rule>& table, int device) {
 template <typename Rule>
 cudaError_t launch_kinds(const StepTable<Rule>& table, int device, const StepScalars& scalars,
                          cudaStream_t stream) {
-  const Census census = count_tensors(table, device);
-  for (int k = 0; k < kNumKinds; ++k) {
+  const Census<Rule> census = count_tensors(table, device);
+  for (int k = 0; k < kNumKinds<Rule>; ++k) {
     if (census.of_kind[k] == 0) continue;
     const cudaError_t error = launch_one_kind<Rule>(
         {table, device, scalars, census.has_device_numbers, stream, k, census.of_kind[k]});

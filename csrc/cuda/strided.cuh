@@ -70,8 +70,12 @@ struct BlockShape {
   }
 };
 
-// On a multiprocessor, which leaves 48 registers a thread; left to itself, ptxas 13.0 spills.
-constexpr int kStridedBlocksAtOnce = 5;
+// On a multiprocessor: 5 leave 48 registers a thread, 4 leave 64 and 2 leave 128. Each state takes a
+// pointer, an offset and a value; left to itself, ptxas 13.0 spills.
+template <typename Rule, typename opmath_t>
+constexpr int kStridedBlocksAtOnce = Rule::kMaxStates == 1   ? 5
+                                     : sizeof(opmath_t) == 4 ? 4
+                                                             : 2;
 
 template <typename Rule_, typename opmath_t_>
 struct Strided {
@@ -111,7 +115,8 @@ __device__ __forceinline__ void average_one(const LaunchTable<kBytes>& table, Dt
 }
 
 template <typename Kind, int kBytes>
-__global__ void __launch_bounds__(kThreads, kStridedBlocksAtOnce)
+__global__ void __launch_bounds__(
+    kThreads, kStridedBlocksAtOnce<typename Kind::Rule, typename Kind::opmath_t>)
     update_strided(const LaunchTable<kBytes> __grid_constant__ table) {
   using Rule = typename Kind::Rule;
   using Fields = typename Kind::Fields;

@@ -54,7 +54,7 @@ struct Adam {
   struct Coefficients {
     opmath_t grad_coef;     // 1, or -1 for maximize; times 1 / grad_scale and the clip coefficient
     opmath_t weight_decay;  // decoupled: 1 - lr * weight_decay
-    opmath_t lerp;          // see lerp_step()
+    opmath_t weight1;       // 1 - beta1
     opmath_t beta2;
     opmath_t weight2;  // 1 - beta2
     opmath_t root;
@@ -62,30 +62,49 @@ struct Adam {
     opmath_t step;
   };
 
+  // Where the counters are on a device, what is derived of them: see CountedOnDevice.
   struct OnDevice {
-    DeviceNumber none;  // all is known on the host
-    bool any() const { return false; }
+    const double* derived = nullptr;
+    bool any() const { return derived != nullptr; }
   };
+  static MOMENTUM_EXT_INLINE void keep_derived(const Coefficients<double>& c, double* derived) {
+    derived[0] = c.weight_decay;
+    derived[1] = c.step;
+    derived[2] = c.root;
+  }
 
   // A group's hyperparameters, from which each step makes its coefficients.
   struct Numbers {
     double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;
     bool lr_is_float = false;  // torch computes with an fp32 tensor in fp32
     bool is_decoupled = false;
+    bool counts_on_device = false;  // of tensors on a device
+    DeviceNumber lr_on_device;      // there, in the place of lr
+
+    MOMENTUM_EXT_INLINE void read_on_device() {
+      if (lr_on_device.data == nullptr) return;
+      lr_is_float = lr_on_device.dtype != Dtype::kFloat64;
+      lr = visit_dtype<double>(lr_on_device.dtype, [this](auto type) -> double {
+        return load(*static_cast<const decltype(type)*>(lr_on_device.data));
+      });
+    }
   };
 
   template <typename Reader>
   static bool read(Reader& group, Options& options, Numbers& numbers, OnDevice&) {
-    bool maximize, capturable;
-    group.number("lr", numbers.lr, Reader::kOneElementTensor, nullptr, &numbers.lr_is_float);
+    bool maximize, capturable, fused;
+    group.optional_flag("fused", fused);
+    group.optional_flag("capturable", capturable);
+    numbers.counts_on_device = capturable || fused;
+    if (capturable && !group.is_on_device()) group.leave_to_torch();
+    group.number("lr", numbers.lr, Reader::kOneElementTensor,
+                 numbers.counts_on_device ? &numbers.lr_on_device : nullptr, &numbers.lr_is_float);
     group.pair("betas", numbers.beta1, numbers.beta2);
     group.number("eps", numbers.eps, Reader::kNumber);
     group.number("weight_decay", numbers.weight_decay, Reader::kNumber);
     group.optional_flag("decoupled_weight_decay", numbers.is_decoupled);
     group.optional_flag("amsgrad", options.amsgrad);
     group.optional_flag("maximize", maximize);
-    group.optional_flag("capturable", capturable);
-    if (capturable) group.leave_to_torch();
     options.weight_decay = numbers.weight_decay == 0 ? WeightDecay::kNone
                            : numbers.is_decoupled    ? WeightDecay::kDecoupled
                                                      : WeightDecay::kL2;
@@ -93,12 +112,14 @@ struct Adam {
   }
 
   // The counters after a step, before they are rounded to their tensors' dtypes.
-  static void count(const Numbers&, const bool* /*is_double*/, double* counters) {
+  static MOMENTUM_EXT_INLINE void count(const Numbers&, const bool* /*is_double*/,
+                                        double* counters) {
     counters[0] += 1;
   }
 
   // Of the step that has led to these counters.
-  static void prepare(const Numbers& n, const double* counters, Coefficients<double>& c) {
+  static MOMENTUM_EXT_INLINE void prepare(const Numbers& n, const double* counters,
+                                          Coefficients<double>& c) {
     const double bias1 = 1 - std::pow(n.beta1, counters[0]);
     const double bias2 = 1 - std::pow(n.beta2, counters[0]);
     c.weight_decay = n.is_decoupled ? 1 - n.lr * n.weight_decay : n.weight_decay;
@@ -108,7 +129,7 @@ struct Adam {
       if (n.is_decoupled) c.weight_decay = 1 - lr * static_cast<float>(n.weight_decay);
       c.step = -(lr / static_cast<float>(bias1));
     }
-    c.lerp = lerp_step<double>(1 - n.beta1);
+    c.weight1 = 1 - n.beta1;
     c.beta2 = n.beta2;
     c.weight2 = 1 - n.beta2;
     c.root = std::pow(bias2, 0.5);
@@ -116,14 +137,10 @@ struct Adam {
   }
 
   static Coefficients<float> rounded(const Coefficients<double>& c) {
-    return {static_cast<float>(c.grad_coef),
-            static_cast<float>(c.weight_decay),
-            lerp_step<float>(c.lerp > 0 ? c.lerp : c.lerp + 1),
-            static_cast<float>(c.beta2),
-            static_cast<float>(c.weight2),
-            static_cast<float>(c.root),
-            static_cast<float>(c.eps),
-            static_cast<float>(c.step)};
+    return {static_cast<float>(c.grad_coef), static_cast<float>(c.weight_decay),
+            static_cast<float>(c.weight1),   static_cast<float>(c.beta2),
+            static_cast<float>(c.weight2),   static_cast<float>(c.root),
+            static_cast<float>(c.eps),       static_cast<float>(c.step)};
   }
 
   // States are zeros before a tensor's first step, which is like all others.
@@ -172,8 +189,13 @@ struct Adam {
   }
 
   template <typename opmath_t, typename Read>
-  static MOMENTUM_EXT_INLINE void read_on_device(const OnDevice&, const Read&, Options&,
-                                                 Coefficients<opmath_t>&) {}
+  static MOMENTUM_EXT_INLINE void read_on_device(const OnDevice& numbers, const Read&, Options&,
+                                                 Coefficients<opmath_t>& c) {
+    if (numbers.derived == nullptr) return;
+    c.weight_decay = static_cast<opmath_t>(numbers.derived[0]);
+    c.step = static_cast<opmath_t>(numbers.derived[1]);
+    c.root = static_cast<opmath_t>(numbers.derived[2]);
+  }
 
   template <typename Arithmetic, typename Variant, typename opmath_t>
   static MOMENTUM_EXT_INLINE void update(Variant, const Coefficients<opmath_t>& c, opmath_t grad,
@@ -183,7 +205,7 @@ struct Adam {
     if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
       g = Arithmetic::apply(c.weight_decay, param, g);
     }
-    state[0] = lerp<Arithmetic>(c.lerp, state[0], g);
+    state[0] = lerp<Arithmetic>(c.weight1, state[0], g);
     state[1] = Arithmetic::apply(c.weight2 * g, g, c.beta2 * state[1]);
     if constexpr (Variant::kAmsgrad) {  // a NaN stays
       state[2] = state[1] > state[2] || state[1] != state[1] ? state[1] : state[2];

@@ -85,16 +85,11 @@ struct CudaArithmetic : FusedMultiplyAdd {
   }
 };
 
-// torch's lerp from `from` to `to`, which starts from the nearer end. step: see lerp_step().
+// torch's lerp: from the nearer end.
 template <typename Fma, typename opmath_t>
-MOMENTUM_EXT_INLINE opmath_t lerp(opmath_t step, opmath_t from, opmath_t to) {
-  return Fma::apply(step, to - from, step > 0 ? from : to);
-}
-// Of a weight of `to` above 0: what lerp() multiplies the distance with, rounded to opmath_t.
-template <typename opmath_t>
-opmath_t lerp_step(double weight) {
-  const auto rounded = static_cast<opmath_t>(weight);
-  return rounded < opmath_t{0.5} ? rounded : rounded - 1;
+MOMENTUM_EXT_INLINE opmath_t lerp(opmath_t weight, opmath_t from, opmath_t to) {
+  const bool from_start = weight < opmath_t{0.5} && weight > opmath_t{-0.5};
+  return Fma::apply(from_start ? weight : weight - 1, to - from, from_start ? from : to);
 }
 
 // Calls f.operator()<k>() for each k below n.

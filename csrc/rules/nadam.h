@@ -46,7 +46,7 @@ struct NAdam {
   struct Coefficients {
     opmath_t grad_coef;     // 1, or -1 for maximize; times 1 / grad_scale and the clip coefficient
     opmath_t weight_decay;  // decoupled: 1 - lr * weight_decay
-    opmath_t lerp;          // see lerp_step()
+    opmath_t weight1;       // 1 - beta1
     opmath_t beta2;
     opmath_t weight2;  // 1 - beta2
     opmath_t bias;
@@ -55,17 +55,34 @@ struct NAdam {
     opmath_t step;
   };
 
+  // Where the counters are on a device, what is derived of them: see CountedOnDevice.
   struct OnDevice {
-    DeviceNumber none;  // all is known on the host
-    bool any() const { return false; }
+    const double* derived = nullptr;
+    bool any() const { return derived != nullptr; }
   };
+  static MOMENTUM_EXT_INLINE void keep_derived(const Coefficients<double>& c, double* derived) {
+    derived[0] = c.weight_decay;
+    derived[1] = c.bias;
+    derived[2] = c.grad_step;
+    derived[3] = c.step;
+  }
 
   struct Numbers {
     double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0, momentum_decay = 0;
     bool lr_is_float = false;  // torch computes with an fp32 tensor in fp32
     bool is_decoupled = false;
+    bool counts_on_device = false;  // of tensors on a device
+    DeviceNumber lr_on_device;      // there, in the place of lr
 
-    double mu(double step) const {
+    MOMENTUM_EXT_INLINE void read_on_device() {
+      if (lr_on_device.data == nullptr) return;
+      lr_is_float = lr_on_device.dtype != Dtype::kFloat64;
+      lr = visit_dtype<double>(lr_on_device.dtype, [this](auto type) -> double {
+        return load(*static_cast<const decltype(type)*>(lr_on_device.data));
+      });
+    }
+
+    MOMENTUM_EXT_INLINE double mu(double step) const {
       return beta1 * (1.0 - 0.5 * std::pow(0.96, step * momentum_decay));
     }
   };
@@ -73,15 +90,17 @@ struct NAdam {
   template <typename Reader>
   static bool read(Reader& group, Options& options, Numbers& numbers, OnDevice&) {
     bool maximize, capturable;
-    group.number("lr", numbers.lr, Reader::kOneElementTensor, nullptr, &numbers.lr_is_float);
+    group.optional_flag("capturable", capturable);
+    numbers.counts_on_device = capturable;
+    if (capturable && !group.is_on_device()) group.leave_to_torch();
+    group.number("lr", numbers.lr, Reader::kOneElementTensor,
+                 numbers.counts_on_device ? &numbers.lr_on_device : nullptr, &numbers.lr_is_float);
     group.pair("betas", numbers.beta1, numbers.beta2);
     group.number("eps", numbers.eps, Reader::kNumber);
     group.number("weight_decay", numbers.weight_decay, Reader::kNumber);
     group.number("momentum_decay", numbers.momentum_decay, Reader::kNumber);
     group.optional_flag("decoupled_weight_decay", numbers.is_decoupled);
     group.optional_flag("maximize", maximize);
-    group.optional_flag("capturable", capturable);
-    if (capturable) group.leave_to_torch();
     options.weight_decay = numbers.weight_decay == 0 ? WeightDecay::kNone
                            : numbers.is_decoupled    ? WeightDecay::kDecoupled
                                                      : WeightDecay::kL2;
@@ -89,13 +108,14 @@ struct NAdam {
   }
 
   // A product of two fp32 numbers is exact before it is rounded, as torch's is.
-  static void count(const Numbers& n, const bool* is_double, double* counters) {
+  static MOMENTUM_EXT_INLINE void count(const Numbers& n, const bool* is_double, double* counters) {
     counters[0] += 1;
     const double mu = n.mu(is_double[0] ? counters[0] : static_cast<float>(counters[0]));
     counters[1] *= is_double[1] ? mu : static_cast<float>(mu);
   }
 
-  static void prepare(const Numbers& n, const double* counters, Coefficients<double>& c) {
+  static MOMENTUM_EXT_INLINE void prepare(const Numbers& n, const double* counters,
+                                          Coefficients<double>& c) {
     const double step = counters[0];
     const double mu = n.mu(step);
     const double next_mu = n.mu(step + 1);
@@ -110,7 +130,7 @@ struct NAdam {
       c.grad_step = -lr * static_cast<float>(1.0 - mu) / static_cast<float>(left);
       c.step = -lr * static_cast<float>(next_mu) / static_cast<float>(next_left);
     }
-    c.lerp = lerp_step<double>(1 - n.beta1);
+    c.weight1 = 1 - n.beta1;
     c.beta2 = n.beta2;
     c.weight2 = 1 - n.beta2;
     c.bias = 1 - std::pow(n.beta2, step);
@@ -118,14 +138,10 @@ struct NAdam {
   }
 
   static Coefficients<float> rounded(const Coefficients<double>& c) {
-    return {static_cast<float>(c.grad_coef),
-            static_cast<float>(c.weight_decay),
-            lerp_step<float>(c.lerp > 0 ? c.lerp : c.lerp + 1),
-            static_cast<float>(c.beta2),
-            static_cast<float>(c.weight2),
-            static_cast<float>(c.bias),
-            static_cast<float>(c.eps),
-            static_cast<float>(c.grad_step),
+    return {static_cast<float>(c.grad_coef), static_cast<float>(c.weight_decay),
+            static_cast<float>(c.weight1),   static_cast<float>(c.beta2),
+            static_cast<float>(c.weight2),   static_cast<float>(c.bias),
+            static_cast<float>(c.eps),       static_cast<float>(c.grad_step),
             static_cast<float>(c.step)};
   }
 
@@ -169,8 +185,14 @@ struct NAdam {
   }
 
   template <typename opmath_t, typename Read>
-  static MOMENTUM_EXT_INLINE void read_on_device(const OnDevice&, const Read&, Options&,
-                                                 Coefficients<opmath_t>&) {}
+  static MOMENTUM_EXT_INLINE void read_on_device(const OnDevice& numbers, const Read&, Options&,
+                                                 Coefficients<opmath_t>& c) {
+    if (numbers.derived == nullptr) return;
+    c.weight_decay = static_cast<opmath_t>(numbers.derived[0]);
+    c.bias = static_cast<opmath_t>(numbers.derived[1]);
+    c.grad_step = static_cast<opmath_t>(numbers.derived[2]);
+    c.step = static_cast<opmath_t>(numbers.derived[3]);
+  }
 
   template <typename Arithmetic, typename Variant, typename opmath_t>
   static MOMENTUM_EXT_INLINE void update(Variant, const Coefficients<opmath_t>& c, opmath_t grad,
@@ -180,7 +202,7 @@ struct NAdam {
     if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
       g = Arithmetic::apply(c.weight_decay, param, g);
     }
-    state[0] = lerp<Arithmetic>(c.lerp, state[0], g);
+    state[0] = lerp<Arithmetic>(c.weight1, state[0], g);
     state[1] = Arithmetic::apply(c.weight2 * g, g, c.beta2 * state[1]);
     const opmath_t denominator =
         square_root(Arithmetic::divide_by_number(state[1], c.bias)) + c.eps;
