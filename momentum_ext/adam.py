@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -107,10 +108,14 @@ class FusedAdam(FusedOptimizer, Adam):
             the scaler unscales the gradients and leaves steps out. On CUDA devices steps are counted there, as with
             torch's. The step is the same.
         decoupled_weight_decay: decay the parameter instead of adding to the gradient: AdamW (default: False).
-        state_dtype: dtype of ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``: float32, bfloat16, float16, int8 or
-            float8_e4m3fn, as a torch.dtype or its name (which groups and checkpoints hold), or a dict of them by key;
-            None is torch's, the parameter's own, and float32 beside a master (default: None).
-        max_grad_norm, process_group, ema_decay, ema_warmup, master_weights, stochastic_rounding, rounding_seed,
+        state_dtype: dtype of the states: float32, bfloat16 or int8, as a torch.dtype or its name (which groups and
+            checkpoints hold), or a dict of them by key; ``"exp_avg"`` may also be float16, float8_e4m3fn or int4, in
+            which a small second moment would be 0 and its step wild. None is torch's, the parameter's own, and float32
+            beside a master (default: None).
+        stochastic_rounding: as in :class:`momentum_ext.FusedMomentum`. None also rounds at random where
+            ``state_dtype`` keeps second moments in 16 or 8 bits: they fall by a thousandth in a step, and rounded to
+            nearest never (default: None).
+        max_grad_norm, process_group, ema_decay, ema_warmup, master_weights, rounding_seed,
             compact_state_dict: as in :class:`momentum_ext.FusedMomentum`.
 
     Raises:
@@ -221,3 +226,14 @@ class FusedAdamW(FusedAdam, AdamW):
         if "decoupled_weight_decay" in options:
             raise TypeError("FusedAdamW has decoupled weight decay; use FusedAdam for a choice")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+
+
+def _signature() -> inspect.Signature:
+    """FusedAdam's, with another default and without the choice."""
+    signature = inspect.signature(FusedAdam.__init__)
+    named = {"weight_decay": 1e-2}
+    params = [each.replace(default=named.get(name, each.default)) for name, each in signature.parameters.items()]
+    return signature.replace(parameters=[each for each in params if each.name != "decoupled_weight_decay"])
+
+
+FusedAdamW.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

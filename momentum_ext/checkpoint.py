@@ -193,11 +193,11 @@ def check_counters(param_groups: list[dict[str, Any]], state: dict[Any, Any], co
     """Raises ValueError for state without what torch's optimizer counts steps with, by name."""
     for g, group in enumerate(param_groups):
         for i, param in enumerate(group["params"]):
-            entry = state.get(param)
+            entry = state.get(param) or {}
             for key in counters if entry else ():
-                if key not in entry:
+                if not isinstance(entry.get(key), Tensor | float | int):
                     raise ValueError(
-                        f"state of param_groups[{g}]['params'][{i}]: it has no \"{key}\", but {sorted(entry)}; load a "
+                        f"state of param_groups[{g}]['params'][{i}]: it has no number as \"{key}\", but {sorted(entry)}; load a "
                         "checkpoint of this kind of optimizer"
                     )
 

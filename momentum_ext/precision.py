@@ -29,6 +29,7 @@ __all__ = [
     "needs_low_precision_step",
     "packs",
     "rounds_at_random",
+    "rounds_stored",
     "split_param",
     "uses_low_precision",
 ]
@@ -99,7 +100,7 @@ def check_options(group: dict[str, Any], options: dict[str, Any]) -> None:
     for name in ("momentum_dtype", "state_dtype"):
         found = group.get(name)
         if isinstance(found, dict):
-            if unknown := set(found) - set(SCALE_OF):
+            if unknown := set(found) - (set(SCALE_OF) - {BUFFER}):
                 raise ValueError(f"Invalid state_dtype: {found!r}; there is no state {sorted(unknown)[0]!r}")
             dtypes = {key: _dtype_named(name, dtype) for key, dtype in found.items()}
             for key, dtype in dtypes.items():
@@ -150,8 +151,16 @@ def uses_low_precision(group: dict[str, Any]) -> bool:
 
 def rounds_at_random(group: dict[str, Any]) -> bool:
     """Whether anything of this group is: masters of 24 bits unless it says no, and else what it asks for."""
+    rounds_masters = group.get("stochastic_rounding") is None and group.get("master_weights", False) == 24
+    return rounds_masters or rounds_stored(group)
+
+
+def rounds_stored(group: dict[str, Any]) -> bool:
+    """Whether what is stored in 16 bits or fewer is; by default where second moments are, which fall too slowly."""
     asked: bool | None = group.get("stochastic_rounding")
-    return bool(group.get("master_weights", False) == 24 if asked is None else asked)
+    if asked is not None:
+        return asked
+    return any(_asked_dtype(group, key) not in (None, torch.float32) for key in NON_NEGATIVE)
 
 
 # ---- torch's own path -----------------------------------------------------------------------------------------------
@@ -183,7 +192,7 @@ def check_low_precision_step(
             f"{type(param.data).__name__}; put it into a group with one of 16 or 32 bits"
         )
     is_low = any(dtype in (*HALVES, *IN_BLOCKS) for dtype in dtypes)
-    stored_randomly = param.dtype in HALVES or (group.get("stochastic_rounding") and is_low)
+    stored_randomly = param.dtype in HALVES or (rounds_stored(group) and is_low)
     if rounds_at_random(group) and stored_randomly:
         raise RuntimeError(
             f"{name}: stochastic_rounding, which masters of 24 bits have unless it is False, needs tensors and "

@@ -11,8 +11,8 @@ from momentum_ext import _C, compiled
 from momentum_ext.averaging import HeldWeights, UpdateCount, check_decay
 from momentum_ext.checkpoint import (
     changed,
-    check_counters,
     check_complete,
+    check_counters,
     keep_dtypes,
     unpack,
     with_changes,

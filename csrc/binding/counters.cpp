@@ -130,7 +130,11 @@ void SlotPreparation::prepare_counters(size_t i, bool is_first_step) {
         value = tensors[k].item().toDouble();
       } else if (values[k] != nullptr) {  // a number of old checkpoints, or a tensor elsewhere
         const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(values[k]));
-        if (!number) throw py::error_already_set();
+        if (!number) {
+          PyErr_Clear();
+          throw py::type_error(state.name_of(rule.counter_keys[k]) + ": expected a number, got " +
+                               std::string(py::repr(values[k])));
+        }
         value = PyFloat_AS_DOUBLE(number.ptr());
       }
       tensors[k] = make_counter(value, dtype, device);

@@ -72,11 +72,15 @@ class HyperparamReader {
   std::vector<PyObject*> keys_;  // interned
 };
 
-// A rule's names of its states.
+// A rule's names of its states, and which are never negative.
 struct StateNames {
   const char* const* names;
+  const bool* are_non_negative;
   int count;
 };
+
+// Groups without low-precision state have none of the keys that this reads.
+Storage read_storage(HyperparamReader& reader, StateNames states);
 
 class GroupReader {
  public:

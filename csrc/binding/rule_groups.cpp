@@ -51,7 +51,8 @@ class GroupsOf : public RuleGroups {
         signs_[g] = Rule::read(from, h, h.f64, h.on_device) ? -1 : 1;
       }
     };
-    PyObject* const params = reader.parse(group, g, {Rule::kStateKeys, Rule::kMaxStates}, read);
+    PyObject* const params =
+        reader.parse(group, g, {Rule::kStateKeys, Rule::kIsNonNegative, Rule::kMaxStates}, read);
     h.stochastic_rounding = reader.storage().stochastic_rounding;
     h.rounds_masters = reader.storage().rounds_masters;
     h.rounding_seed = reader.storage().rounding_seed;

@@ -239,9 +239,7 @@ void SlotPreparation::prepare(size_t i) {
   if (slot.path == Path::kTorch && !has_state) return vectors_.fallback.push_back(i);
   const bool has_counters = plan.rule->num_counters != 0;  // its states start from zeros
   const bool is_first_step = num_states != 0 && !has_state;
-  for (int k = 1; k < num_states && has_state; ++k) {
-    if (found[k] == nullptr) state.refuse_missing(plan.rule->state_keys[k]);
-  }
+  if (has_counters) state.refuse_parts(num_states, found);
   uint32_t cohort = has_state ? plan.first_steps.cohort_of(*found[0]) : 0;
   if (is_first_step) {
     slot.path = Path::kUnknown;

@@ -240,8 +240,18 @@ std::string SlotState::name_of(PyObject* key) const {
 
 void SlotState::refuse_missing(PyObject* key) const {
   throw py::key_error("state of " + slot().name() + ": it has no \"" + name_of_key(key) +
-                      "\" beside \"" + name_of_key(plan.rule->state_keys[0]) +
                       "\"; load a whole checkpoint, or delete the parameter's state to start anew");
+}
+
+void SlotState::refuse_parts(int num_states, const at::Tensor* const* found) const {
+  bool has_some = false;
+  for (int k = 0; k < num_states; ++k) has_some = has_some || found[k] != nullptr;
+  for (int k = 0; k < plan.rule->num_counters; ++k) {
+    has_some = has_some || find_item(slot().state_dict, plan.rule->counter_keys[k]) != nullptr;
+  }
+  for (int k = 0; k < num_states && has_some; ++k) {
+    if (found[k] == nullptr) refuse_missing(plan.rule->state_keys[k]);
+  }
 }
 
 std::string SlotState::name_of(Operand operand) const {

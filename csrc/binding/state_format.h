@@ -30,6 +30,8 @@ struct SlotState {
 
   // Raises for a state without this key beside others.
   [[noreturn]] void refuse_missing(PyObject* key) const;
+  // The same for states of a rule with counters, of which some are there.
+  void refuse_parts(int num_states, const at::Tensor* const* found) const;
 
   // "momentum_buffer of param_groups[0]['params'][3]".
   std::string name_of(Operand operand) const;

@@ -110,11 +110,12 @@ at::Tensor count_updates(const py::list& groups, const CountedLists& lists,
   for (size_t g = 0; g < groups.size(); ++g) {
     GroupReader reader;
     Hyperparams<Sgd> h;
-    PyObject* const params = reader.parse(
-        groups[g].ptr(), g, {Sgd::kStateKeys, Sgd::kMaxStates}, [&](HyperparamReader& from) {
-          const bool maximize = Sgd::read(from, h, h.f64, h.on_device);
-          h.f64.grad_coef = maximize ? -factors.on_host : factors.on_host;
-        });
+    PyObject* const params =
+        reader.parse(groups[g].ptr(), g, {Sgd::kStateKeys, Sgd::kIsNonNegative, Sgd::kMaxStates},
+                     [&](HyperparamReader& from) {
+                       const bool maximize = Sgd::read(from, h, h.f64, h.on_device);
+                       h.f64.grad_coef = maximize ? -factors.on_host : factors.on_host;
+                     });
     round_to_float(h);
     hyperparams.push_back(h);
     for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k, ++i) {

@@ -1,12 +1,13 @@
 """FusedAdam, FusedAdamW and FusedNAdam have the bits of torch's for-loops, whatever a user does between two steps."""
 
+import contextlib
 import copy
 import math
 
 import pytest
 import torch
 from adaptive import EACH_OPTION, EACH_RULE, RULES
-from harness import assert_all_same, refused
+from harness import assert_all_same, assert_same, refused
 from values import (
     BF16,
     COPIES,
@@ -306,12 +307,79 @@ def test_the_constructor_refuses_what_torchs_does(rule, options):
 
 
 @EACH_RULE
-@pytest.mark.parametrize("key", ["step", "exp_avg_sq"])
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
 def test_state_that_is_not_whole(rule, key):
     opt = rule.kind([torch.randn(4).requires_grad_() for _ in range(2)], lr=0.1)
     train(opt)
     del opt.state[opt.param_groups[0]["params"][1]][key]
     with refused(opt, KeyError, rf"\[1\]: it has no .*{key}"):
+        opt.step()
+
+
+@EACH_RULE
+@pytest.mark.parametrize("beta1", [1.0, 1.5, -0.5])
+def test_beta1_beyond_what_the_constructor_takes(rule, beta1, isa):
+    """OneCycleLR may set it to 1; torch's Adam then divides by 0 on the host."""
+    pair = rule.pair([torch.randn(33)], lr=0.01)
+    pair.step(2)
+    pair.edit(betas=(beta1, 0.9))
+    pair.new_grads()
+    pair.mine.step()
+    with contextlib.suppress(ZeroDivisionError):
+        pair.theirs.step()
+    for (mine, entry), theirs in zip(pair.mine.state.items(), pair.theirs.state.values(), strict=True):
+        assert_same(entry["exp_avg"], theirs["exp_avg"], str(mine.shape))
+
+
+@EACH_RULE
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_second_moments_fall(rule, dtype):
+    """0.1 % in a step is less than half a unit of what is stored, so that rounding to nearest would never let them."""
+    roots = []
+    for state_dtype in (None, {"exp_avg_sq": dtype}):
+        torch.manual_seed(0)
+        param = torch.zeros(256).requires_grad_()
+        opt = rule.kind([param], lr=1e-3, state_dtype=state_dtype)
+        for step in range(2000):
+            param.grad = torch.randn(256) if step < 50 else torch.full((256,), 1e-3)
+            opt.step()
+        roots.append(opt.torch_state_dict()["state"][0]["exp_avg_sq"].float().sqrt().mean())
+    torch.testing.assert_close(roots[1], roots[0], rtol=0.05, atol=0)
+
+
+@EACH_RULE
+def test_many_counts_under_a_schedule(rule):
+    """A group that is read anew in each step keeps its rows: each tensor finds its own without a search."""
+    pair = rule.pair([torch.randn(3) for _ in range(50)], lr=0.01)
+    for t in range(12):
+        pair.edit(lr=0.01 / (t + 1), betas=(0.9 - 0.01 * t, 0.99))
+        pair.step(missing={i for i in range(50) if i % 12 == t or (t < 2 and i % 2)})
+
+
+@EACH_RULE
+@pytest.mark.parametrize("what", ["missing", "None", "momentum"])
+def test_a_load_that_fails_changes_nothing(rule, what):
+    opt = rule.kind([torch.randn(3).requires_grad_() for _ in range(2)], lr=0.1)
+    train(opt)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["lr"] = 77.0
+    if what == "missing":
+        del saved["state"][1]["step"]
+    elif what == "None":
+        saved["state"][1]["step"] = None
+    else:
+        saved["state"] = {0: {"momentum_buffer": torch.zeros(3)}}
+    with refused(opt, (ValueError, TypeError), r"step"):
+        opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("step", [None, "three", torch.tensor([1.0, 2.0])], ids=str)
+@EACH_RULE
+def test_a_step_that_is_no_number(rule, step):
+    opt = rule.kind([torch.randn(3).requires_grad_() for _ in range(2)], lr=0.1)
+    train(opt)
+    opt.state[opt.param_groups[0]["params"][1]]["step"] = step
+    with refused(opt, TypeError, r"step of param_groups\[0\]\['params'\]\[1\]: expected a number"):
         opt.step()
 
 
@@ -408,12 +476,12 @@ def test_a_grad_scaler(rule, fused):
         BF16,
         {"exp_avg": BF16},
         {"exp_avg_sq": "bfloat16"},
-        FP16,
+        {"exp_avg": FP16},
         {"exp_avg": "int8"},
         "int8",
         {"exp_avg_sq": "int8"},
         {"exp_avg": "int4"},
-        "float8_e4m3fn",
+        {"exp_avg": "float8_e4m3fn", "exp_avg_sq": "int8"},
     ],
     ids=str,
 )
@@ -463,7 +531,18 @@ def test_state_dtype(rule, dtype, state_dtype, isa):
 
 
 @pytest.mark.parametrize(
-    "state_dtype", ["int3", "int4", {"exp_avg": torch.int32}, {"exp_avg_sq": "int4"}, {"momentum": BF16}], ids=str
+    "state_dtype",
+    [
+        "int3",
+        "int4",
+        FP16,
+        "float8_e4m3fn",
+        {"exp_avg": torch.int32},
+        {"exp_avg_sq": "int4"},
+        {"exp_avg_sq": "float16"},
+        {"momentum_buffer": BF16},
+    ],
+    ids=str,
 )
 @EACH_RULE
 def test_state_dtypes_that_there_are_not(rule, state_dtype):
