@@ -34,7 +34,7 @@ def package(module: str, name: str, only_cuda: bool = False, **options: Any) -> 
     return build
 
 
-INT8 = {"state_dtype": "int8", "stochastic_rounding": True}
+INT8: dict[str, Any] = {"state_dtype": "int8", "stochastic_rounding": True}
 PEERS: tuple[Contender, ...] = (
     Contender("momentum", "FusedMomentum", momentum, moves_the_pass=False),
     Contender("ours-8bit", "FusedAdamW 8-bit", package("momentum_ext", "FusedAdamW", **INT8), moves_the_pass=False),
