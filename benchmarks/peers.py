@@ -34,8 +34,10 @@ def package(module: str, name: str, only_cuda: bool = False, **options: Any) -> 
     return build
 
 
+INT8: dict[str, Any] = {"state_dtype": "int8", "stochastic_rounding": True}
 PEERS: tuple[Contender, ...] = (
     Contender("momentum", "FusedMomentum", momentum, moves_the_pass=False),
+    Contender("ours-8bit", "FusedAdamW 8-bit", package("momentum_ext", "FusedAdamW", **INT8), moves_the_pass=False),
     Contender("flash", "FlashAdamW", package("flashoptim", "FlashAdamW", only_cuda=True), moves_the_pass=False),
     Contender("bitsandbytes", "bitsandbytes 8-bit", package("bitsandbytes.optim", "AdamW8bit"), moves_the_pass=False),
     Contender("torchao", "torchao 8-bit", package("torchao.optim", "AdamW8bit"), moves_the_pass=False),
