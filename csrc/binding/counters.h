@@ -43,7 +43,14 @@ class CounterRows {
   template <typename Advance>
   uint32_t find(uint32_t hint, size_t group, const Counters& before, const Advance& advance) {
     if (hint >= rows_.size() || !is_row_of(rows_[hint], group, before)) {
-      hint = find_elsewhere(group, before);
+      // One of a tensor's own that has been forgotten is filled in where it is: there are many.
+      const bool is_own = before.derived != nullptr && hint < rows_.size() &&
+                          rows_[hint].before.derived == before.derived && !rows_[hint].is_used;
+      if (is_own) {
+        rows_[hint].group = CounterRow::kNoGroup;
+      } else {
+        hint = find_elsewhere(group, before);
+      }
       if (rows_[hint].group == CounterRow::kNoGroup) {
         rows_[hint].group = group;
         rows_[hint].before = before;

@@ -174,9 +174,7 @@ def test_averages_and_clipping_are_near_the_cpus(rule):
         twins.both(lambda opt: opt.step())
         twins.check_params(1e-5, 1e-6)
         for mine, theirs in twins.params:
-            average, expected = (
-                opt.state[p]["ema_param"] for opt, p in zip(twins.optimizers, (mine, theirs), strict=True)
-            )
+            average, expected = (opt.state[p]["ema"] for opt, p in zip(twins.optimizers, (mine, theirs), strict=True))
             torch.testing.assert_close(cpu(average), expected, rtol=1e-5, atol=1e-6)
 
 
