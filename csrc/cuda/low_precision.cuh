@@ -57,7 +57,8 @@ struct OneMode {
   // As many as have some 48 KB on their way to a multiprocessor: few where a thread has many bytes, which
   // take as many registers.
   static constexpr int blocks_at_once(int num_states) {
-    int64_t bytes = 2 * itemsize(kMode.param) + (kMode.master == Master::kRemainder ? 2 : 1);
+    int64_t bytes = 2 * itemsize(kMode.param);
+    if (kMode.master != Master::kNone) bytes += kMode.master == Master::kRemainder ? 2 : 1;
     for (const Dtype each : kMode.state) bytes += itemsize(each);
     return num_states == 1 ? 4 : bytes <= 10 ? 3 : 2;
   }

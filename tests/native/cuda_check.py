@@ -61,7 +61,7 @@ MANY_LOW_PRECISION_REGISTERS = 255  # one, of a kernel that learns how each oper
 MANY_MODE_REGISTERS = 128  # two or three blocks at once, by the bytes of an element: 48 KB on their way
 # Adam's eight elements of five operands in doubles, and where each lies, are more than 255 registers. It is for what
 # nobody trains: doubles beside states of 8 bits.
-STACK_BYTES = 128
+STACK_BYTES = 256  # 144 on sm_90
 COUNT_REGISTERS = 64
 NORM_REGISTERS = 40
 NORM_OF_DOUBLES_REGISTERS = 48
