@@ -197,8 +197,8 @@ def check_counters(param_groups: list[dict[str, Any]], state: dict[Any, Any], co
             for key in counters if entry else ():
                 if not isinstance(entry.get(key), Tensor | float | int):
                     raise ValueError(
-                        f"state of param_groups[{g}]['params'][{i}]: it has no number as \"{key}\", but {sorted(entry)}; "
-                        "load a checkpoint of this kind of optimizer"
+                        f"state of param_groups[{g}]['params'][{i}]: it has no number as \"{key}\", but "
+                        f"{sorted(entry)}; load a checkpoint of this kind of optimizer"
                     )
 
 

@@ -54,7 +54,7 @@ struct Adam {
   struct Coefficients {
     opmath_t grad_coef;     // 1, or -1 for maximize; times 1 / grad_scale and the clip coefficient
     opmath_t weight_decay;  // decoupled: 1 - lr * weight_decay
-    opmath_t weight1;       // 1 - beta1
+    opmath_t lerp;          // see lerp_step()
     opmath_t beta2;
     opmath_t weight2;  // 1 - beta2
     opmath_t root;
@@ -100,6 +100,7 @@ struct Adam {
     group.number("lr", numbers.lr, Reader::kOneElementTensor,
                  numbers.counts_on_device ? &numbers.lr_on_device : nullptr, &numbers.lr_is_float);
     group.pair("betas", numbers.beta1, numbers.beta2);
+    if (!(numbers.beta1 >= 0 && numbers.beta1 <= 1)) group.leave_to_torch();  // by an edit
     group.number("eps", numbers.eps, Reader::kNumber);
     group.number("weight_decay", numbers.weight_decay, Reader::kNumber);
     group.optional_flag("decoupled_weight_decay", numbers.is_decoupled);
@@ -129,7 +130,7 @@ struct Adam {
       if (n.is_decoupled) c.weight_decay = 1 - lr * static_cast<float>(n.weight_decay);
       c.step = -(lr / static_cast<float>(bias1));
     }
-    c.weight1 = 1 - n.beta1;
+    c.lerp = lerp_step<double>(1 - n.beta1);
     c.beta2 = n.beta2;
     c.weight2 = 1 - n.beta2;
     c.root = std::pow(bias2, 0.5);
@@ -137,10 +138,14 @@ struct Adam {
   }
 
   static Coefficients<float> rounded(const Coefficients<double>& c) {
-    return {static_cast<float>(c.grad_coef), static_cast<float>(c.weight_decay),
-            static_cast<float>(c.weight1),   static_cast<float>(c.beta2),
-            static_cast<float>(c.weight2),   static_cast<float>(c.root),
-            static_cast<float>(c.eps),       static_cast<float>(c.step)};
+    return {static_cast<float>(c.grad_coef),
+            static_cast<float>(c.weight_decay),
+            lerp_step<float>(lerp_weight(c.lerp)),
+            static_cast<float>(c.beta2),
+            static_cast<float>(c.weight2),
+            static_cast<float>(c.root),
+            static_cast<float>(c.eps),
+            static_cast<float>(c.step)};
   }
 
   // States are zeros before a tensor's first step, which is like all others.
@@ -205,7 +210,7 @@ struct Adam {
     if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
       g = Arithmetic::apply(c.weight_decay, param, g);
     }
-    state[0] = lerp<Arithmetic>(c.weight1, state[0], g);
+    state[0] = lerp<Arithmetic>(c.lerp, state[0], g);
     state[1] = Arithmetic::apply(c.weight2 * g, g, c.beta2 * state[1]);
     if constexpr (Variant::kAmsgrad) {  // a NaN stays
       state[2] = state[1] > state[2] || state[1] != state[1] ? state[1] : state[2];

@@ -85,11 +85,22 @@ struct CudaArithmetic : FusedMultiplyAdd {
   }
 };
 
-// torch's lerp: from the nearer end.
+// torch's lerp, which starts from the nearer end: `step` tells by its sign bit which that is. (A
+// weight and a flag would take CUDA kernels a register more than they have.)
 template <typename Fma, typename opmath_t>
-MOMENTUM_EXT_INLINE opmath_t lerp(opmath_t weight, opmath_t from, opmath_t to) {
-  const bool from_start = weight < opmath_t{0.5} && weight > opmath_t{-0.5};
-  return Fma::apply(from_start ? weight : weight - 1, to - from, from_start ? from : to);
+MOMENTUM_EXT_INLINE opmath_t lerp(opmath_t step, opmath_t from, opmath_t to) {
+  const bool from_start = !__builtin_signbit(step);
+  return Fma::apply(step, to - from, from_start ? from : to);
+}
+// Of a weight of `to` from 0 to 1, which is rounded to opmath_t; and the weight again.
+template <typename opmath_t>
+MOMENTUM_EXT_INLINE opmath_t lerp_step(double weight) {
+  const auto rounded = static_cast<opmath_t>(weight);
+  if (rounded < opmath_t{0.5}) return rounded;
+  return rounded == 1 ? opmath_t{-0.0} : rounded - 1;
+}
+MOMENTUM_EXT_INLINE double lerp_weight(double step) {
+  return __builtin_signbit(step) ? step + 1 : step;
 }
 
 // Calls f.operator()<k>() for each k below n.

@@ -46,7 +46,7 @@ struct NAdam {
   struct Coefficients {
     opmath_t grad_coef;     // 1, or -1 for maximize; times 1 / grad_scale and the clip coefficient
     opmath_t weight_decay;  // decoupled: 1 - lr * weight_decay
-    opmath_t weight1;       // 1 - beta1
+    opmath_t lerp;          // see lerp_step()
     opmath_t beta2;
     opmath_t weight2;  // 1 - beta2
     opmath_t bias;
@@ -96,6 +96,7 @@ struct NAdam {
     group.number("lr", numbers.lr, Reader::kOneElementTensor,
                  numbers.counts_on_device ? &numbers.lr_on_device : nullptr, &numbers.lr_is_float);
     group.pair("betas", numbers.beta1, numbers.beta2);
+    if (!(numbers.beta1 >= 0 && numbers.beta1 <= 1)) group.leave_to_torch();  // by an edit
     group.number("eps", numbers.eps, Reader::kNumber);
     group.number("weight_decay", numbers.weight_decay, Reader::kNumber);
     group.number("momentum_decay", numbers.momentum_decay, Reader::kNumber);
@@ -130,7 +131,7 @@ struct NAdam {
       c.grad_step = -lr * static_cast<float>(1.0 - mu) / static_cast<float>(left);
       c.step = -lr * static_cast<float>(next_mu) / static_cast<float>(next_left);
     }
-    c.weight1 = 1 - n.beta1;
+    c.lerp = lerp_step<double>(1 - n.beta1);
     c.beta2 = n.beta2;
     c.weight2 = 1 - n.beta2;
     c.bias = 1 - std::pow(n.beta2, step);
@@ -138,10 +139,14 @@ struct NAdam {
   }
 
   static Coefficients<float> rounded(const Coefficients<double>& c) {
-    return {static_cast<float>(c.grad_coef), static_cast<float>(c.weight_decay),
-            static_cast<float>(c.weight1),   static_cast<float>(c.beta2),
-            static_cast<float>(c.weight2),   static_cast<float>(c.bias),
-            static_cast<float>(c.eps),       static_cast<float>(c.grad_step),
+    return {static_cast<float>(c.grad_coef),
+            static_cast<float>(c.weight_decay),
+            lerp_step<float>(lerp_weight(c.lerp)),
+            static_cast<float>(c.beta2),
+            static_cast<float>(c.weight2),
+            static_cast<float>(c.bias),
+            static_cast<float>(c.eps),
+            static_cast<float>(c.grad_step),
             static_cast<float>(c.step)};
   }
 
@@ -202,7 +207,7 @@ struct NAdam {
     if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
       g = Arithmetic::apply(c.weight_decay, param, g);
     }
-    state[0] = lerp<Arithmetic>(c.weight1, state[0], g);
+    state[0] = lerp<Arithmetic>(c.lerp, state[0], g);
     state[1] = Arithmetic::apply(c.weight2 * g, g, c.beta2 * state[1]);
     const opmath_t denominator =
         square_root(Arithmetic::divide_by_number(state[1], c.bias)) + c.eps;
