@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define MOMENTUM_EXT_INLINE __host__ __device__ __forceinline__
@@ -85,11 +86,23 @@ struct CudaArithmetic : FusedMultiplyAdd {
   }
 };
 
+// By integers: nvcc asks for the sign of a float in double.
+MOMENTUM_EXT_INLINE bool has_sign_bit(float value) {
+  int32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits < 0;
+}
+MOMENTUM_EXT_INLINE bool has_sign_bit(double value) {
+  int64_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits < 0;
+}
+
 // torch's lerp, which starts from the nearer end: `step` tells by its sign bit which that is. (A
 // weight and a flag would take CUDA kernels a register more than they have.)
 template <typename Fma, typename opmath_t>
 MOMENTUM_EXT_INLINE opmath_t lerp(opmath_t step, opmath_t from, opmath_t to) {
-  const bool from_start = !__builtin_signbit(step);
+  const bool from_start = !has_sign_bit(step);
   return Fma::apply(step, to - from, from_start ? from : to);
 }
 // Of a weight of `to` from 0 to 1, which is rounded to opmath_t; and the weight again.
@@ -100,7 +113,7 @@ MOMENTUM_EXT_INLINE opmath_t lerp_step(double weight) {
   return rounded == 1 ? opmath_t{-0.0} : rounded - 1;
 }
 MOMENTUM_EXT_INLINE double lerp_weight(double step) {
-  return __builtin_signbit(step) ? step + 1 : step;
+  return has_sign_bit(step) ? step + 1 : step;
 }
 
 // Calls f.operator()<k>() for each k below n.

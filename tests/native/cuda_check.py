@@ -96,6 +96,8 @@ class Kernel:
         self.is_low_precision = "update_low_precision" in name
         self.is_mode = "OneMode" in name
         self.has_many_states = re.search(r"INS_\d+N?AdamE", name) is not None
+        # Its seven formats of 8 bits and more, each element elsewhere: ptxas has 8 bytes too few on sm_100.
+        self.is_run_time_strided = re.search(r"LowPrecisionKindINS_3SgdEfLb1E\w*AnyMode", name) is not None
         self.has_stack = re.search(r"LowPrecisionKindINS_4AdamEdL", name) is not None
         # Also the three kernels of one thread that work with doubles, and the norm, which sums up in double.
         self.is_double = (
@@ -114,6 +116,9 @@ class Kernel:
     def __str__(self) -> str:
         kinds = re.search(r"(Flat|Strided|LowPrecisionKind|norm_of_all)I(.*)ELi", self.name)
         return f"{kinds[1].lower()}<{kinds[2]}>, {self.table} bytes" if kinds else self.name
+
+    def stack_bytes(self, arch: int) -> int:
+        return 8 if self.is_run_time_strided and arch == 100 else STACK_BYTES if self.has_stack else 0
 
     @property
     def register_limit(self) -> int:
@@ -159,7 +164,7 @@ def check_resources(arch: int, file: str, log: str) -> str:
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
         used = re.search(r"Used (\d+) registers", text)
         assert frame and used, text
-        most = STACK_BYTES if kernel.has_stack else 0
+        most = kernel.stack_bytes(arch)
         expect(
             int(frame[1]) <= most and (most > 0 or frame.groups() == ("0", "0", "0")),
             f"sm_{arch} {kernel}: stack or spills: {frame[0]}",
@@ -204,7 +209,7 @@ def check_machine_code(arch: int, file: str, sass: str) -> None:
             return sorted({code for code in codes if re.fullmatch(pattern, code)})
 
         for what, pattern in {
-            "local memory": r"$^" if kernel.has_stack else r"(LDL|STL)(\..*)?",
+            "local memory": r"$^" if kernel.stack_bytes(arch) > 0 else r"(LDL|STL)(\..*)?",
             "generic addresses": r"(LD|ST)(\..*)?",
             "double arithmetic": r"$^" if kernel.is_double else r"D(FMA|ADD|MUL|SETP|MNMX)(\..*)?",
         }.items():

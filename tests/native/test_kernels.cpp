@@ -258,6 +258,10 @@ const cpu::Loops& loops_of(const std::string& isa) {
                            : cpu::kBaseline);
 }
 
+cpu::RunFn<Sgd> step_of(const std::string& isa) {
+  return static_cast<const cpu::StepLoop<Sgd>&>(loops_of(isa)).step;
+}
+
 // As threads would divide it, at random places.
 void run_divided(cpu::RunFn<Sgd> run, const StepTable<Sgd>& table) {
   const int64_t end = table.first_element[table.num_entries];
@@ -316,7 +320,7 @@ void test_instruction_set(const std::string& isa) {
             permuted_case(orders, dtype, divided ? other : dtype, dtype, group, k % 7 == 0));
       }
       const Runner in_parts = [&](const StepTable<Sgd>& table) {
-        run_divided(loops_of(isa).step, table);
+        run_divided(step_of(isa), table);
       };
       run_and_check(cases, groups, has_fma, divided ? in_parts : one_thread, isa + " layouts");
     }
@@ -339,7 +343,7 @@ void test_instruction_set(const std::string& isa) {
   }
 
   // Any division of the range among threads covers every element exactly once.
-  const cpu::RunFn<Sgd> run = loops_of(isa).step;
+  const cpu::RunFn<Sgd> run = step_of(isa);
   for (int trial = 0; trial < 50; ++trial) {
     std::vector<Case> cases;
     for (const int64_t numel : {130, 0, 64, 1, 500, 63}) {
