@@ -56,29 +56,29 @@ inline constexpr std::array<Mode<1>, 0> kModes{};
 template <>
 inline constexpr std::array<Mode<1>, 20> kModes<Sgd>{{
     // fp32 parameters
-    {Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, false},
-    {Dtype::kFloat32, Dtype::kBFloat16, Master::kNone, false, true},
-    {Dtype::kFloat32, Dtype::kFloat16, Master::kNone, false, false},
-    {Dtype::kFloat32, Dtype::kInt8, Master::kNone, false, false},
-    {Dtype::kFloat32, Dtype::kInt8, Master::kNone, false, true},
-    {Dtype::kFloat32, Dtype::kFloat8E4M3, Master::kNone, false, false},
-    {Dtype::kFloat32, Dtype::kInt4, Master::kNone, false, true},
+    {Dtype::kFloat32, {Dtype::kBFloat16}, Master::kNone, false, false},
+    {Dtype::kFloat32, {Dtype::kBFloat16}, Master::kNone, false, true},
+    {Dtype::kFloat32, {Dtype::kFloat16}, Master::kNone, false, false},
+    {Dtype::kFloat32, {Dtype::kInt8}, Master::kNone, false, false},
+    {Dtype::kFloat32, {Dtype::kInt8}, Master::kNone, false, true},
+    {Dtype::kFloat32, {Dtype::kFloat8E4M3}, Master::kNone, false, false},
+    {Dtype::kFloat32, {Dtype::kInt4}, Master::kNone, false, true},
     // bf16 parameters without a master
-    {Dtype::kBFloat16, Dtype::kBFloat16, Master::kNone, true, true},
-    {Dtype::kBFloat16, Dtype::kFloat32, Master::kNone, true, false},
-    {Dtype::kBFloat16, Dtype::kInt8, Master::kNone, true, true},
-    {Dtype::kBFloat16, Dtype::kInt8, Master::kNone, false, false},
+    {Dtype::kBFloat16, {Dtype::kBFloat16}, Master::kNone, true, true},
+    {Dtype::kBFloat16, {Dtype::kFloat32}, Master::kNone, true, false},
+    {Dtype::kBFloat16, {Dtype::kInt8}, Master::kNone, true, true},
+    {Dtype::kBFloat16, {Dtype::kInt8}, Master::kNone, false, false},
     // with one of 32 bits
-    {Dtype::kBFloat16, Dtype::kFloat32, Master::kRemainder, false, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Master::kRemainder, false, false},
-    {Dtype::kBFloat16, Dtype::kInt8, Master::kRemainder, false, false},
-    {Dtype::kBFloat16, Dtype::kInt8, Master::kRemainder, false, true},
+    {Dtype::kBFloat16, {Dtype::kFloat32}, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, {Dtype::kBFloat16}, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, {Dtype::kInt8}, Master::kRemainder, false, false},
+    {Dtype::kBFloat16, {Dtype::kInt8}, Master::kRemainder, false, true},
     // with one of 24
-    {Dtype::kBFloat16, Dtype::kFloat32, Master::kByteRemainder, true, false},
-    {Dtype::kBFloat16, Dtype::kBFloat16, Master::kByteRemainder, true, false},
-    {Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, false},
-    {Dtype::kBFloat16, Dtype::kInt8, Master::kByteRemainder, true, true},
-    {Dtype::kBFloat16, Dtype::kInt4, Master::kByteRemainder, true, true},
+    {Dtype::kBFloat16, {Dtype::kFloat32}, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, {Dtype::kBFloat16}, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, {Dtype::kInt8}, Master::kByteRemainder, true, false},
+    {Dtype::kBFloat16, {Dtype::kInt8}, Master::kByteRemainder, true, true},
+    {Dtype::kBFloat16, {Dtype::kInt4}, Master::kByteRemainder, true, true},
 }};
 
 // Without amsgrad.

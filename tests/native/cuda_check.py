@@ -55,6 +55,7 @@ MODE_REGISTERS = 64  # four blocks at once
 # Rules with several states have four or five operands in the place of three, and more coefficients. 64 leave four
 # blocks at once, whose threads have more loads on their way: 64 KB of a multiprocessor.
 MANY_FLAT_REGISTERS = 64
+MANY_FLAT_DOUBLE_REGISTERS = 96  # with averages on sm_100: 84, and 64 would spill
 MANY_STRIDED_REGISTERS = 64
 MANY_STRIDED_DOUBLE_REGISTERS = 128  # two blocks at once
 MANY_LOW_PRECISION_REGISTERS = 255  # one, of a kernel that learns how each operand is stored
@@ -131,7 +132,9 @@ class Kernel:
                 return MANY_STRIDED_DOUBLE_REGISTERS if self.is_double else MANY_STRIDED_REGISTERS
             if self.is_mode:
                 return MANY_MODE_REGISTERS
-            return MANY_LOW_PRECISION_REGISTERS if self.is_low_precision else MANY_FLAT_REGISTERS
+            if self.is_low_precision:
+                return MANY_LOW_PRECISION_REGISTERS
+            return MANY_FLAT_DOUBLE_REGISTERS if self.is_double else MANY_FLAT_REGISTERS
         if self.is_strided:
             return STRIDED_REGISTERS
         if self.is_mode:
