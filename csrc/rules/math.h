@@ -112,9 +112,7 @@ MOMENTUM_EXT_INLINE opmath_t lerp_step(double weight) {
   if (rounded < opmath_t{0.5}) return rounded;
   return rounded == 1 ? opmath_t{-0.0} : rounded - 1;
 }
-MOMENTUM_EXT_INLINE double lerp_weight(double step) {
-  return has_sign_bit(step) ? step + 1 : step;
-}
+MOMENTUM_EXT_INLINE double lerp_weight(double step) { return has_sign_bit(step) ? step + 1 : step; }
 
 // Calls f.operator()<k>() for each k below n.
 MOMENTUM_EXT_CALLS_BACK
