@@ -21,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from momentum_ext import operators  # noqa: F401  # registers them
 from momentum_ext.averaging import UpdateCount
-from momentum_ext.compiled_rule import rule_step, why_not
+from momentum_ext.compiled_rule import number_or_1, rule_step, why_not
 from momentum_ext.keys import AVERAGE, BUFFER, BUFFER_FORMULATION, MASTER, REMAINDER, SCALE
 from momentum_ext.precision import uses_low_precision
 
@@ -128,11 +128,11 @@ def _step(optimizer: FusedOptimizer) -> None:
         is_new_average,
         is_first_step,
         sizes,
-        [_number(group["lr"]) for group in groups],
+        [number_or_1(group["lr"]) for group in groups],
         [_tensor(group["lr"]) for group in groups],
         [float(group["momentum"]) for group in groups],
         [float(group["dampening"]) for group in groups],
-        [_number(group["weight_decay"]) for group in groups],
+        [number_or_1(group["weight_decay"]) for group in groups],
         [_tensor(group["weight_decay"]) for group in groups],
         [bool(group["nesterov"]) for group in groups],
         [bool(group["maximize"]) for group in groups],
@@ -208,10 +208,6 @@ def _keep(optimizer: FusedOptimizer, param: Tensor, key: str, tensor: Tensor) ->
         optimizer.state[param] = {key: tensor}
     else:
         state[key] = tensor
-
-
-def _number(value: Any) -> float:
-    return 1.0 if isinstance(value, Tensor) else float(value)
 
 
 def _tensor(value: Any) -> Tensor | None:

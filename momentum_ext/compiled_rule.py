@@ -14,7 +14,7 @@ from momentum_ext.rule_operator import RULES
 if TYPE_CHECKING:
     from momentum_ext.fused import FusedOptimizer
 
-__all__ = ["rule_step", "why_not"]
+__all__ = ["number_or_1", "rule_step", "why_not"]
 
 
 def why_not(optimizer: FusedOptimizer, groups: list[dict[str, Any]]) -> str | None:
@@ -100,11 +100,12 @@ def rule_step(optimizer: FusedOptimizer, factor: Tensor | None) -> None:
         counters,
         sizes,
         list(traced.hyperparameters),
-        [_number(_value(group, name)) for group in groups for name in traced.hyperparameters],
+        [number_or_1(_value(group, name)) for group in groups for name in traced.hyperparameters],
         [group["lr"] if isinstance(group["lr"], Tensor) else None for group in groups],
         factor,
     )
 
 
-def _number(value: Any) -> float:
+def number_or_1(value: Any) -> float:
+    """1 for a tensor, which is an argument of its own."""
     return 1.0 if isinstance(value, Tensor) else float(value)

@@ -19,8 +19,8 @@
 
 #include <cmath>
 
-#include "../step_scalars.h"
 #include "math.h"
+#include "moments.h"
 
 namespace momentum_ext {
 
@@ -62,54 +62,21 @@ struct Adam {
     opmath_t step;
   };
 
-  // Where the counters are on a device, what is derived of them: see CountedOnDevice.
-  struct OnDevice {
-    const double* derived = nullptr;
-    bool any() const { return derived != nullptr; }
-  };
+  using OnDevice = DerivedOnDevice;
   static MOMENTUM_EXT_INLINE void keep_derived(const Coefficients<double>& c, double* derived) {
     derived[0] = c.weight_decay;
     derived[1] = c.step;
     derived[2] = c.root;
   }
 
-  // A group's hyperparameters, from which each step makes its coefficients.
-  struct Numbers {
-    double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;
-    bool lr_is_float = false;  // torch computes with an fp32 tensor in fp32
-    bool is_decoupled = false;
-    bool counts_on_device = false;  // of tensors on a device
-    DeviceNumber lr_on_device;      // there, in the place of lr
-
-    MOMENTUM_EXT_INLINE void read_on_device() {
-      if (lr_on_device.data == nullptr) return;
-      lr_is_float = lr_on_device.dtype != Dtype::kFloat64;
-      lr = visit_dtype<double>(lr_on_device.dtype, [this](auto type) -> double {
-        return load(*static_cast<const decltype(type)*>(lr_on_device.data));
-      });
-    }
-  };
+  using Numbers = MomentNumbers;
 
   template <typename Reader>
   static bool read(Reader& group, Options& options, Numbers& numbers, OnDevice&) {
-    bool maximize, capturable, fused;
+    bool fused;
     group.optional_flag("fused", fused);
-    group.optional_flag("capturable", capturable);
-    numbers.counts_on_device = capturable || fused;
-    if (capturable && !group.is_on_device()) group.leave_to_torch();
-    group.number("lr", numbers.lr, Reader::kOneElementTensor,
-                 numbers.counts_on_device ? &numbers.lr_on_device : nullptr, &numbers.lr_is_float);
-    group.pair("betas", numbers.beta1, numbers.beta2);
-    if (!(numbers.beta1 >= 0 && numbers.beta1 <= 1)) group.leave_to_torch();  // by an edit
-    group.number("eps", numbers.eps, Reader::kNumber);
-    group.number("weight_decay", numbers.weight_decay, Reader::kNumber);
-    group.optional_flag("decoupled_weight_decay", numbers.is_decoupled);
     group.optional_flag("amsgrad", options.amsgrad);
-    group.optional_flag("maximize", maximize);
-    options.weight_decay = numbers.weight_decay == 0 ? WeightDecay::kNone
-                           : numbers.is_decoupled    ? WeightDecay::kDecoupled
-                                                     : WeightDecay::kL2;
-    return maximize;
+    return numbers.read(group, options.weight_decay, /*may_count_on_device=*/fused);
   }
 
   // The counters after a step, before they are rounded to their tensors' dtypes.
@@ -123,18 +90,10 @@ struct Adam {
                                           Coefficients<double>& c) {
     const double bias1 = 1 - std::pow(n.beta1, counters[0]);
     const double bias2 = 1 - std::pow(n.beta2, counters[0]);
-    c.weight_decay = n.is_decoupled ? 1 - n.lr * n.weight_decay : n.weight_decay;
+    n.prepare(c);
     c.step = -(n.lr / bias1);
-    if (n.lr_is_float) {
-      const auto lr = static_cast<float>(n.lr);
-      if (n.is_decoupled) c.weight_decay = 1 - lr * static_cast<float>(n.weight_decay);
-      c.step = -(lr / static_cast<float>(bias1));
-    }
-    c.lerp = lerp_step<double>(1 - n.beta1);
-    c.beta2 = n.beta2;
-    c.weight2 = 1 - n.beta2;
+    if (n.lr_is_float) c.step = -(static_cast<float>(n.lr) / static_cast<float>(bias1));
     c.root = std::pow(bias2, 0.5);
-    c.eps = n.eps;
   }
 
   static Coefficients<float> rounded(const Coefficients<double>& c) {
@@ -188,9 +147,7 @@ struct Adam {
 
   template <typename opmath_t>
   static MOMENTUM_EXT_INLINE void merge(Options& options, Coefficients<opmath_t>& c) {
-    if (options.weight_decay != WeightDecay::kNone) return;
-    options.weight_decay = WeightDecay::kDecoupled;
-    c.weight_decay = 1;
+    merge_no_decay(options, c);
   }
 
   template <typename opmath_t, typename Read>
@@ -205,13 +162,7 @@ struct Adam {
   template <typename Arithmetic, typename Variant, typename opmath_t>
   static MOMENTUM_EXT_INLINE void update(Variant, const Coefficients<opmath_t>& c, opmath_t grad,
                                          opmath_t& param, opmath_t* state) {
-    opmath_t g = c.grad_coef * grad;
-    if constexpr (Variant::kWeightDecay == WeightDecay::kDecoupled) param = c.weight_decay * param;
-    if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
-      g = Arithmetic::apply(c.weight_decay, param, g);
-    }
-    state[0] = lerp<Arithmetic>(c.lerp, state[0], g);
-    state[1] = Arithmetic::apply(c.weight2 * g, g, c.beta2 * state[1]);
+    update_moments<Arithmetic, Variant::kWeightDecay>(c, grad, param, state);
     if constexpr (Variant::kAmsgrad) {  // a NaN stays
       state[2] = state[1] > state[2] || state[1] != state[1] ? state[1] : state[2];
     }

@@ -25,6 +25,14 @@ namespace momentum_ext {
 
 enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
 
+// "No decay" becomes decoupled decay with a coefficient of 1: fewer variants for a multiplication.
+template <typename Options, typename Coefficients>
+MOMENTUM_EXT_INLINE void merge_no_decay(Options& options, Coefficients& c) {
+  if (options.weight_decay != WeightDecay::kNone) return;
+  options.weight_decay = WeightDecay::kDecoupled;
+  c.weight_decay = 1;
+}
+
 // Correctly rounded on every device.
 MOMENTUM_EXT_INLINE float square_root(float value) {
 #if defined(__CUDA_ARCH__)

@@ -17,8 +17,8 @@
 
 #include <cmath>
 
-#include "../step_scalars.h"
 #include "math.h"
+#include "moments.h"
 
 namespace momentum_ext {
 
@@ -55,11 +55,7 @@ struct NAdam {
     opmath_t step;
   };
 
-  // Where the counters are on a device, what is derived of them: see CountedOnDevice.
-  struct OnDevice {
-    const double* derived = nullptr;
-    bool any() const { return derived != nullptr; }
-  };
+  using OnDevice = DerivedOnDevice;
   static MOMENTUM_EXT_INLINE void keep_derived(const Coefficients<double>& c, double* derived) {
     derived[0] = c.weight_decay;
     derived[1] = c.bias;
@@ -67,20 +63,8 @@ struct NAdam {
     derived[3] = c.step;
   }
 
-  struct Numbers {
-    double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0, momentum_decay = 0;
-    bool lr_is_float = false;  // torch computes with an fp32 tensor in fp32
-    bool is_decoupled = false;
-    bool counts_on_device = false;  // of tensors on a device
-    DeviceNumber lr_on_device;      // there, in the place of lr
-
-    MOMENTUM_EXT_INLINE void read_on_device() {
-      if (lr_on_device.data == nullptr) return;
-      lr_is_float = lr_on_device.dtype != Dtype::kFloat64;
-      lr = visit_dtype<double>(lr_on_device.dtype, [this](auto type) -> double {
-        return load(*static_cast<const decltype(type)*>(lr_on_device.data));
-      });
-    }
+  struct Numbers : MomentNumbers {
+    double momentum_decay = 0;
 
     MOMENTUM_EXT_INLINE double mu(double step) const {
       return beta1 * (1.0 - 0.5 * std::pow(0.96, step * momentum_decay));
@@ -89,23 +73,9 @@ struct NAdam {
 
   template <typename Reader>
   static bool read(Reader& group, Options& options, Numbers& numbers, OnDevice&) {
-    bool maximize, capturable;
-    group.optional_flag("capturable", capturable);
-    numbers.counts_on_device = capturable;
-    if (capturable && !group.is_on_device()) group.leave_to_torch();
-    group.number("lr", numbers.lr, Reader::kOneElementTensor,
-                 numbers.counts_on_device ? &numbers.lr_on_device : nullptr, &numbers.lr_is_float);
-    group.pair("betas", numbers.beta1, numbers.beta2);
-    if (!(numbers.beta1 >= 0 && numbers.beta1 <= 1)) group.leave_to_torch();  // by an edit
-    group.number("eps", numbers.eps, Reader::kNumber);
-    group.number("weight_decay", numbers.weight_decay, Reader::kNumber);
     group.number("momentum_decay", numbers.momentum_decay, Reader::kNumber);
-    group.optional_flag("decoupled_weight_decay", numbers.is_decoupled);
-    group.optional_flag("maximize", maximize);
-    options.weight_decay = numbers.weight_decay == 0 ? WeightDecay::kNone
-                           : numbers.is_decoupled    ? WeightDecay::kDecoupled
-                                                     : WeightDecay::kL2;
-    return maximize;
+    return numbers.read(group, options.weight_decay,
+                        /*may_count_on_device=*/false);
   }
 
   // A product of two fp32 numbers is exact before it is rounded, as torch's is.
@@ -122,20 +92,15 @@ struct NAdam {
     const double next_mu = n.mu(step + 1);
     const double left = 1.0 - counters[1];
     const double next_left = 1.0 - counters[1] * next_mu;
-    c.weight_decay = n.is_decoupled ? 1 - n.lr * n.weight_decay : n.weight_decay;
+    n.prepare(c);
     c.grad_step = -n.lr * (1.0 - mu) / left;
     c.step = -n.lr * next_mu / next_left;
     if (n.lr_is_float) {
       const auto lr = static_cast<float>(n.lr);
-      if (n.is_decoupled) c.weight_decay = 1 - lr * static_cast<float>(n.weight_decay);
       c.grad_step = -lr * static_cast<float>(1.0 - mu) / static_cast<float>(left);
       c.step = -lr * static_cast<float>(next_mu) / static_cast<float>(next_left);
     }
-    c.lerp = lerp_step<double>(1 - n.beta1);
-    c.beta2 = n.beta2;
-    c.weight2 = 1 - n.beta2;
     c.bias = 1 - std::pow(n.beta2, step);
-    c.eps = n.eps;
   }
 
   static Coefficients<float> rounded(const Coefficients<double>& c) {
@@ -184,9 +149,7 @@ struct NAdam {
 
   template <typename opmath_t>
   static MOMENTUM_EXT_INLINE void merge(Options& options, Coefficients<opmath_t>& c) {
-    if (options.weight_decay != WeightDecay::kNone) return;
-    options.weight_decay = WeightDecay::kDecoupled;
-    c.weight_decay = 1;
+    merge_no_decay(options, c);
   }
 
   template <typename opmath_t, typename Read>
@@ -202,13 +165,7 @@ struct NAdam {
   template <typename Arithmetic, typename Variant, typename opmath_t>
   static MOMENTUM_EXT_INLINE void update(Variant, const Coefficients<opmath_t>& c, opmath_t grad,
                                          opmath_t& param, opmath_t* state) {
-    opmath_t g = c.grad_coef * grad;
-    if constexpr (Variant::kWeightDecay == WeightDecay::kDecoupled) param = c.weight_decay * param;
-    if constexpr (Variant::kWeightDecay == WeightDecay::kL2) {
-      g = Arithmetic::apply(c.weight_decay, param, g);
-    }
-    state[0] = lerp<Arithmetic>(c.lerp, state[0], g);
-    state[1] = Arithmetic::apply(c.weight2 * g, g, c.beta2 * state[1]);
+    const opmath_t g = update_moments<Arithmetic, Variant::kWeightDecay>(c, grad, param, state);
     const opmath_t denominator =
         square_root(Arithmetic::divide_by_number(state[1], c.bias)) + c.eps;
     param = Arithmetic::add_quotient(c.grad_step, g, denominator, param);

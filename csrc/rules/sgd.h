@@ -191,9 +191,7 @@ struct Sgd {
 
   template <typename opmath_t>
   static MOMENTUM_EXT_INLINE void merge(Options& options, Coefficients<opmath_t>& c) {
-    if (options.weight_decay != WeightDecay::kNone) return;
-    options.weight_decay = WeightDecay::kDecoupled;
-    c.weight_decay = 1;
+    merge_no_decay(options, c);
   }
 
   template <typename Fma, typename Variant, typename opmath_t>
